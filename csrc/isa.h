@@ -1,0 +1,34 @@
+// Target regions: code between MGT_TARGET_*_BEGIN and MGT_TARGET_END may use that instruction set, whatever the flags of the
+// build. A kernel file includes this header first (it brings every standard header, which must stay outside the regions),
+// then opens a region and includes the kernel bodies inside it. Everything included there lives in an unnamed namespace, or
+// the linker could hand the AVX-512 copy of an inline function to a baseline caller.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "mgt_kernels.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define MGT_X86 1
+#endif
+
+#define MGT_PRAGMA(text) _Pragma(#text)
+#if defined(__clang__)
+#define MGT_TARGET_BEGIN(features) \
+  MGT_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define MGT_TARGET_END _Pragma("clang attribute pop")
+#else
+#define MGT_TARGET_BEGIN(features) _Pragma("GCC push_options") MGT_PRAGMA(GCC target(features))
+#define MGT_TARGET_END _Pragma("GCC pop_options")
+#endif
+#define MGT_TARGET_AVX2_BEGIN MGT_TARGET_BEGIN("avx2,fma,f16c")
+#define MGT_TARGET_AVX512_BEGIN MGT_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+
+#define MGT_INLINE inline __attribute__((always_inline))

@@ -1,0 +1,130 @@
+/* The C ABI of mgt-kernels: raw pointers, seeds and strides; no Python, no torch, no allocation, no printing, no exceptions.
+ *
+ * Every function is re-entrant, reads its inputs only, and returns MGT_OK or the reason why it did nothing useful.
+ * Threads need 320 KiB of stack. Strides count elements. Random draws are functions of (seed, step, position, token id) alone, so results do not depend
+ * on the batch, the number of threads or the instruction set.
+ */
+#ifndef MGT_KERNELS_H
+#define MGT_KERNELS_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#if defined(__GNUC__)
+#define MGT_API __attribute__((visibility("default")))
+#else
+#define MGT_API
+#endif
+
+#define MGT_VERSION "0.1.0"
+
+typedef enum {
+  MGT_OK = 0,
+  /* a pointer, size, stride or scalar is outside its documented range */
+  MGT_INVALID_ARGUMENT = 1,
+  /* the instruction set asked for (by argument or by MGT_ISA) is unknown or missing on this processor */
+  MGT_ISA_UNAVAILABLE = 2,
+  /* logits of a masked position hold NaN or +inf, or forbid every token; error_index is its row b * N + n */
+  MGT_BAD_LOGITS = 3,
+  /* a known token is outside [0, num_tokens); error_index is its row b * N + n */
+  MGT_BAD_TOKEN = 4,
+  /* mask_len is outside [0, masked positions of the sample]; error_index is the sample */
+  MGT_BAD_MASK_LEN = 5,
+  /* a masked position's logprob is NaN; error_index is its row b * N + n */
+  MGT_BAD_LOGPROB = 6
+} mgt_status;
+
+typedef enum { MGT_ISA_AUTO = 0, MGT_ISA_SCALAR = 1, MGT_ISA_AVX2 = 2, MGT_ISA_AVX512 = 3 } mgt_isa;
+
+typedef enum { MGT_FLOAT32 = 0, MGT_BFLOAT16 = 1, MGT_FLOAT16 = 2 } mgt_dtype;
+
+/* Runs body(data) on num_threads threads and returns when all have. The signature is GOMP_parallel's, so that a caller can
+ * lend the thread pool of the OpenMP runtime it already has; flags is 0. Correct for any number of runs of body >= 1. */
+typedef void (*mgt_parallel)(void (*body)(void* data), void* data, unsigned num_threads, unsigned flags);
+
+typedef struct {
+  mgt_isa isa;
+  /* at least 1 */
+  int32_t num_threads;
+  /* NULL: the call starts its own threads and joins them */
+  mgt_parallel parallel;
+} mgt_context;
+
+/* (B, N, V) logits of one guidance half. One of stride_position and stride_token is 1. */
+typedef struct {
+  const void* data;
+  int64_t stride_sample;
+  int64_t stride_position;
+  int64_t stride_token;
+} mgt_logits;
+
+typedef struct {
+  int64_t num_samples;
+  int64_t num_positions;
+  int64_t num_tokens;
+  mgt_dtype dtype;
+  mgt_logits logits;
+  /* data NULL: no guidance */
+  mgt_logits uncond_logits;
+  /* (B, N) contiguous */
+  const int64_t* tokens;
+  /* (B) */
+  const int64_t* seeds;
+  int64_t mask_token_id;
+  /* in [0, 2^32) */
+  int64_t step;
+  float guidance_scale;
+  float noise_scale;
+  float temperature;
+} mgt_sample_tokens_args;
+
+/* Draws a token for every masked position and its log-probability (spec: "guided, noisy draw with confidence").
+ *
+ * token_ids, logprob: (B, N) contiguous. Known positions keep their token and get logprob +inf. On an error the outputs
+ * are unspecified and error_index, if not NULL, names the first bad row. */
+MGT_API mgt_status mgt_sample_tokens(const mgt_context* context, const mgt_sample_tokens_args* args, int64_t* token_ids,
+                                     float* logprob, int64_t* error_index);
+
+typedef struct {
+  int64_t num_samples;
+  int64_t num_positions;
+  /* (B, N) contiguous: the drawn token and its log-probability, +inf where the token is known */
+  const int64_t* token_ids;
+  const float* logprob;
+  /* (B): how many positions stay masked, within [0, masked positions of the sample] */
+  const int64_t* mask_len;
+  /* (B) */
+  const int64_t* seeds;
+  int64_t mask_token_id;
+  /* in [0, 2^32) */
+  int64_t step;
+  float temperature;
+} mgt_mask_by_confidence_args;
+
+/* Masks the mask_len least confident of the masked positions again. tokens: (B, N) contiguous, may not alias an input. */
+MGT_API mgt_status mgt_mask_by_confidence(const mgt_context* context, const mgt_mask_by_confidence_args* args,
+                                          int64_t* tokens, int64_t* error_index);
+
+/* Philox4x32-7 words of the counters (first_block + i, position, step, stream). words: (4, num_blocks), word by word. */
+MGT_API mgt_status mgt_philox(const mgt_context* context, int64_t seed, uint32_t position, uint32_t step, uint32_t stream,
+                              int64_t first_block, int64_t num_blocks, uint32_t* words);
+
+/* N(0, 1) draws of tokens 0..num_tokens-1 at one position: the noise that mgt_sample_tokens adds. noise: (num_tokens). */
+MGT_API mgt_status mgt_gaussian(const mgt_context* context, int64_t seed, uint32_t position, uint32_t step,
+                                int64_t num_tokens, float* noise);
+
+/* The instruction set that `requested` stands for on this processor; MGT_ISA_AUTO honours MGT_ISA. */
+MGT_API mgt_status mgt_resolve_isa(mgt_isa requested, mgt_isa* isa);
+
+/* "scalar", "avx2", "avx512"; NULL for anything else */
+MGT_API const char* mgt_isa_name(mgt_isa isa);
+
+MGT_API const char* mgt_version(void);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,23 @@
+#include "isa.h"
+#include "sample_tokens/op.h"
+
+#if MGT_X86
+MGT_TARGET_AVX512_BEGIN
+#include "simd_scalar.h"
+#include "simd_avx512.h"
+#include "philox.h"
+#include "elementary.h"
+#include "noise.h"
+#include "sample_tokens/body.h"
+
+namespace mgt {
+
+int64_t sample_tokens_avx512(const mgt_sample_tokens_args& args, int64_t begin, int64_t end, int64_t* token_ids,
+                           float* logprob) {
+  return sample_tokens<Avx512>(args, begin, end, token_ids, logprob);
+}
+
+}  // namespace mgt
+
+MGT_TARGET_END
+#endif

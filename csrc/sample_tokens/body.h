@@ -1,0 +1,390 @@
+// sample_tokens, written once against the lanes of simd_*.h.
+//
+// Bound by: DRAM reads of both guidance halves while the draw stays cheap (peaked logits), by Philox's multiplications on
+// flat logits, by Philox and Box-Muller with noise on. A row passes through in tiles of 2048 columns that stay in L1:
+// guided logits, their maximum, then exp for the logsumexp and a test per column that rules out nearly all of them before
+// any logarithm is taken.
+#pragma once
+
+namespace mgt {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// what is known of a row after some of its tiles; sum is relative to exp(max)
+struct RowState {
+  float max = -kInfinity;
+  float sum[16] = {};
+  float best_score = -kInfinity;
+  float best_logit = -kInfinity;
+  int64_t best_token = -1;
+  // words below exp(logit - max) * race_scale can win
+  float race_scale = 0.0f;
+};
+
+inline float gumbel_at(const PhiloxKey& key, int64_t column) {
+  const auto block = static_cast<uint32_t>(column / kTileWidth * kWordWidth + column % kWordWidth);
+  return gumbel<Lane1>(philox<Lane1>(block, key).word[column / kWordWidth % 4]);
+}
+
+// Column j beats the best score b only if E_j <= exp(l_j - b), and E_j >= w_j, so word_j < exp(l_j - b) 2^32 is necessary.
+// The slack covers the rounding of the scores, of l - max and of exp; too large a value only costs time.
+inline float race_scale(float max, float best_score) {
+  const double slack = 2e-5 + 2.5e-7 * (std::fabs(static_cast<double>(max)) + std::fabs(static_cast<double>(best_score)));
+  return static_cast<float>(std::exp(static_cast<double>(max) - best_score + slack) * 4294967296.0);
+}
+
+inline void compete(RowState& row, float logit, float score, int64_t token) {
+  if (score > row.best_score || (score == row.best_score && token < row.best_token)) {
+    row.best_score = score;
+    row.best_logit = logit;
+    row.best_token = token;
+    row.race_scale = race_scale(row.max, score);
+  }
+}
+
+template <class S>
+float tile_max(const float* tile, int64_t width) {
+  typename S::F max0 = S::set(-kInfinity), max1 = max0, max2 = max0, max3 = max0;
+  int64_t j = 0;
+  for (; j + 64 <= width; j += 64) {
+    max0 = S::max(S::load(tile + j), max0);
+    max1 = S::max(S::load(tile + j + 16), max1);
+    max2 = S::max(S::load(tile + j + 32), max2);
+    max3 = S::max(S::load(tile + j + 48), max3);
+  }
+  for (; j < width; j += 16) max0 = S::max(S::load(tile + j), max0);
+  float lane[16], max = -kInfinity;
+  S::store(lane, S::max(S::max(max0, max1), S::max(max2, max3)));
+  for (const float value : lane) max = Lane1::max(value, max);
+  return max;
+}
+
+template <class S>
+int64_t first_equal(const float* tile, int64_t width, float value) {
+  for (int64_t j = 0; j < width; j += 16) {
+    const uint32_t hits = S::to_bits(S::equal(S::load(tile + j), S::set(value)));
+    if (hits) return j + __builtin_ctz(hits);
+  }
+  return -1;
+}
+
+// Columns this far below the largest logit change no bit of the logsumexp (2^31 exp(-45) < 2^-32) and cannot win: the best
+// score is at least max - 3.2 and the noise at most 22.9.
+constexpr float kNegligible = 30.0f;
+
+struct Prefetch {
+  const char* rows[2];
+  int64_t bytes;
+};
+
+// one column of vectors of a tile: words 0..num_words-1 share a Philox block
+template <class S, int num_words>
+MGT_INLINE typename S::F race(const float* tile, int64_t k, int64_t first_column, typename S::F max,
+                              typename S::F negligible, const PhiloxKey& key, RowState& row) {
+  using F = typename S::F;
+  F logit[num_words];
+#pragma GCC unroll 4
+  for (int w = 0; w < num_words; ++w) logit[w] = S::load(tile + w * kWordWidth + k);
+  auto matters = S::not_below(logit[0], negligible);
+#pragma GCC unroll 4
+  for (int w = 1; w < num_words; ++w) matters = S::mask_or(matters, S::not_below(logit[w], negligible));
+  // every path groups the same 16 x num_words columns, so what is left out is the same everywhere; NaN is not below
+  if (!S::to_bits(matters)) return S::set(0.0f);
+
+  F exp[num_words], limit[num_words];
+  const F scale = S::set(row.race_scale), half = S::set(0.5f);
+#pragma GCC unroll 4
+  for (int w = 0; w < num_words; ++w) {
+    exp[w] = exp_nonpositive<S>(S::sub(logit[w], max));
+    limit[w] = S::mul(exp[w], scale);
+  }
+  auto any = S::less(half, limit[0]);
+#pragma GCC unroll 4
+  for (int w = 1; w < num_words; ++w) any = S::mask_or(any, S::less(half, limit[w]));
+  if (S::to_bits(any)) {
+    const auto block = S::sequence(static_cast<uint32_t>(first_column / 4 + k));
+    const PhiloxWords<S> words = philox<S>(block, key);
+    typename S::M pass[num_words];
+#pragma GCC unroll 4
+    for (int w = 0; w < num_words; ++w) pass[w] = S::less(S::uint_to_float(words.word[w]), limit[w]);
+    auto any_pass = pass[0];
+#pragma GCC unroll 4
+    for (int w = 1; w < num_words; ++w) any_pass = S::mask_or(any_pass, pass[w]);
+    if (__builtin_expect(S::to_bits(any_pass) != 0, 0)) {
+      for (int w = 0; w < num_words; ++w) {
+        uint32_t lanes = S::to_bits(pass[w]), word[16];
+        if (!lanes) continue;
+        S::store_u(word, words.word[w]);
+        for (; lanes; lanes &= lanes - 1) {
+          const int lane = __builtin_ctz(lanes);
+          const int64_t column = w * kWordWidth + k + lane;
+          compete(row, tile[column], tile[column] + gumbel<Lane1>(word[lane]), first_column + column);
+        }
+      }
+    }
+  }
+  if constexpr (num_words == 4) return S::add(S::add(exp[0], exp[1]), S::add(exp[2], exp[3]));
+  F sum = exp[0];
+  for (int w = 1; w < num_words; ++w) sum = S::add(sum, exp[w]);
+  return sum;
+}
+
+// Takes one tile into the row's state; false where the tile holds NaN or +inf, which leaves max and sum as they were.
+template <class S>
+bool consume_tile(const float* tile, int64_t width, int64_t first_column, const PhiloxKey& key, bool greedy,
+                  const Prefetch& prefetch, RowState& row) {
+  using F = typename S::F;
+  const float max = tile_max<S>(tile, width);
+  if (max == kInfinity) return false;
+  if (max == -kInfinity) {
+    for (int64_t j = 0; j < width; j += 16)
+      if (S::to_bits(S::is_nan(S::load(tile + j)))) return false;
+    return true;
+  }
+  const float previous_max = row.max;
+  float rescale = 1.0f;
+  if (max > row.max) {
+    rescale = exp_nonpositive<Lane1>(row.max - max);
+    row.max = max;
+    if (row.best_token >= 0 && !greedy) row.race_scale = race_scale(row.max, row.best_score);
+    // the largest logit goes first, which bounds how many of the others are worth a look
+    const int64_t column = first_equal<S>(tile, width, max);
+    const float noise = greedy ? 0.0f : gumbel_at(key, first_column + column);
+    compete(row, max, max + noise, first_column + column);
+    if (greedy) row.race_scale = 0.0f;
+  }
+  const F shift = S::set(row.max), negligible = S::set(row.max - kNegligible);
+  F acc = S::set(0.0f);
+  const int64_t words = std::min(width, kWordWidth);
+  for (int64_t k = 0; k < words; k += 16) {
+    for (int64_t offset = 16 * k; offset < std::min(16 * k + 256, prefetch.bytes); offset += 64) {
+      __builtin_prefetch(prefetch.rows[0] + offset, 0, 2);
+      __builtin_prefetch(prefetch.rows[1] + offset, 0, 2);
+    }
+    switch ((width - k + kWordWidth - 1) / kWordWidth) {
+      case 4: acc = S::add(acc, race<S, 4>(tile, k, first_column, shift, negligible, key, row)); break;
+      case 3: acc = S::add(acc, race<S, 3>(tile, k, first_column, shift, negligible, key, row)); break;
+      case 2: acc = S::add(acc, race<S, 2>(tile, k, first_column, shift, negligible, key, row)); break;
+      default: acc = S::add(acc, race<S, 1>(tile, k, first_column, shift, negligible, key, row));
+    }
+  }
+  if (S::to_bits(S::is_nan(acc))) {
+    row.max = previous_max;
+    return false;
+  }
+  S::store(row.sum, S::fma(S::load(row.sum), S::set(rescale), acc));
+  return true;
+}
+
+template <class S>
+void multiply(float* tile, int64_t width, float factor) {
+  for (int64_t j = 0; j < width; j += 16) S::store(tile + j, S::mul(S::load(tile + j), S::set(factor)));
+}
+
+MGT_INLINE float load_element(const void* data, int64_t index, mgt_dtype dtype) {
+  if (dtype == MGT_FLOAT32) return static_cast<const float*>(data)[index];
+  const uint16_t raw = static_cast<const uint16_t*>(data)[index];
+  return dtype == MGT_BFLOAT16 ? bfloat16_to_float(raw) : half_to_float(raw);
+}
+
+template <class S, mgt_dtype dtype>
+MGT_INLINE typename S::F load_vector(const void* data, int64_t index) {
+  if constexpr (dtype == MGT_FLOAT32)
+    return S::load(static_cast<const float*>(data) + index);
+  else
+    return S::load(static_cast<const uint16_t*>(data) + index, dtype);
+}
+
+template <class S>
+MGT_INLINE typename S::F guide(typename S::F cond, typename S::F uncond, typename S::F scale) {
+  return S::fma(scale, S::sub(cond, uncond), uncond);
+}
+
+// where a sample's logits of one guidance half start, and their strides
+struct Half {
+  const void* data;
+  int64_t stride_position, stride_token;
+};
+
+struct Source {
+  Half cond, uncond;
+  bool guided;
+  mgt_dtype dtype;
+  float guidance_scale;
+};
+
+// one element by the rules: -inf in either half forbids the token, whatever guidance would make of it
+MGT_INLINE float guided_element(const Source& source, int64_t position, int64_t column) {
+  const auto at = [&](const Half& half) {
+    return load_element(half.data, position * half.stride_position + column * half.stride_token, source.dtype);
+  };
+  const float cond = at(source.cond);
+  if (!source.guided) return cond;
+  const float uncond = at(source.uncond);
+  if (cond == -kInfinity || uncond == -kInfinity) return -kInfinity;
+  return guide<Lane1>(cond, uncond, source.guidance_scale);
+}
+
+inline void stage_by_element(const Source& source, int64_t position, int64_t first_column, int64_t width, float* tile) {
+  for (int64_t j = 0; j < width; ++j) tile[j] = guided_element(source, position, first_column + j);
+}
+
+template <class S, mgt_dtype dtype>
+void stage_token_major(const Source& source, int64_t position, int64_t first_column, int64_t width, float* tile) {
+  const int64_t cond = position * source.cond.stride_position + first_column;
+  const int64_t uncond = position * source.uncond.stride_position + first_column;
+  const auto scale = S::set(source.guidance_scale);
+  int64_t j = 0;
+  if (source.guided) {
+    for (; j + 16 <= width; j += 16)
+      S::store(tile + j, guide<S>(load_vector<S, dtype>(source.cond.data, cond + j),
+                                  load_vector<S, dtype>(source.uncond.data, uncond + j), scale));
+  } else {
+    for (; j + 16 <= width; j += 16) S::store(tile + j, load_vector<S, dtype>(source.cond.data, cond + j));
+  }
+  stage_by_element(source, position, first_column + j, width - j, tile + j);
+}
+
+// Neighbouring positions together: a cache line of the logits holds one column of 16 of them, and a memory page, which the
+// next column has left, is worth several lines.
+template <class S, mgt_dtype dtype>
+void stage_position_major(const Source& source, int64_t position, int64_t count, int64_t first_column, int64_t width,
+                          float (*tiles)[kTileWidth]) {
+  const auto scale = S::set(source.guidance_scale);
+  const int64_t even_count = count / 16 * 16, even_width = width / 16 * 16;
+  for (int64_t j = 0; j < even_width; j += 16) {
+    for (int64_t p = 0; p < even_count; p += 16) {
+      typename S::F rows[16];
+      for (int i = 0; i < 16; ++i) {
+        const int64_t column = first_column + j + i;
+        const auto load = [&](const Half& half) {
+          return load_vector<S, dtype>(half.data, position + p + column * half.stride_token);
+        };
+        rows[i] = source.guided ? guide<S>(load(source.cond), load(source.uncond), scale) : load(source.cond);
+      }
+      S::transpose(rows);
+      for (int i = 0; i < 16; ++i) S::store(tiles[p + i] + j, rows[i]);
+    }
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t j = i < even_count ? even_width : 0;
+    stage_by_element(source, position + i, first_column + j, width - j, tiles[i] + j);
+  }
+}
+
+// what happens to the staged logits of one row before they compete
+template <class S>
+void finish_tile(const mgt_sample_tokens_args& args, const PhiloxKey& noise_key, int64_t first_column, int64_t width,
+                 float* tile) {
+  for (int64_t j = width; j % 16; ++j) tile[j] = -kInfinity;
+  if (args.noise_scale != 0.0f) add_noise<S>(tile, width, first_column, noise_key, args.noise_scale);
+  if (args.temperature != 0.0f && args.temperature != 1.0f) multiply<S>(tile, width, 1.0f / args.temperature);
+  const int64_t mask_column = args.mask_token_id - first_column;
+  if (mask_column >= 0 && mask_column < width) tile[mask_column] = -kInfinity;
+}
+
+// the tile that this row, or the next position where it is masked too, reads next: fetched while the current one computes
+template <mgt_dtype dtype>
+Prefetch next_tile(const mgt_sample_tokens_args& args, const Source& source, const int64_t* tokens, int64_t position,
+                   int64_t column) {
+  if (column >= args.num_tokens) {
+    column = 0;
+    position += 1;
+    if (position >= args.num_positions || tokens[1] != args.mask_token_id) return {{nullptr, nullptr}, 0};
+  }
+  const int64_t size = dtype == MGT_FLOAT32 ? 4 : 2;
+  const auto start = [&](const Half& half) {
+    return static_cast<const char*>(half.data) + (position * half.stride_position + column) * size;
+  };
+  return {{start(source.cond), start(source.uncond)}, std::min(kTileWidth, args.num_tokens - column) * size};
+}
+
+template <class S, mgt_dtype dtype>
+int64_t sample_groups(const mgt_sample_tokens_args& args, int64_t begin, int64_t end, int64_t* token_ids, float* logprob) {
+  const bool by_row = token_major(args);
+  const int64_t group_size = by_row ? 1 : kGroupPositions;
+  const int64_t num_groups = groups_per_sample(args);
+  const bool greedy = args.temperature == 0.0f;
+  alignas(64) float tiles[kGroupPositions][kTileWidth];
+  int64_t bad_row = -1;
+
+  for (int64_t group = begin; group < end; ++group) {
+    const int64_t sample = group / num_groups;
+    const int64_t first = group % num_groups * group_size;
+    const int64_t count = std::min(group_size, args.num_positions - first);
+    const int64_t* tokens = args.tokens + sample * args.num_positions + first;
+    const int64_t first_row = sample * args.num_positions + first;
+    bool masked[kGroupPositions], any_masked = false;
+    for (int64_t i = 0; i < count; ++i) {
+      masked[i] = tokens[i] == args.mask_token_id;
+      any_masked |= masked[i];
+      token_ids[first_row + i] = tokens[i];
+      logprob[first_row + i] = kInfinity;
+    }
+    if (!any_masked) continue;
+
+    const auto half = [&](const mgt_logits& logits) {
+      const int64_t size = dtype == MGT_FLOAT32 ? 4 : 2;
+      return Half{static_cast<const char*>(logits.data) + sample * logits.stride_sample * size, logits.stride_position,
+                  logits.stride_token};
+    };
+    Source source{half(args.logits), {}, args.uncond_logits.data != nullptr, dtype, args.guidance_scale};
+    source.uncond = source.guided ? half(args.uncond_logits) : source.cond;
+    const auto seed = static_cast<uint64_t>(args.seeds[sample]);
+    RowState rows[kGroupPositions];
+    bool good[kGroupPositions];
+    std::fill(good, good + count, true);
+
+    for (int64_t first_column = 0; first_column < args.num_tokens; first_column += kTileWidth) {
+      const int64_t width = std::min(kTileWidth, args.num_tokens - first_column);
+      if (by_row)
+        stage_token_major<S, dtype>(source, first, first_column, width, tiles[0]);
+      else
+        stage_position_major<S, dtype>(source, first, count, first_column, width, tiles);
+
+      const Prefetch prefetch =
+          by_row ? next_tile<dtype>(args, source, tokens, first, first_column + width) : Prefetch{{nullptr, nullptr}, 0};
+      for (int64_t i = 0; i < count; ++i) {
+        if (!masked[i] || !good[i]) continue;
+        const auto position = static_cast<uint32_t>(first + i);
+        const auto step = static_cast<uint32_t>(args.step);
+        const PhiloxKey noise_key{seed, position, step, kStreamNoise}, token_key{seed, position, step, kStreamToken};
+        finish_tile<S>(args, noise_key, first_column, width, tiles[i]);
+        good[i] = consume_tile<S>(tiles[i], width, first_column, token_key, greedy, prefetch, rows[i]);
+        if (!good[i]) {
+          // NaN or +inf: of forbidden tokens (then the rules give -inf, at the price of a slow reading) or of bad logits
+          stage_by_element(source, first + i, first_column, width, tiles[i]);
+          finish_tile<S>(args, noise_key, first_column, width, tiles[i]);
+          good[i] = consume_tile<S>(tiles[i], width, first_column, token_key, greedy, Prefetch{{}, 0}, rows[i]);
+        }
+      }
+    }
+
+    for (int64_t i = 0; i < count; ++i) {
+      if (!masked[i]) continue;
+      if (!good[i] || rows[i].best_token < 0) {
+        if (bad_row < 0) bad_row = first_row + i;
+        continue;
+      }
+      float* sum = rows[i].sum;
+      for (int half_lanes = 8; half_lanes; half_lanes /= 2)
+        for (int lane = 0; lane < half_lanes; ++lane) sum[lane] += sum[lane + half_lanes];
+      token_ids[first_row + i] = rows[i].best_token;
+      logprob[first_row + i] = (rows[i].best_logit - rows[i].max) - log_f32<Lane1>(sum[0]);
+    }
+  }
+  return bad_row;
+}
+
+template <class S>
+int64_t sample_tokens(const mgt_sample_tokens_args& args, int64_t begin, int64_t end, int64_t* token_ids, float* logprob) {
+  switch (args.dtype) {
+    case MGT_BFLOAT16: return sample_groups<S, MGT_BFLOAT16>(args, begin, end, token_ids, logprob);
+    case MGT_FLOAT16: return sample_groups<S, MGT_FLOAT16>(args, begin, end, token_ids, logprob);
+    default: return sample_groups<S, MGT_FLOAT32>(args, begin, end, token_ids, logprob);
+  }
+}
+
+}  // namespace
+}  // namespace mgt

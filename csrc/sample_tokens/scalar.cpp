@@ -1,0 +1,18 @@
+#include "isa.h"
+#include "sample_tokens/op.h"
+
+#include "simd_scalar.h"
+#include "philox.h"
+#include "elementary.h"
+#include "noise.h"
+#include "sample_tokens/body.h"
+
+namespace mgt {
+
+int64_t sample_tokens_scalar(const mgt_sample_tokens_args& args, int64_t begin, int64_t end, int64_t* token_ids,
+                           float* logprob) {
+  return sample_tokens<Scalar16>(args, begin, end, token_ids, logprob);
+}
+
+}  // namespace mgt
+

@@ -1,0 +1,226 @@
+// One lane (Lane1, for the few elements that a kernel looks at singly) and sixteen lanes without vector instructions
+// (Scalar16). The vector headers offer the same functions; a kernel body is written once, against this interface.
+#pragma once
+
+namespace mgt {
+namespace {
+
+MGT_INLINE float half_to_float(uint16_t half) {
+  const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
+  const uint32_t exponent = (half >> 10) & 0x1fu;
+  const uint32_t mantissa = half & 0x3ffu;
+  uint32_t bits;
+  if (exponent == 0x1f) {
+    bits = sign | 0x7f800000u | (mantissa << 13);
+  } else if (exponent != 0) {
+    bits = sign | ((exponent + 112) << 23) | (mantissa << 13);
+  } else {
+    const float magnitude = static_cast<float>(mantissa) * 5.9604644775390625e-08f;
+    std::memcpy(&bits, &magnitude, 4);
+    bits |= sign;
+  }
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+MGT_INLINE float bfloat16_to_float(uint16_t value) {
+  const uint32_t bits = static_cast<uint32_t>(value) << 16;
+  float result;
+  std::memcpy(&result, &bits, 4);
+  return result;
+}
+
+struct Lane1 {
+  using F = float;
+  using U = uint32_t;
+  using M = bool;
+  static MGT_INLINE F set(float x) { return x; }
+  static MGT_INLINE F add(F a, F b) { return a + b; }
+  static MGT_INLINE F sub(F a, F b) { return a - b; }
+  static MGT_INLINE F mul(F a, F b) { return a * b; }
+  static MGT_INLINE F fma(F a, F b, F c) { return __builtin_fmaf(a, b, c); }
+  static MGT_INLINE F fms(F a, F b, F c) { return __builtin_fmaf(a, b, -c); }
+  // b where either is NaN, as the x86 instruction has it
+  static MGT_INLINE F max(F a, F b) { return a > b ? a : b; }
+  static MGT_INLINE F sqrt(F a) { return __builtin_sqrtf(a); }
+  static MGT_INLINE M less(F a, F b) { return a < b; }
+  static MGT_INLINE F select(M m, F a, F b) { return m ? a : b; }
+  static MGT_INLINE U bits(F a) {
+    U u;
+    std::memcpy(&u, &a, 4);
+    return u;
+  }
+  static MGT_INLINE F from_bits(U u) {
+    F a;
+    std::memcpy(&a, &u, 4);
+    return a;
+  }
+  static MGT_INLINE F uint_to_float(U u) { return static_cast<float>(u); }
+  static MGT_INLINE F int_to_float(U u) { return static_cast<float>(static_cast<int32_t>(u)); }
+  static MGT_INLINE F scale_by_power_of_two(F p, F shifted) { return from_bits(bits(p) + (bits(shifted) << 23)); }
+  static MGT_INLINE U set_u(uint32_t x) { return x; }
+  static MGT_INLINE U add_u(U a, U b) { return a + b; }
+  static MGT_INLINE U sub_u(U a, U b) { return a - b; }
+  static MGT_INLINE U bit_and(U a, U b) { return a & b; }
+  static MGT_INLINE U bit_xor(U a, U b) { return a ^ b; }
+  static MGT_INLINE U bit_xor3(U a, U b, U c) { return a ^ b ^ c; }
+  template <int n>
+  static MGT_INLINE U shift_left(U a) {
+    return a << n;
+  }
+  template <int n>
+  static MGT_INLINE U shift_right(U a) {
+    return a >> n;
+  }
+  template <int n>
+  static MGT_INLINE U shift_right_signed(U a) {
+    return static_cast<U>(static_cast<int32_t>(a) >> n);
+  }
+  static MGT_INLINE M test_bit(U a, uint32_t bit) { return (a & bit) != 0; }
+  static MGT_INLINE void mulhilo(U a, uint32_t m, U& hi, U& lo) {
+    const uint64_t product = uint64_t{a} * m;
+    hi = static_cast<U>(product >> 32);
+    lo = static_cast<U>(product);
+  }
+};
+
+struct Scalar16 {
+  static constexpr int kLanes = 16;
+  struct F {
+    float lane[16];
+  };
+  struct U {
+    uint32_t lane[16];
+  };
+  using M = uint32_t;
+  template <class R, class Op>
+  static MGT_INLINE R each(Op op) {
+    R r;
+    for (int i = 0; i < 16; ++i) r.lane[i] = op(i);
+    return r;
+  }
+  static MGT_INLINE F set(float x) {
+    return each<F>([&](int) { return x; });
+  }
+  static MGT_INLINE F load(const float* p) {
+    return each<F>([&](int i) { return p[i]; });
+  }
+  static MGT_INLINE F load(const uint16_t* p, mgt_dtype dtype) {
+    return each<F>([&](int i) { return dtype == MGT_BFLOAT16 ? bfloat16_to_float(p[i]) : half_to_float(p[i]); });
+  }
+  static MGT_INLINE void store(float* p, F a) { std::memcpy(p, a.lane, sizeof a.lane); }
+  static MGT_INLINE void store_u(uint32_t* p, U a) { std::memcpy(p, a.lane, sizeof a.lane); }
+  static MGT_INLINE F add(F a, F b) {
+    return each<F>([&](int i) { return a.lane[i] + b.lane[i]; });
+  }
+  static MGT_INLINE F sub(F a, F b) {
+    return each<F>([&](int i) { return a.lane[i] - b.lane[i]; });
+  }
+  static MGT_INLINE F mul(F a, F b) {
+    return each<F>([&](int i) { return a.lane[i] * b.lane[i]; });
+  }
+  static MGT_INLINE F fma(F a, F b, F c) {
+    return each<F>([&](int i) { return __builtin_fmaf(a.lane[i], b.lane[i], c.lane[i]); });
+  }
+  static MGT_INLINE F fms(F a, F b, F c) {
+    return each<F>([&](int i) { return Lane1::fms(a.lane[i], b.lane[i], c.lane[i]); });
+  }
+  static MGT_INLINE F max(F a, F b) {
+    return each<F>([&](int i) { return Lane1::max(a.lane[i], b.lane[i]); });
+  }
+  static MGT_INLINE F sqrt(F a) {
+    return each<F>([&](int i) { return __builtin_sqrtf(a.lane[i]); });
+  }
+  template <class Op>
+  static MGT_INLINE M mask(Op op) {
+    M m = 0;
+    for (int i = 0; i < 16; ++i) m |= static_cast<M>(op(i)) << i;
+    return m;
+  }
+  static MGT_INLINE M less(F a, F b) {
+    return mask([&](int i) { return a.lane[i] < b.lane[i]; });
+  }
+  static MGT_INLINE M equal(F a, F b) {
+    return mask([&](int i) { return a.lane[i] == b.lane[i]; });
+  }
+  // true for NaN
+  static MGT_INLINE M not_below(F a, F b) {
+    return mask([&](int i) { return !(a.lane[i] < b.lane[i]); });
+  }
+  static MGT_INLINE M is_nan(F a) {
+    return mask([&](int i) { return a.lane[i] != a.lane[i]; });
+  }
+  static MGT_INLINE uint32_t to_bits(M m) { return m; }
+  static MGT_INLINE M mask_or(M a, M b) { return a | b; }
+  static MGT_INLINE F select(M m, F a, F b) {
+    return each<F>([&](int i) { return (m >> i & 1) ? a.lane[i] : b.lane[i]; });
+  }
+  static MGT_INLINE U bits(F a) {
+    U u;
+    std::memcpy(u.lane, a.lane, sizeof a.lane);
+    return u;
+  }
+  static MGT_INLINE F from_bits(U u) {
+    F a;
+    std::memcpy(a.lane, u.lane, sizeof u.lane);
+    return a;
+  }
+  static MGT_INLINE F uint_to_float(U u) {
+    return each<F>([&](int i) { return static_cast<float>(u.lane[i]); });
+  }
+  static MGT_INLINE F int_to_float(U u) {
+    return each<F>([&](int i) { return static_cast<float>(static_cast<int32_t>(u.lane[i])); });
+  }
+  static MGT_INLINE F scale_by_power_of_two(F p, F shifted) {
+    return each<F>([&](int i) { return Lane1::scale_by_power_of_two(p.lane[i], shifted.lane[i]); });
+  }
+  static MGT_INLINE U set_u(uint32_t x) {
+    return each<U>([&](int) { return x; });
+  }
+  // first, first + 1, ...
+  static MGT_INLINE U sequence(uint32_t first) {
+    return each<U>([&](int i) { return first + static_cast<uint32_t>(i); });
+  }
+  static MGT_INLINE U add_u(U a, U b) {
+    return each<U>([&](int i) { return a.lane[i] + b.lane[i]; });
+  }
+  static MGT_INLINE U sub_u(U a, U b) {
+    return each<U>([&](int i) { return a.lane[i] - b.lane[i]; });
+  }
+  static MGT_INLINE U bit_and(U a, U b) {
+    return each<U>([&](int i) { return a.lane[i] & b.lane[i]; });
+  }
+  static MGT_INLINE U bit_xor(U a, U b) {
+    return each<U>([&](int i) { return a.lane[i] ^ b.lane[i]; });
+  }
+  static MGT_INLINE U bit_xor3(U a, U b, U c) {
+    return each<U>([&](int i) { return a.lane[i] ^ b.lane[i] ^ c.lane[i]; });
+  }
+  template <int n>
+  static MGT_INLINE U shift_left(U a) {
+    return each<U>([&](int i) { return a.lane[i] << n; });
+  }
+  template <int n>
+  static MGT_INLINE U shift_right(U a) {
+    return each<U>([&](int i) { return a.lane[i] >> n; });
+  }
+  template <int n>
+  static MGT_INLINE U shift_right_signed(U a) {
+    return each<U>([&](int i) { return Lane1::shift_right_signed<n>(a.lane[i]); });
+  }
+  static MGT_INLINE M test_bit(U a, uint32_t bit) {
+    return mask([&](int i) { return (a.lane[i] & bit) != 0; });
+  }
+  static MGT_INLINE void mulhilo(U a, uint32_t m, U& hi, U& lo) {
+    for (int i = 0; i < 16; ++i) Lane1::mulhilo(a.lane[i], m, hi.lane[i], lo.lane[i]);
+  }
+  // rows[i][j] <-> rows[j][i]
+  static MGT_INLINE void transpose(F rows[16]) {
+    for (int i = 0; i < 16; ++i)
+      for (int j = 0; j < i; ++j) std::swap(rows[i].lane[j], rows[j].lane[i]);
+  }
+};
+
+}  // namespace
+}  // namespace mgt

@@ -1,0 +1,183 @@
+"""The CPU backend: tensors to addresses for the C ABI, its statuses to exceptions."""
+
+import ctypes
+import functools
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mgt_kernels import _C
+
+ISAS = ("auto", "scalar", "avx2", "avx512")
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+@functools.cache
+def torch_thread_pool() -> tuple[int, str]:
+    """Find the OpenMP runtime that PyTorch runs on: the address of its GOMP_parallel and its file, or (0, "").
+
+    Lending it to the kernels gives both one thread pool, so neither waits while the other's idle threads spin.
+    """
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return 0, ""
+    for path in sorted(set(re.findall(r"(/\S*/lib(?:gomp|omp|iomp5)[^/\s]*\.so[^/\s]*)", maps))):
+        try:
+            return ctypes.cast(ctypes.CDLL(path).GOMP_parallel, ctypes.c_void_p).value or 0, path
+        except (OSError, AttributeError):
+            continue
+    return 0, ""
+
+
+def resolve_isa(name: str = "auto") -> str:
+    """Return the instruction set that `name` stands for here; "auto" honours the environment variable MGT_ISA.
+
+    Raises:
+        RuntimeError: if it is unknown or missing on this processor.
+    """
+    status, isa = _C.resolve_isa(ISAS.index(name))
+    if status:
+        _raise_unavailable(name)
+    return ISAS[isa]
+
+
+def available_isas() -> list[str]:
+    """Return the instruction sets that run on this processor, slowest first."""
+    return [name for name in ISAS[1:] if _C.resolve_isa(ISAS.index(name))[0] == 0]
+
+
+def _raise_unavailable(name: str) -> None:
+    import os
+
+    asked = f"MGT_ISA={os.environ.get('MGT_ISA')}" if name == "auto" else f"backend={name!r}"
+    raise RuntimeError(
+        f"{asked} asks for an instruction set that this processor lacks; available: {available_isas()}"
+    )
+
+
+def _threads() -> tuple[int, int]:
+    return torch.get_num_threads(), torch_thread_pool()[0]
+
+
+def _half(logits: Tensor | None) -> tuple[int, int, int, int]:
+    if logits is None:
+        return 0, 0, 0, 0
+    return (logits.data_ptr(), *logits.stride())
+
+
+def _where(index: int, num_positions: int) -> str:
+    return f"sample {index // num_positions}, position {index % num_positions}"
+
+
+def sample_tokens(
+    logits: Tensor,
+    tokens: Tensor,
+    seed: Tensor,
+    step: int,
+    mask_token_id: int,
+    uncond_logits: Tensor | None,
+    guidance_scale: float,
+    noise_scale: float,
+    temperature: float,
+    isa: str,
+) -> tuple[Tensor, Tensor]:
+    """Run the C kernel on checked arguments."""
+    tokens, seed = tokens.contiguous(), seed.contiguous()
+    token_ids = torch.empty_like(tokens)
+    logprob = torch.empty(tokens.shape, dtype=torch.float32)
+    status, index = _C.sample_tokens(
+        ISAS.index(isa), *_threads(), tuple(logits.shape), _DTYPES[logits.dtype], _half(logits), _half(uncond_logits),
+        tokens.data_ptr(), seed.data_ptr(), mask_token_id, step, guidance_scale, noise_scale, temperature,
+        token_ids.data_ptr(), token_ids.numel(), logprob.data_ptr(), logprob.numel(),
+    )  # fmt: skip
+    if status == 2:
+        _raise_unavailable(isa)
+    if status == 3:
+        raise bad_logits(index, tokens.shape[1])
+    if status == 4:
+        raise bad_token(tokens, index, logits.shape[-1], mask_token_id)
+    if status:
+        raise RuntimeError(f"mgt_sample_tokens refused its arguments (status {status})")
+    return token_ids, logprob
+
+
+def bad_logits(row: int, num_positions: int) -> ValueError:
+    """Return the error for logits from which nothing can be drawn."""
+    return ValueError(
+        f"logits: {_where(row, num_positions)} is masked and holds NaN or +inf, or forbids every token; "
+        "expected finite values or -inf, and at least one finite value"
+    )
+
+
+def bad_token(tokens: Tensor, row: int, num_tokens: int, mask_token_id: int) -> ValueError:
+    """Return the error for a token id that is neither in the codebook nor the mask."""
+    return ValueError(
+        f"tokens: {_where(row, tokens.shape[1])} is {int(tokens.flatten()[row])}; "
+        f"expected an id within [0, {num_tokens}) or mask_token_id {mask_token_id}"
+    )
+
+
+def mask_by_confidence(
+    token_ids: Tensor,
+    logprob: Tensor,
+    mask_len: Tensor,
+    seed: Tensor,
+    step: int,
+    mask_token_id: int,
+    temperature: float,
+    isa: str,
+) -> Tensor:
+    """Run the C kernel on checked arguments."""
+    token_ids, logprob = token_ids.contiguous(), logprob.contiguous()
+    mask_len, seed = mask_len.contiguous(), seed.contiguous()
+    tokens = torch.empty_like(token_ids)
+    status, index = _C.mask_by_confidence(
+        ISAS.index(isa), *_threads(), *token_ids.shape, token_ids.data_ptr(), logprob.data_ptr(), mask_len.data_ptr(),
+        seed.data_ptr(), mask_token_id, step, temperature, tokens.data_ptr(), tokens.numel(),
+    )  # fmt: skip
+    if status == 2:
+        _raise_unavailable(isa)
+    if status == 5:
+        raise bad_mask_len(mask_len, logprob, index)
+    if status == 6:
+        raise bad_logprob(index, logprob.shape[1])
+    if status:
+        raise RuntimeError(f"mgt_mask_by_confidence refused its arguments (status {status})")
+    return tokens
+
+
+def bad_mask_len(mask_len: Tensor, logprob: Tensor, sample: int) -> ValueError:
+    """Return the error for a sample that is asked to mask more positions than it has."""
+    num_masked = int((logprob[sample] != torch.inf).sum())
+    return ValueError(
+        f"mask_len: sample {sample} is {int(mask_len[sample])}; "
+        f"expected a value within [0, {num_masked}], the positions whose logprob is not +inf"
+    )
+
+
+def bad_logprob(row: int, num_positions: int) -> ValueError:
+    """Return the error for a confidence that cannot be ranked."""
+    return ValueError(f"logprob: {_where(row, num_positions)} is NaN; expected nats or +inf for a known position")
+
+
+def philox(seed: int, position: int, step: int, stream: int, first_block: int, num_blocks: int, isa: str = "auto") -> Tensor:
+    """Return the Philox4x32-7 words (4, num_blocks) of the counters (first_block + i, position, step, stream)."""
+    words = torch.empty(4, num_blocks, dtype=torch.uint32)
+    status = _C.philox(
+        ISAS.index(isa), seed, position, step, stream, first_block, num_blocks, words.data_ptr(), words.numel()
+    )
+    if status:
+        raise RuntimeError(f"mgt_philox refused its arguments (status {status})")
+    return words
+
+
+def gaussian(seed: int, position: int, step: int, num_tokens: int, isa: str = "auto") -> Tensor:
+    """Return the N(0, 1) noise (num_tokens,) that sample_tokens adds at one position."""
+    noise = torch.empty(num_tokens, dtype=torch.float32)
+    status = _C.gaussian(ISAS.index(isa), seed, position, step, noise.data_ptr(), noise.numel())
+    if status:
+        raise RuntimeError(f"mgt_gaussian refused its arguments (status {status})")
+    return noise

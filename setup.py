@@ -1,0 +1,29 @@
+"""Runs CMake for the extension; everything else is in pyproject.toml."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        build = Path(self.build_temp).resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        configure = [
+            "cmake", str(ROOT), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+        ]  # fmt: skip
+        subprocess.run(configure, cwd=build, check=True)
+        subprocess.run(["cmake", "--build", "."], cwd=build, check=True)
+
+
+setup(ext_modules=[Extension("mgt_kernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
