@@ -1,5 +1,5 @@
-// The Python door of the C ABI: addresses in, a status out, the GIL released while the kernels run. mgt_kernels/cpu.py is the
-// only caller; it owns the tensors behind the addresses and turns a status into an exception.
+// The Python door of the C ABI: addresses in, a status out, the GIL released while the kernels run. mgt_kernels/cpu.py
+// is the only caller; it owns the tensors behind the addresses and turns a status into an exception.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>

@@ -1,5 +1,6 @@
-// The transcendental functions of the noise and of the softmax: our own polynomials, a fixed order of operations, explicit
-// fma and no contraction, so that every instruction set computes the same bits. Fitted to the least maximal relative error.
+// The transcendental functions of the noise and of the softmax: our own polynomials, a fixed order of operations,
+// explicit fma and no contraction, so that every instruction set computes the same bits. Fitted to the least maximal
+// relative error.
 #pragma once
 
 namespace mgt {

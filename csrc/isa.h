@@ -1,7 +1,7 @@
-// Target regions: code between MGT_TARGET_*_BEGIN and MGT_TARGET_END may use that instruction set, whatever the flags of the
-// build. A kernel file includes this header first (it brings every standard header, which must stay outside the regions),
-// then opens a region and includes the kernel bodies inside it. Everything included there lives in an unnamed namespace, or
-// the linker could hand the AVX-512 copy of an inline function to a baseline caller.
+// Target regions: code between MGT_TARGET_*_BEGIN and MGT_TARGET_END may use that instruction set, whatever the flags
+// of the build. A kernel file includes this header first (it brings every standard header, which must stay outside the
+// regions), then opens a region and includes the kernel bodies inside it. Everything included there lives in an unnamed
+// namespace, or the linker could hand the AVX-512 copy of an inline function to a baseline caller.
 #pragma once
 
 #include <algorithm>

@@ -1,8 +1,9 @@
-/* The C ABI of mgt-kernels: raw pointers, seeds and strides; no Python, no torch, no allocation, no printing, no exceptions.
+/* The C ABI of mgt-kernels: raw pointers, seeds and strides; no Python, no torch, no allocation, no printing, no
+ * exceptions.
  *
  * Every function is re-entrant, reads its inputs only, and returns MGT_OK or the reason why it did nothing useful.
- * Threads need 320 KiB of stack. Strides count elements. Random draws are functions of (seed, step, position, token id) alone, so results do not depend
- * on the batch, the number of threads or the instruction set.
+ * Threads need 320 KiB of stack. Strides count elements. Random draws are functions of (seed, step, position, token id)
+ * alone, so results do not depend on the batch, the number of threads or the instruction set.
  */
 #ifndef MGT_KERNELS_H
 #define MGT_KERNELS_H
@@ -41,8 +42,9 @@ typedef enum { MGT_ISA_AUTO = 0, MGT_ISA_SCALAR = 1, MGT_ISA_AVX2 = 2, MGT_ISA_A
 
 typedef enum { MGT_FLOAT32 = 0, MGT_BFLOAT16 = 1, MGT_FLOAT16 = 2 } mgt_dtype;
 
-/* Runs body(data) on num_threads threads and returns when all have. The signature is GOMP_parallel's, so that a caller can
- * lend the thread pool of the OpenMP runtime it already has; flags is 0. Correct for any number of runs of body >= 1. */
+/* Runs body(data) on num_threads threads and returns when all have. The signature is GOMP_parallel's, so that a caller
+ * can lend the thread pool of the OpenMP runtime it already has; flags is 0. Correct for any number of runs of body
+ * >= 1. */
 typedef void (*mgt_parallel)(void (*body)(void* data), void* data, unsigned num_threads, unsigned flags);
 
 typedef struct {
@@ -104,15 +106,18 @@ typedef struct {
   float temperature;
 } mgt_mask_by_confidence_args;
 
-/* Masks the mask_len least confident of the masked positions again. tokens: (B, N) contiguous, may not alias an input. */
+/* Masks the mask_len least confident of the masked positions again. tokens: (B, N) contiguous, may not alias an input.
+ */
 MGT_API mgt_status mgt_mask_by_confidence(const mgt_context* context, const mgt_mask_by_confidence_args* args,
                                           int64_t* tokens, int64_t* error_index);
 
-/* Philox4x32-7 words of the counters (first_block + i, position, step, stream). words: (4, num_blocks), word by word. */
-MGT_API mgt_status mgt_philox(const mgt_context* context, int64_t seed, uint32_t position, uint32_t step, uint32_t stream,
-                              int64_t first_block, int64_t num_blocks, uint32_t* words);
+/* Philox4x32-7 words of the counters (first_block + i, position, step, stream). words: (4, num_blocks), word by word.
+ */
+MGT_API mgt_status mgt_philox(const mgt_context* context, int64_t seed, uint32_t position, uint32_t step,
+                              uint32_t stream, int64_t first_block, int64_t num_blocks, uint32_t* words);
 
-/* N(0, 1) draws of tokens 0..num_tokens-1 at one position: the noise that mgt_sample_tokens adds. noise: (num_tokens). */
+/* N(0, 1) draws of tokens 0..num_tokens-1 at one position: the noise that mgt_sample_tokens adds. noise: (num_tokens).
+ */
 MGT_API mgt_status mgt_gaussian(const mgt_context* context, int64_t seed, uint32_t position, uint32_t step,
                                 int64_t num_tokens, float* noise);
 

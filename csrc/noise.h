@@ -1,5 +1,5 @@
-// Gaussian noise on a tile of logits: column c of a position takes its word of stream 1 (philox.h), words 0 and 1 of a block
-// make one Box-Muller pair and words 2 and 3 the other.
+// Gaussian noise on a tile of logits: column c of a position takes its word of stream 1 (philox.h), words 0 and 1 of a
+// block make one Box-Muller pair and words 2 and 3 the other.
 #pragma once
 
 namespace mgt {

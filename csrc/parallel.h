@@ -1,4 +1,5 @@
-// Runs a body over [0, count) in chunks that threads take from a shared counter. Compiled at the baseline, in capi.cpp only.
+// Runs a body over [0, count) in chunks that threads take from a shared counter. Compiled at the baseline, in capi.cpp
+// only.
 #pragma once
 
 #include <algorithm>

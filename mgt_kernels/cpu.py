@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import os
 import re
 from pathlib import Path
 
@@ -24,7 +25,10 @@ def torch_thread_pool() -> tuple[int, str]:
         maps = Path("/proc/self/maps").read_text()
     except OSError:
         return 0, ""
-    for path in sorted(set(re.findall(r"(/\S*/lib(?:gomp|omp|iomp5)[^/\s]*\.so[^/\s]*)", maps))):
+    runtimes = set(re.findall(r"(/\S*/lib(?:gomp|omp|iomp5)[^/\s]*\.so[^/\s]*)", maps))
+    # other packages may bring a runtime of their own: PyTorch's lies beside its libraries, or is the system's
+    home = str(Path(torch.__file__).parent)
+    for path in sorted(runtimes, key=lambda path: (not path.startswith(home), "site-packages" in path, path)):
         try:
             return ctypes.cast(ctypes.CDLL(path).GOMP_parallel, ctypes.c_void_p).value or 0, path
         except (OSError, AttributeError):
@@ -50,12 +54,8 @@ def available_isas() -> list[str]:
 
 
 def _raise_unavailable(name: str) -> None:
-    import os
-
     asked = f"MGT_ISA={os.environ.get('MGT_ISA')}" if name == "auto" else f"backend={name!r}"
-    raise RuntimeError(
-        f"{asked} asks for an instruction set that this processor lacks; available: {available_isas()}"
-    )
+    raise RuntimeError(f"{asked} asks for an instruction set that this processor lacks; available: {available_isas()}")
 
 
 def _threads() -> tuple[int, int]:
@@ -65,7 +65,8 @@ def _threads() -> tuple[int, int]:
 def _half(logits: Tensor | None) -> tuple[int, int, int, int]:
     if logits is None:
         return 0, 0, 0, 0
-    return (logits.data_ptr(), *logits.stride())
+    stride_sample, stride_position, stride_token = logits.stride()
+    return logits.data_ptr(), stride_sample, stride_position, stride_token
 
 
 def _where(index: int, num_positions: int) -> str:
@@ -134,9 +135,10 @@ def mask_by_confidence(
     token_ids, logprob = token_ids.contiguous(), logprob.contiguous()
     mask_len, seed = mask_len.contiguous(), seed.contiguous()
     tokens = torch.empty_like(token_ids)
+    num_samples, num_positions = token_ids.shape
     status, index = _C.mask_by_confidence(
-        ISAS.index(isa), *_threads(), *token_ids.shape, token_ids.data_ptr(), logprob.data_ptr(), mask_len.data_ptr(),
-        seed.data_ptr(), mask_token_id, step, temperature, tokens.data_ptr(), tokens.numel(),
+        ISAS.index(isa), *_threads(), num_samples, num_positions, token_ids.data_ptr(), logprob.data_ptr(),
+        mask_len.data_ptr(), seed.data_ptr(), mask_token_id, step, temperature, tokens.data_ptr(), tokens.numel(),
     )  # fmt: skip
     if status == 2:
         _raise_unavailable(isa)
@@ -163,11 +165,21 @@ def bad_logprob(row: int, num_positions: int) -> ValueError:
     return ValueError(f"logprob: {_where(row, num_positions)} is NaN; expected nats or +inf for a known position")
 
 
-def philox(seed: int, position: int, step: int, stream: int, first_block: int, num_blocks: int, isa: str = "auto") -> Tensor:
+def philox(
+    seed: int, position: int, step: int, stream: int, first_block: int, num_blocks: int, isa: str = "auto"
+) -> Tensor:
     """Return the Philox4x32-7 words (4, num_blocks) of the counters (first_block + i, position, step, stream)."""
     words = torch.empty(4, num_blocks, dtype=torch.uint32)
     status = _C.philox(
-        ISAS.index(isa), seed, position, step, stream, first_block, num_blocks, words.data_ptr(), words.numel()
+        ISAS.index(isa),
+        seed,
+        position,
+        step,
+        stream,
+        first_block,
+        num_blocks,
+        words.data_ptr(),
+        words.numel(),
     )
     if status:
         raise RuntimeError(f"mgt_philox refused its arguments (status {status})")

@@ -10,6 +10,9 @@ from mgt_kernels import cpu, reference
 BACKENDS = ("auto", "reference", "scalar", "avx2", "avx512", "triton")
 
 _LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_FLOAT32_MAX = torch.finfo(torch.float32).max
+# its inverse is still far from the largest float32
+_SMALLEST_TEMPERATURE = 1e-30
 
 
 def sample_tokens(
@@ -37,7 +40,7 @@ def sample_tokens(
     eps and g are functions of (seed, step, position, token id) alone: a sample's result does not depend on the batch it
     is in, on threads, instruction set or backend. Temperature 0 takes the argmax without g, and logprob is that of
     temperature 1. A logit of -inf (in either half) forbids its token; mask_token_id is never drawn. On CUDA, where
-    raising would wait for the device, a bad row gives mask_token_id and logprob NaN.
+    raising would wait for the device, a bad row gives mask_token_id and logprob NaN, and known tokens go unchecked.
 
     Args:
         logits: (B, N, V) float32, bfloat16 or float16, with unit stride over V or over N (then read without a copy).
@@ -48,7 +51,7 @@ def sample_tokens(
         uncond_logits: (B, N, V) of the same dtype and device, or None for no guidance.
         guidance_scale: finite.
         noise_scale: standard deviation of the Gaussian logit noise, >= 0 (arXiv 2411.10781, noise regularization).
-        temperature: >= 0.
+        temperature: 0, or at least 1e-30.
         backend: "auto" (CPU: the best instruction set, or MGT_ISA; CUDA: Triton), or one of "reference", "scalar",
             "avx2", "avx512", "triton".
 
@@ -73,7 +76,7 @@ def sample_tokens(
     _check_strides(logits, uncond_logits)
     _check_range("guidance_scale", guidance_scale, -math.inf)
     _check_range("noise_scale", noise_scale, 0)
-    _check_range("temperature", temperature, 0)
+    _check_temperature(temperature)
     seed = _check_seed(seed, batch, logits.device)
     _check_step(step)
     return torch.ops.mgt_kernels.sample_tokens(
@@ -105,7 +108,8 @@ def mask_by_confidence(
         token_ids: (B, N) int64, as `sample_tokens` returns them.
         logprob: (B, N) float32 in nats, +inf at known positions.
         mask_len: how many positions stay masked, within [0, positions whose logprob is not +inf]; an int for all
-            samples or (B,) int64. (On CUDA a larger value masks every such position: checking would wait for the device.)
+            samples or (B,) int64. (On CUDA, where checking would wait for the device, a larger value masks every such
+            position and NaN ranks lowest.)
         mask_token_id: what masked positions hold.
         temperature: of the confidence noise, >= 0.
         seed: one seed for the whole batch, or (B,) int64.
@@ -131,7 +135,14 @@ def mask_by_confidence(
     seed = _check_seed(seed, batch, token_ids.device)
     _check_step(step)
     return torch.ops.mgt_kernels.mask_by_confidence(
-        token_ids, logprob, mask_len, seed, step, mask_token_id, temperature, _check_backend(backend, token_ids.device)
+        token_ids,
+        logprob,
+        mask_len,
+        seed,
+        step,
+        mask_token_id,
+        temperature,
+        _check_backend(backend, token_ids.device),
     )
 
 
@@ -169,13 +180,20 @@ def _check_strides(logits: Tensor, uncond_logits: Tensor | None) -> None:
 def _check_range(name: str, value: float, low: float) -> None:
     if not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not (math.isfinite(value) and value >= low):
-        wanted = "a finite number" if low == -math.inf else f"a finite number >= {low}"
+    # the kernels compute in float32; comparisons, unlike math.isfinite, are traced by torch.compile
+    if not (low <= value <= _FLOAT32_MAX and value >= -_FLOAT32_MAX):
+        wanted = "a finite number" if low == -math.inf else f"a finite number >= {low:g}"
         raise ValueError(f"{name}: expected {wanted}, got {value}")
 
 
+def _check_temperature(temperature: float) -> None:
+    _check_range("temperature", temperature, 0)
+    if 0 < temperature < _SMALLEST_TEMPERATURE:
+        raise ValueError(f"temperature: expected 0 or at least {_SMALLEST_TEMPERATURE}, got {temperature}")
+
+
 def _per_sample(name: str, value: int | Tensor, batch: int, device: torch.device) -> Tensor:
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, int):
         return torch.full((batch,), value, dtype=torch.int64, device=device)
     _check_tensor(name, value, 1, (torch.int64,), device)
     _check_shape(name, value, (batch,))
@@ -231,7 +249,7 @@ def _sample_tokens(
             raise cpu.bad_token(tokens, int(outside[0]), logits.shape[-1], mask_token_id)
         if bad_row >= 0:
             raise cpu.bad_logits(bad_row, tokens.shape[1])
-        return token_ids, logprob.float()
+        return token_ids.contiguous(), logprob.float().contiguous()
     if logits.is_cuda:
         from mgt_kernels import triton
 
@@ -239,13 +257,22 @@ def _sample_tokens(
             logits, tokens, seed, step, mask_token_id, uncond_logits, guidance_scale, noise_scale, temperature
         )
     return cpu.sample_tokens(
-        logits, tokens, seed, step, mask_token_id, uncond_logits, guidance_scale, noise_scale, temperature, backend
+        logits,
+        tokens,
+        seed,
+        step,
+        mask_token_id,
+        uncond_logits,
+        guidance_scale,
+        noise_scale,
+        temperature,
+        backend,
     )
 
 
 @_sample_tokens.register_fake
 def _(logits, tokens, *_):  # type: ignore[no-untyped-def]
-    return torch.empty_like(tokens), torch.empty_like(tokens, dtype=torch.float32)
+    return tokens.new_empty(tokens.shape), tokens.new_empty(tokens.shape, dtype=torch.float32)
 
 
 @torch.library.custom_op("mgt_kernels::mask_by_confidence", mutates_args=())
@@ -266,7 +293,13 @@ def _mask_by_confidence(
         if logprob.isnan().any():
             raise cpu.bad_logprob(int(logprob.flatten().isnan().nonzero()[0]), logprob.shape[1])
         return reference.mask_by_confidence(
-            token_ids, logprob, mask_len, mask_token_id=mask_token_id, temperature=temperature, seed=seed, step=step
+            token_ids,
+            logprob,
+            mask_len,
+            mask_token_id=mask_token_id,
+            temperature=temperature,
+            seed=seed,
+            step=step,
         )
     if token_ids.is_cuda:
         from mgt_kernels import triton
@@ -277,4 +310,4 @@ def _mask_by_confidence(
 
 @_mask_by_confidence.register_fake
 def _(token_ids, *_):  # type: ignore[no-untyped-def]
-    return torch.empty_like(token_ids)
+    return token_ids.new_empty(token_ids.shape)

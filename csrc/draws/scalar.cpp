@@ -18,4 +18,3 @@ void gaussian_scalar(const DrawPoint& point, int64_t num_tokens, float* noise) {
 }
 
 }  // namespace mgt
-

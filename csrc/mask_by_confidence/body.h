@@ -1,7 +1,7 @@
 // mask_by_confidence, written once against the lanes of simd_*.h.
 //
-// Bound by: the arithmetic of one Gumbel draw per position; the selection is four counting passes over 32-bit keys, which
-// are kept in the output until the tokens overwrite them, so that nothing is allocated.
+// Bound by: the arithmetic of one Gumbel draw per position; the selection is four counting passes over 32-bit keys,
+// which are kept in the output until the tokens overwrite them, so that nothing is allocated.
 #pragma once
 
 namespace mgt {

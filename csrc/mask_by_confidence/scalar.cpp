@@ -13,4 +13,3 @@ void mask_by_confidence_scalar(const mgt_mask_by_confidence_args& args, int64_t 
 }
 
 }  // namespace mgt
-

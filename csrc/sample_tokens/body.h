@@ -1,9 +1,9 @@
 // sample_tokens, written once against the lanes of simd_*.h.
 //
-// Bound by: DRAM reads of both guidance halves while the draw stays cheap (peaked logits), by Philox's multiplications on
-// flat logits, by Philox and Box-Muller with noise on. A row passes through in tiles of 2048 columns that stay in L1:
-// guided logits, their maximum, then exp for the logsumexp and a test per column that rules out nearly all of them before
-// any logarithm is taken.
+// Bound by: DRAM reads of both guidance halves while the draw stays cheap (peaked logits), by Philox's multiplications
+// on flat logits, by Philox and Box-Muller with noise on. A row passes through in tiles of 2048 columns that stay in
+// L1: guided logits, their maximum, then exp for the logsumexp and a test per column that rules out nearly all of them
+// before any logarithm is taken.
 #pragma once
 
 namespace mgt {
@@ -27,10 +27,11 @@ inline float gumbel_at(const PhiloxKey& key, int64_t column) {
   return gumbel<Lane1>(philox<Lane1>(block, key).word[column / kWordWidth % 4]);
 }
 
-// Column j beats the best score b only if E_j <= exp(l_j - b), and E_j >= w_j, so word_j < exp(l_j - b) 2^32 is necessary.
-// The slack covers the rounding of the scores, of l - max and of exp; too large a value only costs time.
+// Column j beats the best score b only if E_j <= exp(l_j - b), and E_j >= w_j, so word_j < exp(l_j - b) 2^32 is
+// necessary. The slack covers the rounding of the scores, of l - max and of exp; too large a value only costs time.
 inline float race_scale(float max, float best_score) {
-  const double slack = 2e-5 + 2.5e-7 * (std::fabs(static_cast<double>(max)) + std::fabs(static_cast<double>(best_score)));
+  const double slack =
+      2e-5 + 2.5e-7 * (std::fabs(static_cast<double>(max)) + std::fabs(static_cast<double>(best_score)));
   return static_cast<float>(std::exp(static_cast<double>(max) - best_score + slack) * 4294967296.0);
 }
 
@@ -69,8 +70,8 @@ int64_t first_equal(const float* tile, int64_t width, float value) {
   return -1;
 }
 
-// Columns this far below the largest logit change no bit of the logsumexp (2^31 exp(-45) < 2^-32) and cannot win: the best
-// score is at least max - 3.2 and the noise at most 22.9.
+// Columns this far below the largest logit change no bit of the logsumexp (2^31 exp(-45) < 2^-32) and cannot win: the
+// best score is at least max - 3.2 and the noise at most 22.9.
 constexpr float kNegligible = 30.0f;
 
 struct Prefetch {
@@ -246,8 +247,8 @@ void stage_token_major(const Source& source, int64_t position, int64_t first_col
   stage_by_element(source, position, first_column + j, width - j, tile + j);
 }
 
-// Neighbouring positions together: a cache line of the logits holds one column of 16 of them, and a memory page, which the
-// next column has left, is worth several lines.
+// Neighbouring positions together: a cache line of the logits holds one column of 16 of them, and a memory page, which
+// the next column has left, is worth several lines.
 template <class S, mgt_dtype dtype>
 void stage_position_major(const Source& source, int64_t position, int64_t count, int64_t first_column, int64_t width,
                           float (*tiles)[kTileWidth]) {
@@ -284,7 +285,8 @@ void finish_tile(const mgt_sample_tokens_args& args, const PhiloxKey& noise_key,
   if (mask_column >= 0 && mask_column < width) tile[mask_column] = -kInfinity;
 }
 
-// the tile that this row, or the next position where it is masked too, reads next: fetched while the current one computes
+// the tile that this row, or the next position where it is masked too, reads next: fetched while the current one
+// computes
 template <mgt_dtype dtype>
 Prefetch next_tile(const mgt_sample_tokens_args& args, const Source& source, const int64_t* tokens, int64_t position,
                    int64_t column) {
@@ -301,7 +303,8 @@ Prefetch next_tile(const mgt_sample_tokens_args& args, const Source& source, con
 }
 
 template <class S, mgt_dtype dtype>
-int64_t sample_groups(const mgt_sample_tokens_args& args, int64_t begin, int64_t end, int64_t* token_ids, float* logprob) {
+int64_t sample_groups(const mgt_sample_tokens_args& args, int64_t begin, int64_t end, int64_t* token_ids,
+                      float* logprob) {
   const bool by_row = token_major(args);
   const int64_t group_size = by_row ? 1 : kGroupPositions;
   const int64_t num_groups = groups_per_sample(args);
@@ -343,8 +346,8 @@ int64_t sample_groups(const mgt_sample_tokens_args& args, int64_t begin, int64_t
       else
         stage_position_major<S, dtype>(source, first, count, first_column, width, tiles);
 
-      const Prefetch prefetch =
-          by_row ? next_tile<dtype>(args, source, tokens, first, first_column + width) : Prefetch{{nullptr, nullptr}, 0};
+      const Prefetch prefetch = by_row ? next_tile<dtype>(args, source, tokens, first, first_column + width)
+                                       : Prefetch{{nullptr, nullptr}, 0};
       for (int64_t i = 0; i < count; ++i) {
         if (!masked[i] || !good[i]) continue;
         const auto position = static_cast<uint32_t>(first + i);
@@ -353,7 +356,8 @@ int64_t sample_groups(const mgt_sample_tokens_args& args, int64_t begin, int64_t
         finish_tile<S>(args, noise_key, first_column, width, tiles[i]);
         good[i] = consume_tile<S>(tiles[i], width, first_column, token_key, greedy, prefetch, rows[i]);
         if (!good[i]) {
-          // NaN or +inf: of forbidden tokens (then the rules give -inf, at the price of a slow reading) or of bad logits
+          // NaN or +inf: of forbidden tokens (then the rules give -inf, at the price of a slow reading) or of bad
+          // logits
           stage_by_element(source, first + i, first_column, width, tiles[i]);
           finish_tile<S>(args, noise_key, first_column, width, tiles[i]);
           good[i] = consume_tile<S>(tiles[i], width, first_column, token_key, greedy, Prefetch{{}, 0}, rows[i]);
@@ -378,7 +382,8 @@ int64_t sample_groups(const mgt_sample_tokens_args& args, int64_t begin, int64_t
 }
 
 template <class S>
-int64_t sample_tokens(const mgt_sample_tokens_args& args, int64_t begin, int64_t end, int64_t* token_ids, float* logprob) {
+int64_t sample_tokens(const mgt_sample_tokens_args& args, int64_t begin, int64_t end, int64_t* token_ids,
+                      float* logprob) {
   switch (args.dtype) {
     case MGT_BFLOAT16: return sample_groups<S, MGT_BFLOAT16>(args, begin, end, token_ids, logprob);
     case MGT_FLOAT16: return sample_groups<S, MGT_FLOAT16>(args, begin, end, token_ids, logprob);

@@ -1,5 +1,5 @@
-// sample_tokens: one entry per instruction set. A group is the rows that are read together: one row where the logits have
-// unit stride over tokens, 32 neighbouring positions where they have unit stride over positions.
+// sample_tokens: one entry per instruction set. A group is the rows that are read together: one row where the logits
+// have unit stride over tokens, 32 neighbouring positions where they have unit stride over positions.
 #pragma once
 
 #include "mgt_kernels.h"
@@ -17,8 +17,8 @@ inline int64_t groups_per_sample(const mgt_sample_tokens_args& args) {
   return token_major(args) ? args.num_positions : (args.num_positions + kGroupPositions - 1) / kGroupPositions;
 }
 
-// Fills token_ids and logprob for groups [begin, end) of all samples' groups; returns the first row b * N + n whose logits
-// are bad, or -1.
+// Fills token_ids and logprob for groups [begin, end) of all samples' groups; returns the first row b * N + n whose
+// logits are bad, or -1.
 using SampleTokens = int64_t (*)(const mgt_sample_tokens_args& args, int64_t begin, int64_t end, int64_t* token_ids,
                                  float* logprob);
 int64_t sample_tokens_scalar(const mgt_sample_tokens_args&, int64_t, int64_t, int64_t*, float*);

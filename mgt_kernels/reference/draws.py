@@ -48,17 +48,17 @@ def philox(seed: Tensor, block: Tensor, position: Tensor, step: int, stream: int
 
 
 def _column_words(seed: Tensor, num_positions: int, num_tokens: int, step: int, stream: int) -> Tensor:
-    """Words of all columns: (4, B, N, ceil(V / 2048) * 512), by word."""
-    num_blocks = -(-num_tokens // (4 * WORD_WIDTH)) * WORD_WIDTH
-    block = torch.arange(num_blocks, device=seed.device)
+    """All words of the blocks that the columns need: (4, B, N, num_blocks)."""
+    full_tiles, rest = divmod(num_tokens, 4 * WORD_WIDTH)
+    block = torch.arange(full_tiles * WORD_WIDTH + min(rest, WORD_WIDTH), device=seed.device)
     position = torch.arange(num_positions, device=seed.device)[:, None]
     return torch.stack(philox(seed[:, None, None], block, position, step, stream))
 
 
 def _to_columns(words: Tensor, num_tokens: int) -> Tensor:
-    _, b, n, _ = words.shape
-    tiles = words.view(4, b, n, -1, WORD_WIDTH).permute(1, 2, 3, 0, 4)
-    return tiles.reshape(b, n, -1)[..., :num_tokens]
+    """Pick each column's own word: (4, B, N, num_blocks) to (B, N, V)."""
+    c = torch.arange(num_tokens, device=words.device)
+    return words[c // WORD_WIDTH % 4, :, :, c // (4 * WORD_WIDTH) * WORD_WIDTH + c % WORD_WIDTH].permute(1, 2, 0)
 
 
 def _uniform(word: Tensor) -> Tensor:

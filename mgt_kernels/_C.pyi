@@ -1,0 +1,50 @@
+def version() -> str: ...
+def resolve_isa(requested: int) -> tuple[int, int]: ...
+def sample_tokens(
+    isa: int,
+    num_threads: int,
+    parallel: int,
+    shape: tuple[int, ...],
+    dtype: int,
+    cond: tuple[int, ...],
+    uncond: tuple[int, ...],
+    tokens: int,
+    seeds: int,
+    mask_token_id: int,
+    step: int,
+    guidance_scale: float,
+    noise_scale: float,
+    temperature: float,
+    token_ids: int,
+    token_ids_length: int,
+    logprob: int,
+    logprob_length: int,
+) -> tuple[int, int]: ...
+def mask_by_confidence(
+    isa: int,
+    num_threads: int,
+    parallel: int,
+    num_samples: int,
+    num_positions: int,
+    token_ids: int,
+    logprob: int,
+    mask_len: int,
+    seeds: int,
+    mask_token_id: int,
+    step: int,
+    temperature: float,
+    tokens: int,
+    tokens_length: int,
+) -> tuple[int, int]: ...
+def philox(
+    isa: int,
+    seed: int,
+    position: int,
+    step: int,
+    stream: int,
+    first_block: int,
+    num_blocks: int,
+    words: int,
+    words_length: int,
+) -> int: ...
+def gaussian(isa: int, seed: int, position: int, step: int, noise: int, noise_length: int) -> int: ...
