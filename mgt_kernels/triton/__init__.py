@@ -1,0 +1,11 @@
+"""The CUDA backend: a Triton kernel and its launcher per op; token ids equal the CPU's bit for bit."""
+
+try:
+    import triton as _  # noqa: F401
+except ImportError as error:
+    raise RuntimeError("tensors on CUDA need Triton: pip install mgt-kernels[gpu]") from error
+
+from mgt_kernels.triton.mask_by_confidence import mask_by_confidence
+from mgt_kernels.triton.sample_tokens import sample_tokens
+
+__all__ = ["mask_by_confidence", "sample_tokens"]
