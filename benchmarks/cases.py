@@ -1,0 +1,233 @@
+"""The cases: op, real model shape, peers, bytes moved, and the target each is held to."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import mgt_kernels
+from mgt_kernels import cpu, reference
+
+Run = Callable[[], object]
+
+# aMUSEd's and Meissonic's: 8192 codes, the mask beyond them
+CODEBOOK_SIZE, MASK_TOKEN_ID = 8192, 8255
+NUM_STEPS = 12
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a case is held to: `figure` against `peer` (its time over ours), or our median in ms where peer is ""."""
+
+    figure: float
+    peer: str = ""
+
+    def met(self, ratios: dict[str, float], median_ms: float) -> bool:
+        """Whether the figures of one run reach the target."""
+        return ratios[self.peer] >= self.figure if self.peer else median_ms <= self.figure
+
+    def __str__(self) -> str:
+        return f">= {self.figure:g}x {self.peer}" if self.peer else f"<= {self.figure:g} ms"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to time. `check` raises where ours computes something else than the oracle."""
+
+    name: str
+    ours: Run
+    peers: dict[str, Run]
+    check: Run
+    bytes_moved: int
+    num_positions: int
+    targets: tuple[Target, ...] = field(default=())
+
+
+@cache
+def logits_pair(batch: int, height: int, codebook_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Conditional and unconditional logits (B, V, H, W), std 2, in channels_last memory as the models produce them."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch, height, height, codebook_size)
+    cond, uncond = (torch.randn(shape, generator=generator).mul_(2).to(dtype).permute(0, 3, 1, 2) for _ in range(2))
+    return cond, uncond
+
+
+@cache
+def masked_tokens(batch: int, height: int, share: float) -> Tensor:
+    """Tokens (B, H, W) of which `share` is masked, spread at random."""
+    generator = torch.Generator().manual_seed(1)
+    chance = torch.rand(batch, height, height, generator=generator)
+    return torch.where(chance < share, MASK_TOKEN_ID, 0)
+
+
+def as_rows(logits: Tensor) -> Tensor:
+    """View (B, V, H, W) as (B, N, V)."""
+    batch, codebook_size, height, width = logits.shape
+    return logits.reshape(batch, codebook_size, height * width).permute(0, 2, 1)
+
+
+def our_step(
+    cond: Tensor,
+    uncond: Tensor,
+    tokens: Tensor,
+    guidance_scale: float,
+    noise_scale: float,
+    backend: str = "auto",
+) -> Tensor:
+    """Guidance, draw, confidence and re-masking of one step."""
+    flat = tokens.flatten(1)
+    token_ids, logprob = mgt_kernels.sample_tokens(
+        as_rows(cond), flat, uncond_logits=as_rows(uncond), mask_token_id=MASK_TOKEN_ID, seed=0, step=0,
+        guidance_scale=guidance_scale, noise_scale=noise_scale, backend=backend,
+    )  # fmt: skip
+    mask_len = (flat == MASK_TOKEN_ID).sum(-1) * 99 // 100
+    return mgt_kernels.mask_by_confidence(
+        token_ids,
+        logprob,
+        mask_len,
+        mask_token_id=MASK_TOKEN_ID,
+        temperature=2.0,
+        seed=0,
+        step=0,
+        backend=backend,
+    )
+
+
+def check_step(cond: Tensor, uncond: Tensor, tokens: Tensor, guidance_scale: float, noise_scale: float) -> None:
+    """Compare the first 16 positions of the draw with the float64 oracle, and count what is masked again."""
+    flat = tokens.flatten(1)
+    token_ids, logprob = mgt_kernels.sample_tokens(
+        as_rows(cond), flat, uncond_logits=as_rows(uncond), mask_token_id=MASK_TOKEN_ID, seed=0, step=0,
+        guidance_scale=guidance_scale, noise_scale=noise_scale,
+    )  # fmt: skip
+    some = slice(0, 16)
+    expected, truth, _ = reference.sample_tokens(
+        as_rows(cond)[:, some], flat[:, some], uncond_logits=as_rows(uncond)[:, some], mask_token_id=MASK_TOKEN_ID,
+        seed=torch.zeros(len(cond), dtype=torch.int64), step=0, guidance_scale=guidance_scale, noise_scale=noise_scale,
+    )  # fmt: skip
+    if not torch.equal(token_ids[:, some], expected):
+        raise AssertionError("token ids differ from the oracle's")
+    if not torch.allclose(logprob[:, some].double(), truth, atol=1e-4, rtol=0):
+        raise AssertionError("logprob differs from the oracle's")
+    masked = (our_step(cond, uncond, tokens, guidance_scale, noise_scale) == MASK_TOKEN_ID).sum(-1)
+    if not torch.equal(masked, (flat == MASK_TOKEN_ID).sum(-1) * 99 // 100):
+        raise AssertionError("the number of masked positions is wrong")
+
+
+def pytorch_step(cond: Tensor, uncond: Tensor, tokens: Tensor, guidance_scale: float, noise_scale: float) -> Tensor:
+    """The same step as PyTorch users write it: softmax, multinomial, gather, Gumbel noise, sort."""
+    logits = as_rows(uncond + guidance_scale * (cond - uncond))
+    if noise_scale:
+        logits = logits + noise_scale * torch.randn_like(logits)
+    flat = tokens.flatten(1)
+    probs = logits.float().softmax(-1)
+    drawn = torch.multinomial(probs.flatten(0, 1), 1).view_as(flat)
+    masked = flat == MASK_TOKEN_ID
+    logprob = probs.gather(-1, drawn[..., None])[..., 0].log().masked_fill(~masked, torch.inf)
+    noise = -torch.log(-torch.log(torch.rand_like(logprob)))
+    order = (logprob + 2.0 * noise).argsort(-1)
+    mask_len = masked.sum(-1, keepdim=True) * 99 // 100
+    rank = torch.empty_like(order).scatter_(-1, order, torch.arange(order.shape[-1]).expand_as(order))
+    return torch.where(rank < mask_len, MASK_TOKEN_ID, torch.where(masked, drawn, flat))
+
+
+def diffusers_step() -> Callable[[Tensor, Tensor, Tensor, float, float], Tensor]:
+    """Guidance expression + AmusedScheduler.step, as the aMUSEd and Meissonic pipelines run them."""
+    from diffusers import AmusedScheduler
+
+    scheduler: Any = AmusedScheduler(mask_token_id=MASK_TOKEN_ID)
+    scheduler.set_timesteps(NUM_STEPS)
+
+    def step(cond: Tensor, uncond: Tensor, tokens: Tensor, guidance_scale: float, noise_scale: float) -> Tensor:
+        logits = uncond + guidance_scale * (cond - uncond)
+        if noise_scale:
+            logits = logits + noise_scale * torch.randn_like(logits)
+        return scheduler.step(logits, scheduler.timesteps[0], tokens).prev_sample
+
+    return step
+
+
+@cache
+def step_peers() -> dict[str, Callable[..., Tensor]]:
+    """The peers of a step; diffusers only where it is installed."""
+    peers: dict[str, Callable[..., Tensor]] = {"pytorch": pytorch_step}
+    try:
+        peers["diffusers"] = diffusers_step()
+    except ImportError:
+        print("peer diffusers skipped: not installed (pip install mgt-kernels[diffusers])")
+    return peers
+
+
+def step_case(
+    name: str,
+    *,
+    height: int = 64,
+    codebook_size: int = CODEBOOK_SIZE,
+    dtype: torch.dtype = torch.float32,
+    share: float = 1.0,
+    guidance_scale: float = 9.0,
+    noise_scale: float = 0.0,
+    against: dict[str, float] | None = None,
+    targets: tuple[Target, ...] = (),
+    backend: str = "auto",
+) -> Case:
+    """One whole step at B=1.
+
+    Peers are PyTorch's and diffusers' chains, or, where `against` is given, our own fp32 step at its guidance scale.
+    """
+    cond, uncond = logits_pair(1, height, codebook_size, dtype)
+    tokens = masked_tokens(1, height, share)
+    inputs = (cond, uncond, tokens, guidance_scale, noise_scale)
+    if against is None:
+        peers: dict[str, Run] = {peer: partial(run, *inputs) for peer, run in step_peers().items()}
+    else:
+        peers = {peer: ours_fp32(scale) for peer, scale in against.items()}
+    # every masked row of both halves is read once; tokens in, ids, logprob and tokens out are 28 bytes a position
+    num_masked = int((tokens == MASK_TOKEN_ID).sum())
+    bytes_moved = 2 * num_masked * codebook_size * cond.element_size() + 28 * tokens.numel()
+    return Case(
+        name,
+        lambda: our_step(*inputs, backend=backend),
+        peers,
+        lambda: check_step(*inputs),
+        bytes_moved,
+        tokens.numel(),
+        targets if all(target.peer in ("", *peers) for target in targets) else (),
+    )
+
+
+def ours_fp32(guidance_scale: float) -> Run:
+    """Our own step with every position masked, as the yardstick of the other cases."""
+    inputs = (*logits_pair(1, 64, CODEBOOK_SIZE, torch.float32), masked_tokens(1, 64, 1.0))
+    return lambda: our_step(*inputs, guidance_scale, 0.0)
+
+
+def builders() -> dict[str, Callable[[str], Case]]:
+    """Builder of every case by name, so that a filter can leave cases unbuilt."""
+    big = "N=4096 V=8192"
+    cases: dict[str, Callable[[str], Case]] = {
+        f"step fp32 flat, {big}": partial(step_case, guidance_scale=1.0, targets=(Target(50, "diffusers"),)),
+        f"step fp32 guided, {big}": partial(step_case, targets=(Target(65, "diffusers"),)),
+        f"step fp32 guided + noise, {big}": partial(step_case, noise_scale=1.0, targets=(Target(40, "diffusers"),)),
+        f"step bf16 guided, {big}": partial(
+            step_case, dtype=torch.bfloat16, against={"ours fp32": 9.0}, targets=(Target(1.4, "ours fp32"),)
+        ),
+    }
+    for share in (0.5, 0.25, 0.1):
+        # proportional: at most a quarter more than the masked share of the time
+        cases[f"step fp32 guided, {share:.0%} masked, {big}"] = partial(
+            step_case, share=share, against={"ours all masked": 9.0}, targets=(Target(0.8 / share, "ours all masked"),)
+        )
+    for isa in cpu.available_isas():
+        if isa != cpu.resolve_isa():
+            targets = (Target(1 / 2.5, "ours"),) if isa == "avx2" else ()
+            cases[f"step fp32 flat, {isa}, {big}"] = partial(
+                step_case, guidance_scale=1.0, backend=isa, against={"ours": 1.0}, targets=targets
+            )
+    cases["step fp32 guided, N=1024 V=8192"] = partial(step_case, height=32)
+    cases["step fp32 guided, N=256 V=8192"] = partial(step_case, height=16)
+    cases["step fp32 guided, N=256 V=1024"] = partial(step_case, height=16, codebook_size=1024, targets=(Target(1.0),))
+    return cases
