@@ -1,0 +1,36 @@
+# A fresh clone needs Python with venv and a C++17 compiler; everything else is installed into .venv.
+PYTHON ?= python3
+VENV ?= .venv
+# one build of the package works with every torch >= 2.10; this one is what the tests run on
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+
+.PHONY: demo test bench lint evaluate clean
+
+$(VENV)/installed: pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet --editable '.[test,lint]'
+	touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/mgt sample --class all --num-images 40 --steps 12 --guidance-scale 3 --seed 0 --out grid.png
+
+test: $(VENV)/installed
+	$(BIN)/pytest
+
+bench: $(VENV)/installed
+	$(BIN)/python -m benchmarks --csv benchmarks.csv
+
+evaluate: $(VENV)/installed
+	$(BIN)/mgt evaluate
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp
+	$(BIN)/mypy mgt_kernels python_api/mgt_sampler benchmarks
+
+clean:
+	rm -rf $(VENV) build *.egg-info mgt_kernels/_C.*
