@@ -20,12 +20,25 @@ constexpr uint32_t kPhiloxMul1 = 0xCD9E8D57u;
 constexpr uint32_t kPhiloxKey0 = 0x9E3779B9u;
 constexpr uint32_t kPhiloxKey1 = 0xBB67AE85u;
 
-// what one row (sample, position) of draws shares
+// What all blocks of one row (sample, position) share. The first two rounds see mostly constants: what does not depend
+// on the block is worked out once, and the lanes start from these.
 struct PhiloxKey {
-  uint64_t seed;
-  uint32_t position;
-  uint32_t step;
-  uint32_t stream;
+  PhiloxKey(uint64_t seed, uint32_t position, uint32_t step, uint32_t stream) {
+    uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
+    const uint64_t product1 = uint64_t{kPhiloxMul1} * step;
+    const uint64_t product0 = uint64_t{kPhiloxMul0} * (static_cast<uint32_t>(product1 >> 32) ^ position ^ key0);
+    round1_c2 = stream ^ key1;
+    key0 += kPhiloxKey0, key1 += kPhiloxKey1;
+    round2_c0 = static_cast<uint32_t>(product1) ^ key0;
+    round2_c2 = static_cast<uint32_t>(product0 >> 32) ^ key1;
+    round2_c3 = static_cast<uint32_t>(product0);
+    for (int round = 2; round < kPhiloxRounds; ++round) {
+      round_key0[round - 2] = key0 += kPhiloxKey0;
+      round_key1[round - 2] = key1 += kPhiloxKey1;
+    }
+  }
+  uint32_t round1_c2, round2_c0, round2_c2, round2_c3;
+  uint32_t round_key0[kPhiloxRounds - 2], round_key1[kPhiloxRounds - 2];
 };
 
 template <class S>
@@ -33,10 +46,9 @@ struct PhiloxWords {
   typename S::U word[4];
 };
 
-// one round; the keys step on for the next
 template <class S>
-MGT_INLINE void philox_round(typename S::U& c0, typename S::U& c1, typename S::U& c2, typename S::U& c3, uint32_t& key0,
-                             uint32_t& key1) {
+MGT_INLINE void philox_round(typename S::U& c0, typename S::U& c1, typename S::U& c2, typename S::U& c3, uint32_t key0,
+                             uint32_t key1) {
   typename S::U hi0, lo0, hi1, lo1;
   S::mulhilo(c0, kPhiloxMul0, hi0, lo0);
   S::mulhilo(c2, kPhiloxMul1, hi1, lo1);
@@ -44,31 +56,22 @@ MGT_INLINE void philox_round(typename S::U& c0, typename S::U& c1, typename S::U
   c1 = lo1;
   c2 = S::bit_xor3(hi0, c3, S::set_u(key1));
   c3 = lo0;
-  key0 += kPhiloxKey0, key1 += kPhiloxKey1;
 }
 
 template <class S>
 MGT_INLINE PhiloxWords<S> philox(typename S::U block, const PhiloxKey& key) {
   using U = typename S::U;
-  uint32_t key0 = static_cast<uint32_t>(key.seed), key1 = static_cast<uint32_t>(key.seed >> 32);
-  // in the first two rounds half of the state is the same for all lanes and is computed once
-  const uint64_t product = uint64_t{kPhiloxMul1} * key.step;
-  const uint32_t shared0 = static_cast<uint32_t>(product >> 32) ^ key.position ^ key0;
-  const uint32_t shared1 = static_cast<uint32_t>(product);
-  U hi0, lo0, hi1, lo1;
-  S::mulhilo(block, kPhiloxMul0, hi0, lo0);
-  U c2 = S::bit_xor(hi0, S::set_u(key.stream ^ key1));
-  U c3 = lo0;
-  key0 += kPhiloxKey0, key1 += kPhiloxKey1;
-  const uint64_t shared_product = uint64_t{kPhiloxMul0} * shared0;
-  S::mulhilo(c2, kPhiloxMul1, hi1, lo1);
-  U c0 = S::bit_xor(hi1, S::set_u(shared1 ^ key0));
-  U c1 = lo1;
-  c2 = S::bit_xor(c3, S::set_u(static_cast<uint32_t>(shared_product >> 32) ^ key1));
-  c3 = S::set_u(static_cast<uint32_t>(shared_product));
-  key0 += kPhiloxKey0, key1 += kPhiloxKey1;
+  U hi, c3;
+  S::mulhilo(block, kPhiloxMul0, hi, c3);
+  U c2 = S::bit_xor(hi, S::set_u(key.round1_c2));
+  U c1;
+  S::mulhilo(c2, kPhiloxMul1, hi, c1);
+  U c0 = S::bit_xor(hi, S::set_u(key.round2_c0));
+  c2 = S::bit_xor(c3, S::set_u(key.round2_c2));
+  c3 = S::set_u(key.round2_c3);
 #pragma GCC unroll 8
-  for (int round = 2; round < kPhiloxRounds; ++round) philox_round<S>(c0, c1, c2, c3, key0, key1);
+  for (int round = 2; round < kPhiloxRounds; ++round)
+    philox_round<S>(c0, c1, c2, c3, key.round_key0[round - 2], key.round_key1[round - 2]);
   return {{c0, c1, c2, c3}};
 }
 
@@ -78,7 +81,10 @@ MGT_INLINE typename S::U confidence_word(uint64_t seed, uint32_t first_position,
   using U = typename S::U;
   uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
   U c0 = S::set_u(0u), c1 = S::sequence(first_position), c2 = S::set_u(step), c3 = S::set_u(kStreamConfidence);
-  for (int round = 0; round < kPhiloxRounds; ++round) philox_round<S>(c0, c1, c2, c3, key0, key1);
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    philox_round<S>(c0, c1, c2, c3, key0, key1);
+    key0 += kPhiloxKey0, key1 += kPhiloxKey1;
+  }
   return c0;
 }
 

@@ -54,9 +54,7 @@ def test_gaussian_bits_equal_cpu(seed: int) -> None:
     assert torch.equal(noise.cpu(), cpu.gaussian(seed, 9, 5, 2048, "scalar"))
 
 
-def make_logits(
-    dtype: torch.dtype, num_tokens: int, num_positions: int, position_major: bool, spread: float
-) -> Tensor:
+def make_logits(dtype: torch.dtype, num_tokens: int, num_positions: int, position_major: bool, spread: float) -> Tensor:
     if position_major:
         return (torch.randn(2, num_tokens, num_positions) * spread).to(dtype).transpose(1, 2)
     return (torch.randn(2, num_positions, num_tokens) * spread).to(dtype)
@@ -110,9 +108,7 @@ SAMPLE_CASES = [
     dict(num_tokens=2049, position_major=True, guided=False),
     dict(num_tokens=5000, guided=False, temperature=2.5),
     dict(num_tokens=2304, noise_scale=2.0, temperature=0.8, forbid=True, mask_token_id=3),
-    dict(
-        num_tokens=700, noise_scale=0.3, temperature=0.37, forbid=True, mask_token_id=0, position_major=True
-    ),
+    dict(num_tokens=700, noise_scale=0.3, temperature=0.37, forbid=True, mask_token_id=0, position_major=True),
     dict(num_tokens=2048, guidance_scale=-1.7, forbid=True),
     dict(num_tokens=2048, guidance_scale=0.0, forbid=True),
     # all logits equal: a draw from the noise alone, and the lowest id where there is none
@@ -229,9 +225,7 @@ def test_public_ops_on_the_device_equal_cpu() -> None:
     on_device = mgt_kernels.sample_tokens(logits.cuda(), tokens.cuda(), **options)
     assert torch.equal(on_device[0].cpu(), token_ids)
     masked = mgt_kernels.mask_by_confidence(token_ids, logprob, 20, temperature=1.0, **options)
-    on_device_masked = mgt_kernels.mask_by_confidence(
-        token_ids.cuda(), logprob.cuda(), 20, temperature=1.0, **options
-    )
+    on_device_masked = mgt_kernels.mask_by_confidence(token_ids.cuda(), logprob.cuda(), 20, temperature=1.0, **options)
     assert torch.equal(on_device_masked.cpu(), masked)
 
 
@@ -261,9 +255,7 @@ def test_kernels_in_the_interpreter() -> None:
         "no:cacheprovider",
         str(Path(__file__).resolve()),
     ]
-    done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
-    )
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 20
 
@@ -277,13 +269,9 @@ ARGUMENT_TYPES = {
 SPECIALIZED = re.compile(".*stride_.*|num_tokens|num_positions")
 
 
-def compile_kernel(
-    kernel, capability: int, dtype: str, num_warps: int, constants: dict, fusion: bool = False
-):  # type: ignore[no-untyped-def]
+def compile_kernel(kernel, capability: int, dtype: str, num_warps: int, constants: dict, fusion: bool = False):  # type: ignore[no-untyped-def]
     types = {**ARGUMENT_TYPES, "logits_ptr": dtype, "uncond_ptr": dtype}
-    signature = {
-        name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names
-    }
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
     # as for tensors and rows that start at 16 bytes; without it Triton loads element by element
     aligned = {
         (i,): [["tt.divisibility", 16]]

@@ -6,14 +6,15 @@
 namespace mgt {
 namespace {
 
-MGT_INLINE PhiloxKey key_of(const DrawPoint& point) {
-  return {static_cast<uint64_t>(point.seed), point.position, point.step, point.stream};
+inline PhiloxKey key_of(const DrawPoint& point) {
+  return PhiloxKey(static_cast<uint64_t>(point.seed), point.position, point.step, point.stream);
 }
 
 template <class S>
 void draw_words(const DrawPoint& point, int64_t first_block, int64_t num_blocks, uint32_t* words) {
+  const PhiloxKey key = key_of(point);
   for (int64_t first = 0; first < num_blocks; first += 16) {
-    const PhiloxWords<S> drawn = philox<S>(S::sequence(static_cast<uint32_t>(first_block + first)), key_of(point));
+    const PhiloxWords<S> drawn = philox<S>(S::sequence(static_cast<uint32_t>(first_block + first)), key);
     for (int w = 0; w < 4; ++w) {
       uint32_t word[16];
       S::store_u(word, drawn.word[w]);

@@ -45,6 +45,14 @@ inline void compete(RowState& row, float logit, float score, int64_t token) {
 }
 
 template <class S>
+float largest_lane(typename S::F x) {
+  float lane[16], max = -kInfinity;
+  S::store(lane, x);
+  for (const float value : lane) max = Lane1::max(value, max);
+  return max;
+}
+
+template <class S>
 float tile_max(const float* tile, int64_t width) {
   typename S::F max0 = S::set(-kInfinity), max1 = max0, max2 = max0, max3 = max0;
   int64_t j = 0;
@@ -55,10 +63,7 @@ float tile_max(const float* tile, int64_t width) {
     max3 = S::max(S::load(tile + j + 48), max3);
   }
   for (; j < width; j += 16) max0 = S::max(S::load(tile + j), max0);
-  float lane[16], max = -kInfinity;
-  S::store(lane, S::max(S::max(max0, max1), S::max(max2, max3)));
-  for (const float value : lane) max = Lane1::max(value, max);
-  return max;
+  return largest_lane<S>(S::max(S::max(max0, max1), S::max(max2, max3)));
 }
 
 template <class S>
@@ -70,9 +75,10 @@ int64_t first_equal(const float* tile, int64_t width, float value) {
   return -1;
 }
 
-// Columns this far below the largest logit change no bit of the logsumexp (2^31 exp(-45) < 2^-32) and cannot win: the
-// best score is at least max - 3.2 and the noise at most 22.9.
-constexpr float kNegligible = 30.0f;
+// Groups of columns this far below the largest logit are left out. Together they add less than num_tokens exp(-28),
+// some 7e-13 num_tokens, to a sum of at least 1, and none can win: the best score is at least max - 3.2, the noise at
+// most 22.9.
+constexpr float kNegligible = 28.0f;
 
 struct Prefetch {
   const char* rows[2];
@@ -131,12 +137,12 @@ MGT_INLINE typename S::F race(const float* tile, int64_t k, int64_t first_column
   return sum;
 }
 
-// Takes one tile into the row's state; false where the tile holds NaN or +inf, which leaves max and sum as they were.
+// Takes one tile, whose largest logit is max, into the row's state; false where the tile holds NaN or +inf, which
+// leaves max and sum as they were.
 template <class S>
-bool consume_tile(const float* tile, int64_t width, int64_t first_column, const PhiloxKey& key, bool greedy,
+bool consume_tile(const float* tile, int64_t width, float max, int64_t first_column, const PhiloxKey& key, bool greedy,
                   const Prefetch& prefetch, RowState& row) {
   using F = typename S::F;
-  const float max = tile_max<S>(tile, width);
   if (max == kInfinity) return false;
   if (max == -kInfinity) {
     for (int64_t j = 0; j < width; j += 16)
@@ -159,9 +165,9 @@ bool consume_tile(const float* tile, int64_t width, int64_t first_column, const 
   F acc = S::set(0.0f);
   const int64_t words = std::min(width, kWordWidth);
   for (int64_t k = 0; k < words; k += 16) {
-    for (int64_t offset = 16 * k; offset < std::min(16 * k + 256, prefetch.bytes); offset += 64) {
-      __builtin_prefetch(prefetch.rows[0] + offset, 0, 2);
-      __builtin_prefetch(prefetch.rows[1] + offset, 0, 2);
+    for (int64_t offset = k * prefetch.bytes / words; offset < (k + 16) * prefetch.bytes / words; offset += 64) {
+      __builtin_prefetch(prefetch.rows[0] + offset, 0, 3);
+      __builtin_prefetch(prefetch.rows[1] + offset, 0, 3);
     }
     switch ((width - k + kWordWidth - 1) / kWordWidth) {
       case 4: acc = S::add(acc, race<S, 4>(tile, k, first_column, shift, negligible, key, row)); break;
@@ -231,20 +237,28 @@ inline void stage_by_element(const Source& source, int64_t position, int64_t fir
   for (int64_t j = 0; j < width; ++j) tile[j] = guided_element(source, position, first_column + j);
 }
 
+// Returns the largest logit: of the passes over a tile this is the one that waits for memory, so a maximum costs
+// nothing.
 template <class S, mgt_dtype dtype>
-void stage_token_major(const Source& source, int64_t position, int64_t first_column, int64_t width, float* tile) {
+float stage_token_major(const Source& source, int64_t position, int64_t first_column, int64_t width, float* tile) {
+  using F = typename S::F;
   const int64_t cond = position * source.cond.stride_position + first_column;
   const int64_t uncond = position * source.uncond.stride_position + first_column;
-  const auto scale = S::set(source.guidance_scale);
+  const F scale = S::set(source.guidance_scale);
+  F max0 = S::set(-kInfinity), max1 = max0;
+  const auto stage = [&](int64_t j, F& max) {
+    F logits = load_vector<S, dtype>(source.cond.data, cond + j);
+    if (source.guided) logits = guide<S>(logits, load_vector<S, dtype>(source.uncond.data, uncond + j), scale);
+    S::store(tile + j, logits);
+    max = S::max(logits, max);
+  };
   int64_t j = 0;
-  if (source.guided) {
-    for (; j + 16 <= width; j += 16)
-      S::store(tile + j, guide<S>(load_vector<S, dtype>(source.cond.data, cond + j),
-                                  load_vector<S, dtype>(source.uncond.data, uncond + j), scale));
-  } else {
-    for (; j + 16 <= width; j += 16) S::store(tile + j, load_vector<S, dtype>(source.cond.data, cond + j));
-  }
+  for (; j + 32 <= width; j += 32) stage(j, max0), stage(j + 16, max1);
+  for (; j + 16 <= width; j += 16) stage(j, max0);
   stage_by_element(source, position, first_column + j, width - j, tile + j);
+  float max = largest_lane<S>(S::max(max0, max1));
+  for (; j < width; ++j) max = Lane1::max(tile[j], max);
+  return max;
 }
 
 // Neighbouring positions together: a cache line of the logits holds one column of 16 of them, and a memory page, which
@@ -274,15 +288,20 @@ void stage_position_major(const Source& source, int64_t position, int64_t count,
   }
 }
 
-// what happens to the staged logits of one row before they compete
+// What happens to the staged logits of one row before they compete; `max` is theirs, or NaN where it is not known yet.
+// Returns the largest logit.
 template <class S>
-void finish_tile(const mgt_sample_tokens_args& args, const PhiloxKey& noise_key, int64_t first_column, int64_t width,
-                 float* tile) {
+float finish_tile(const mgt_sample_tokens_args& args, const PhiloxKey& noise_key, int64_t first_column, int64_t width,
+                  float* tile, float max) {
   for (int64_t j = width; j % 16; ++j) tile[j] = -kInfinity;
-  if (args.noise_scale != 0.0f) add_noise<S>(tile, width, first_column, noise_key, args.noise_scale);
-  if (args.temperature != 0.0f && args.temperature != 1.0f) multiply<S>(tile, width, 1.0f / args.temperature);
   const int64_t mask_column = args.mask_token_id - first_column;
-  if (mask_column >= 0 && mask_column < width) tile[mask_column] = -kInfinity;
+  const bool noisy = args.noise_scale != 0.0f;
+  const bool tempered = args.temperature != 0.0f && args.temperature != 1.0f;
+  const bool holds_mask = mask_column >= 0 && mask_column < width;
+  if (noisy) add_noise<S>(tile, width, first_column, noise_key, args.noise_scale);
+  if (tempered) multiply<S>(tile, width, 1.0f / args.temperature);
+  if (holds_mask) tile[mask_column] = -kInfinity;
+  return noisy || tempered || holds_mask || max != max ? tile_max<S>(tile, width) : max;
 }
 
 // the tile that this row, or the next position where it is masked too, reads next: fetched while the current one
@@ -310,6 +329,8 @@ int64_t sample_groups(const mgt_sample_tokens_args& args, int64_t begin, int64_t
   const int64_t num_groups = groups_per_sample(args);
   const bool greedy = args.temperature == 0.0f;
   alignas(64) float tiles[kGroupPositions][kTileWidth];
+  RowState rows[kGroupPositions];
+  bool good[kGroupPositions];
   int64_t bad_row = -1;
 
   for (int64_t group = begin; group < end; ++group) {
@@ -335,14 +356,14 @@ int64_t sample_groups(const mgt_sample_tokens_args& args, int64_t begin, int64_t
     Source source{half(args.logits), {}, args.uncond_logits.data != nullptr, dtype, args.guidance_scale};
     source.uncond = source.guided ? half(args.uncond_logits) : source.cond;
     const auto seed = static_cast<uint64_t>(args.seeds[sample]);
-    RowState rows[kGroupPositions];
-    bool good[kGroupPositions];
+    std::fill(rows, rows + count, RowState{});
     std::fill(good, good + count, true);
 
     for (int64_t first_column = 0; first_column < args.num_tokens; first_column += kTileWidth) {
       const int64_t width = std::min(kTileWidth, args.num_tokens - first_column);
+      float staged_max = std::numeric_limits<float>::quiet_NaN();
       if (by_row)
-        stage_token_major<S, dtype>(source, first, first_column, width, tiles[0]);
+        staged_max = stage_token_major<S, dtype>(source, first, first_column, width, tiles[0]);
       else
         stage_position_major<S, dtype>(source, first, count, first_column, width, tiles);
 
@@ -352,16 +373,15 @@ int64_t sample_groups(const mgt_sample_tokens_args& args, int64_t begin, int64_t
         if (!masked[i] || !good[i]) continue;
         const auto position = static_cast<uint32_t>(first + i);
         const auto step = static_cast<uint32_t>(args.step);
-        const PhiloxKey noise_key{seed, position, step, kStreamNoise}, token_key{seed, position, step, kStreamToken};
-        finish_tile<S>(args, noise_key, first_column, width, tiles[i]);
-        good[i] = consume_tile<S>(tiles[i], width, first_column, token_key, greedy, prefetch, rows[i]);
-        if (!good[i]) {
-          // NaN or +inf: of forbidden tokens (then the rules give -inf, at the price of a slow reading) or of bad
-          // logits
-          stage_by_element(source, first + i, first_column, width, tiles[i]);
-          finish_tile<S>(args, noise_key, first_column, width, tiles[i]);
-          good[i] = consume_tile<S>(tiles[i], width, first_column, token_key, greedy, Prefetch{{}, 0}, rows[i]);
-        }
+        const PhiloxKey noise_key(seed, position, step, kStreamNoise), token_key(seed, position, step, kStreamToken);
+        const auto take = [&](float max) {
+          max = finish_tile<S>(args, noise_key, first_column, width, tiles[i], max);
+          return consume_tile<S>(tiles[i], width, max, first_column, token_key, greedy, prefetch, rows[i]);
+        };
+        if (take(staged_max)) continue;
+        // NaN or +inf: of forbidden tokens (then the rules give -inf, at the price of a slow reading) or of bad logits
+        stage_by_element(source, first + i, first_column, width, tiles[i]);
+        good[i] = take(std::numeric_limits<float>::quiet_NaN());
       }
     }
 

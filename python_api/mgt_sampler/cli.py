@@ -1,0 +1,232 @@
+"""The command `mgt`: sample images, show what is installed, evaluate a bundled model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+from mgt_kernels import info as kernels_info
+from mgt_kernels import sample_tokens
+
+from .images import ANIMATIONS, STILLS, check_suffix, save_grid, save_trajectory, trajectory_images
+from .models import load_model
+from .sampling import generate
+from .schedules import MASK_SCHEDULES, VALUE_SCHEDULES
+
+app = typer.Typer(
+    help="Sample images from masked generative transformers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+_EPILOG = (
+    f"Guidance scale, temperatures and noise scale each take {VALUE_SCHEDULES}; "
+    "numbers are separated by commas, as in --temperature 2,0."
+)
+
+ModelName = Annotated[str, typer.Option("--model", help="A bundled model: fashion.")]
+Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, ...")]
+Steps = Annotated[int, typer.Option("--steps", min=1, help="Number of inference steps, T.")]
+Guidance = Annotated[str, typer.Option("--guidance-scale", help="How strongly the class is asked for; 1: no guidance.")]
+Temperature = Annotated[
+    str, typer.Option("--temperature", help="Of the confidence that decides which tokens are masked again.")
+]
+TokenTemperature = Annotated[str, typer.Option("--token-temperature", help="Of the draw of a token; 0: the likeliest.")]
+NoiseScale = Annotated[str, typer.Option("--noise-scale", help="Gaussian noise on the logits, in nats.")]
+Schedule = Annotated[
+    str,
+    typer.Option("--mask-schedule", help=f"How many tokens stay masked after each step: {MASK_SCHEDULES}."),
+]
+Seed = Annotated[int, typer.Option(help="The same seed gives the same images.")]
+Backend = Annotated[str, typer.Option(help="Kernels: auto, reference, scalar, avx2, avx512 or triton.")]
+Progress = Annotated[bool, typer.Option(help="Show a progress bar.")]
+
+
+@app.command(epilog=_EPILOG)
+def sample(
+    class_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--class",
+            "-c",
+            metavar="NAME",
+            help="A class by name or number; repeat for more, a row each. [default: all]",
+        ),
+    ] = None,
+    num_images: Annotated[
+        int, typer.Option("--num-images", "-n", min=1, help="Images in all, rounded up to as many of each class.")
+    ] = 40,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The grid of images: .png, .jpg or .webp.")] = Path(
+        "grid.png"
+    ),
+    trajectory: Annotated[
+        Path | None,
+        typer.Option(help="Also the tokens appearing: an animation (.gif, .webp, .apng) or a strip (.png)."),
+    ] = None,
+    steps: Steps = 12,
+    guidance_scale: Guidance = "3",
+    temperature: Temperature = "2,0",
+    token_temperature: TokenTemperature = "1",
+    noise_scale: NoiseScale = "0",
+    mask_schedule: Schedule = "cosine",
+    seed: Seed = 0,
+    model: ModelName = "fashion",
+    device: Device = "cpu",
+    backend: Backend = "auto",
+    progress: Progress = True,
+) -> None:
+    """Draw images of one class, or a row of every class, and write them as a grid."""
+    states: list[tuple[Tensor, Tensor]] = []
+
+    def record(step: int, tokens: Tensor, logprob: Tensor, mask: Tensor) -> None:
+        states.append((tokens, mask))
+
+    with _errors_of_users():
+        check_suffix("--out", out, STILLS)
+        if trajectory is not None:
+            check_suffix("--trajectory", trajectory, (*ANIMATIONS, ".png"))
+        network = load_model(model, device=_device(device, backend))
+        classes = _classes(class_, network.class_names)
+        num_each = math.ceil(num_images / len(classes))
+        output = generate(
+            network,
+            labels=torch.tensor(classes).repeat_interleave(num_each),
+            num_inference_steps=steps,
+            guidance_scale=_values(guidance_scale),
+            temperature=_values(temperature),
+            token_temperature=_values(token_temperature),
+            noise_scale=_values(noise_scale),
+            mask_schedule=_ratios(mask_schedule),
+            seed=seed,
+            callback=None if trajectory is None else record,
+            progress=progress,
+            backend=backend,
+        )
+        num_columns = None if len(classes) == 1 else num_each
+        save_grid(output.images, out, num_columns=num_columns)
+        names = ", ".join(network.class_names[i] for i in classes)
+        typer.echo(f"{out}: {len(output.images)} images, {names if len(classes) == 1 else 'a row each of ' + names}")
+        if trajectory is not None:
+            save_trajectory(trajectory_images(network, states), trajectory, num_columns=num_columns)
+            typer.echo(f"{trajectory}: {steps} steps")
+
+
+@app.command()
+def info() -> None:
+    """Print version, instruction set, threads, PyTorch and Triton."""
+    facts = kernels_info()
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        shown = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+        typer.echo(f"{name:<{width}}  {'none' if shown is None else shown}")
+
+
+@app.command(epilog=_EPILOG)
+def evaluate(
+    num_images: Annotated[
+        int, typer.Option("--num-images", "-n", min=1, help="Images, of all classes together.")
+    ] = 2000,
+    steps: Steps = 12,
+    guidance_scale: Guidance = "3",
+    temperature: Temperature = "2,0",
+    token_temperature: TokenTemperature = "1",
+    noise_scale: NoiseScale = "0",
+    mask_schedule: Schedule = "cosine",
+    seed: Seed = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images drawn at once.")] = 100,
+    model: ModelName = "fashion",
+    device: Device = "cpu",
+    backend: Backend = "auto",
+    progress: Progress = True,
+) -> None:
+    """Draw images of every class of a bundled model and print how good they are."""
+    from .evaluate import evaluate_model
+
+    with _errors_of_users():
+        network = load_model(model, device=_device(device, backend))
+        options: dict[str, Any] = {
+            "temperature": _values(temperature),
+            "token_temperature": _values(token_temperature),
+            "noise_scale": _values(noise_scale),
+            "mask_schedule": _ratios(mask_schedule),
+            "backend": backend,
+        }
+        report = evaluate_model(
+            network,
+            num_images=num_images,
+            num_inference_steps=steps,
+            guidance_scale=_values(guidance_scale),
+            seed=seed,
+            batch_size=batch_size,
+            progress=progress,
+            **options,
+        )
+    typer.echo(str(report))
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="mgt")
+
+
+@contextmanager
+def _errors_of_users() -> Iterator[None]:
+    """Turn a bad argument, or a file that cannot be read or written, into a message."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def _ratios(text: str) -> str | list[float]:
+    """Numbers separated by commas as a list; any other text is the name of a schedule."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        return text
+
+
+def _values(text: str) -> Any:
+    """As `_ratios`, but a single number stands for itself."""
+    values = _ratios(text)
+    return values[0] if isinstance(values, list) and len(values) == 1 else values
+
+
+def _device(name: str, backend: str) -> torch.device:
+    """The device of this name, if it is there and the backend runs on it."""
+    try:
+        device = torch.device(name)
+        token = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device: {error}") from error
+    try:
+        sample_tokens(torch.zeros(1, 1, 1, device=device), token, mask_token_id=1, seed=0, step=0, backend=backend)
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
+    return device
+
+
+def _classes(given: Sequence[str] | None, class_names: Sequence[str]) -> list[int]:
+    """The numbers of the classes asked for; every class where none or all is asked for."""
+    if not given or "all" in given:
+        return list(range(len(class_names)))
+    numbers = {_plain(name): i for i, name in enumerate(class_names)}
+    numbers |= {str(i): i for i in range(len(class_names))}
+    for name in given:
+        if _plain(name) not in numbers:
+            raise ValueError(f"--class: expected all or one of {', '.join(class_names)}, got {name!r}")
+    return [numbers[_plain(name)] for name in given]
+
+
+def _plain(name: str) -> str:
+    """The name's letters and digits in lower case, so that T-Shirt is t-shirt and tshirt."""
+    return "".join(c for c in name.lower() if c.isalnum())

@@ -1,0 +1,138 @@
+"""Pictures of samples: a grid of images, and the tokens appearing step by step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .models import MaskedModel
+
+ANIMATIONS = (".gif", ".webp", ".apng")
+STILLS = (".png", ".jpg", ".jpeg", ".webp")
+
+# slate: not to be taken for a part of a grey image
+_MASK_COLOUR = (0.33, 0.42, 0.56)
+
+
+def image_grid(
+    images: Tensor, *, num_columns: int | None = None, scale: int | None = None, gap: int = 4
+) -> Image.Image:
+    """Lay images out in rows, left to right, on white.
+
+    Args:
+        images: (B, C, H, W) in [0, 1], C = 1 (grey) or 3 (RGB), B at least 1.
+        num_columns: images in a row; None: as square as it gets.
+        scale: each pixel becomes scale x scale; None: small images grow to about 112 pixels.
+        gap: white pixels around each image.
+
+    Returns:
+        An RGB picture.
+
+    Raises:
+        ValueError: images of another shape, or none.
+    """
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
+        raise ValueError(
+            f"images: expected one at least, (B, C, H, W) with C = 1 or 3, got shape {tuple(images.shape)}"
+        )
+    num_images, _, height, width = images.shape
+    columns = num_columns or math.ceil(math.sqrt(num_images))
+    factor = scale or max(1, 112 // max(height, width))
+    levels = (images.detach().cpu().float().clamp(0, 1) * 255).round().to(torch.uint8)
+    levels = levels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
+    cell_height, cell_width = height * factor + gap, width * factor + gap
+    rows = math.ceil(num_images / columns)
+    grid = Image.new("RGB", (columns * cell_width + gap, rows * cell_height + gap), "white")
+    for i, level in enumerate(levels):
+        tile = Image.fromarray(level.numpy()).resize((width * factor, height * factor), Image.Resampling.NEAREST)
+        row, column = divmod(i, columns)
+        grid.paste(tile, (gap + column * cell_width, gap + row * cell_height))
+    return grid
+
+
+def save_grid(images: Tensor, path: str | Path, *, num_columns: int | None = None) -> None:
+    """Write `image_grid` to a file, as PNG, JPEG or WebP by its suffix.
+
+    Raises:
+        ValueError: another suffix, or images of another shape.
+    """
+    check_suffix("path", path, STILLS)
+    image_grid(images, num_columns=num_columns).save(path)
+
+
+def trajectory_images(model: MaskedModel, states: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Decode a run step by step, with the positions still masked as flat cells.
+
+    The first frame is all masked. A cell that has appeared is decoded beside the current draws of the others.
+
+    Args:
+        model: it decodes the tokens.
+        states: for each of T steps the tokens and the mask that the callback of `generate` saw: int64 (B, N),
+            none masked, and bool (B, N).
+
+    Returns:
+        float32 (T + 1, B, 3, H, W) in [0, 1].
+
+    Raises:
+        ValueError: no states, or N positions that do not tile the image.
+    """
+    if not states:
+        raise ValueError("states: expected at least one step, got none")
+    colour = torch.tensor(_MASK_COLOUR).view(3, 1, 1)
+    frames = []
+    for tokens, mask in states:
+        images = model.decode(tokens).detach().cpu().float().clamp(0, 1)
+        cells = _cells(mask.cpu(), images.shape[-2], images.shape[-1])
+        frames.append(torch.where(cells, colour, images.expand(-1, 3, -1, -1)))
+    return torch.stack([colour.expand_as(frames[0]), *frames])
+
+
+def save_trajectory(frames: Tensor, path: str | Path, *, num_columns: int | None = None, num_rows: int = 10) -> None:
+    """Write frames as an animation of the grid, or as a strip with a row for each image.
+
+    Args:
+        frames: (T + 1, B, C, H, W) in [0, 1], as of `trajectory_images`.
+        path: .gif, .webp and .apng are animations, .png is a strip.
+        num_columns: of the animated grid, as in `image_grid`.
+        num_rows: of the strip: it shows this many images at most, spread evenly over the batch.
+
+    Raises:
+        ValueError: another suffix.
+    """
+    suffix = check_suffix("path", path, (*ANIMATIONS, ".png"))
+    if suffix == ".png":
+        num_images = frames.shape[1]
+        shown = [i * num_images // min(num_rows, num_images) for i in range(min(num_rows, num_images))]
+        strip = frames[:, shown].transpose(0, 1).flatten(0, 1)
+        image_grid(strip, num_columns=len(frames), scale=max(1, 56 // max(frames.shape[-2:]))).save(path)
+        return
+    pictures = [image_grid(frame, num_columns=num_columns) for frame in frames]
+    # the eye needs longer for the start and for the result
+    durations = [600, *[220] * (len(pictures) - 2), 2500][: len(pictures)]
+    kind = {".gif": "GIF", ".webp": "WEBP", ".apng": "PNG"}[suffix]
+    pictures[0].save(path, kind, save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+
+
+def check_suffix(name: str, path: str | Path, suffixes: Sequence[str]) -> str:
+    """The path's suffix in lower case, if it is one of these."""
+    suffix = Path(path).suffix.lower()
+    if suffix not in suffixes:
+        raise ValueError(f"{name}: expected a file name ending in {', '.join(suffixes)}, got {str(path)!r}")
+    return suffix
+
+
+def _cells(mask: Tensor, height: int, width: int) -> Tensor:
+    """The mask (B, N) as pixels, bool (B, 1, H, W)."""
+    num_positions = mask.shape[1]
+    rows = round(math.sqrt(num_positions * height / width))
+    if rows == 0 or num_positions % rows or height % rows or width % (num_positions // rows):
+        raise ValueError(f"states: expected positions that tile a {height} x {width} image, got {num_positions}")
+    grid = mask.view(-1, 1, rows, num_positions // rows)
+    return grid.repeat_interleave(height // rows, 2).repeat_interleave(width // grid.shape[3], 3)

@@ -1,0 +1,262 @@
+"""The decoding loop of a masked generative transformer (MaskGIT, arXiv 2202.04200)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from mgt_kernels import mask_by_confidence, sample_tokens
+
+from .schedules import MaskSchedule, ValueSchedule, mask_len, mask_ratios, schedule_values
+
+if TYPE_CHECKING:
+    from .models import MaskedModel
+
+Callback: TypeAlias = Callable[[int, Tensor, Tensor, Tensor], object]
+
+
+@dataclass(frozen=True)
+class GenerateOutput:
+    """What `generate` returns.
+
+    Attributes:
+        tokens: int64 (B, N), no position masked.
+        images: float32 (B, C, H, W) in [0, 1].
+        seed: int64 (B,), each sample's own: `generate(..., seed=output.seed[i:i+1])` makes sample i alone.
+    """
+
+    tokens: Tensor
+    images: Tensor
+    seed: Tensor
+
+
+@torch.no_grad()
+def generate(
+    model: MaskedModel,
+    *,
+    labels: int | Sequence[int] | Tensor | None = None,
+    num_samples: int | None = None,
+    num_inference_steps: int = 12,
+    guidance_scale: ValueSchedule = 1.0,
+    temperature: ValueSchedule = (2.0, 0.0),
+    token_temperature: ValueSchedule = 1.0,
+    noise_scale: ValueSchedule = 0.0,
+    mask_schedule: MaskSchedule = "cosine",
+    seed: int | Tensor = 0,
+    tokens: Tensor | None = None,
+    callback: Callback | None = None,
+    progress: bool = True,
+    backend: str = "auto",
+) -> GenerateOutput:
+    """Draw images from a masked generative transformer in T steps.
+
+    Step k of T draws a token for every masked position and masks the least confident again:
+
+        l          = (u + s_k (c - u) + sigma_k eps) / token_temperature_k
+        token      ~ softmax(l)
+        confidence = log softmax(l)[token] + temperature_k gumbel
+        m_k        = max(1, min(M_k - 1, floor(M_0 gamma((k + 1) / T))))      0 at the last step
+
+    with M_0 the masked positions of the sample at the start, so a partly known image keeps what is known.
+    What is drawn is a function of the logits, the sample's seed, the step and the position alone: as far as
+    the model's logits do not depend on the batch, the image does not.
+
+    Guidance scale, both temperatures and noise scale each take a number, (start, end), T values, or a named
+    schedule such as "abs_cos:2" (`schedules.schedule_values`).
+
+    Args:
+        model: anything with `predict_logits(tokens, condition) -> (B, N, V)`, where condition None means
+            unconditional, `decode(tokens) -> (B, C, H, W)`, `num_tokens` (N), `codebook_size` (V) and
+            `mask_token_id`; where it has a `device`, the tokens live there.
+        labels: what `predict_logits` takes as its condition, the batch first: a class for every sample, or
+            one class for all of them, or any tensor (B, ...); None: unconditional.
+        num_samples: B, where neither labels, tokens nor seed tell it; 1 by default.
+        num_inference_steps: T, at least 1.
+        guidance_scale: s; 1 takes the conditional logits alone and spares the unconditional pass.
+        temperature: of the confidence that decides which tokens are masked again, at least 0.
+        token_temperature: of the draw of a token, at least 0; 0 takes the likeliest.
+        noise_scale: sigma, the Gaussian noise on the logits in nats, at least 0 (arXiv 2411.10781).
+        mask_schedule: gamma: a name that `schedules.mask_ratio` knows, or T ratios in [0, 1].
+        seed: an int, from which `sample_seeds` makes one for each sample; or int64 (B,), one for each sample.
+        tokens: int64 (B, N) to start from, mask_token_id where a token is wanted; None: all masked.
+        callback: called after every step with step, tokens, logprob, mask: the int k; int64 (B, N), the
+            tokens drawn and those known before; float32 (B, N), their log-probability in nats, +inf where
+            known before; bool (B, N), the positions that are masked again.
+        progress: show a progress bar.
+        backend: of `mgt_kernels`: "auto", "reference", "scalar", "avx2", "avx512" or "triton".
+
+    Returns:
+        The tokens, the images and each sample's seed. Where nothing is masked at the start the model is not
+        called and the tokens come back as they are.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: an argument out of range or sizes that disagree; the message names it.
+    """
+    num_tokens, codebook_size, mask_token_id = model.num_tokens, model.codebook_size, model.mask_token_id
+    device = _device(model, tokens, labels)
+    batch_size = _batch_size(num_samples, tokens, labels, seed)
+    condition = _condition(labels, batch_size, device)
+    seeds = _seeds(seed, batch_size, device)
+
+    guidance_scales = schedule_values(guidance_scale, num_inference_steps, name="guidance_scale")
+    temperatures = schedule_values(temperature, num_inference_steps, name="temperature", minimum=0.0)
+    token_temperatures = schedule_values(token_temperature, num_inference_steps, name="token_temperature", minimum=0.0)
+    noise_scales = schedule_values(noise_scale, num_inference_steps, name="noise_scale", minimum=0.0)
+    ratios = mask_ratios(mask_schedule, num_inference_steps, num_tokens)
+    if condition is None and any(s != 1 for s in guidance_scales):
+        raise ValueError("guidance_scale: guidance needs labels, got a scale other than 1 and labels None")
+
+    if tokens is None:
+        tokens = torch.full((batch_size, num_tokens), mask_token_id, device=device)
+        anything_masked = batch_size > 0
+    else:
+        tokens = _checked_tokens(tokens, model).to(device, copy=True)
+        anything_masked = bool((tokens == mask_token_id).any())
+
+    num_masked_at_start = (tokens == mask_token_id).sum(-1).float()
+    for k in tqdm(range(num_inference_steps if anything_masked else 0), desc="sampling", disable=not progress):
+        logits = model.predict_logits(tokens, condition)
+        expected = (batch_size, num_tokens, codebook_size)
+        if tuple(logits.shape) != expected:
+            raise ValueError(f"model.predict_logits: expected logits of shape {expected}, got {tuple(logits.shape)}")
+        uncond_logits = model.predict_logits(tokens, None) if guidance_scales[k] != 1 else None
+        token_ids, logprob = sample_tokens(
+            logits,
+            tokens,
+            mask_token_id=mask_token_id,
+            seed=seeds,
+            step=k,
+            uncond_logits=uncond_logits,
+            guidance_scale=guidance_scales[k],
+            noise_scale=noise_scales[k],
+            temperature=token_temperatures[k],
+            backend=backend,
+        )
+        if k == num_inference_steps - 1:
+            tokens = token_ids
+        else:
+            num_masked = (tokens == mask_token_id).sum(-1)
+            tokens = mask_by_confidence(
+                token_ids,
+                logprob,
+                mask_len(num_masked, ratios[k], num_masked_at_start),
+                mask_token_id=mask_token_id,
+                temperature=temperatures[k],
+                seed=seeds,
+                step=k,
+                backend=backend,
+            )
+        if callback is not None:
+            callback(k, token_ids, logprob, tokens == mask_token_id)
+    if anything_masked:
+        _check_all_drawn(tokens, mask_token_id)
+    return GenerateOutput(tokens, model.decode(tokens).float().clamp(0, 1), seeds)
+
+
+def sample_seeds(seed: int, num_samples: int) -> Tensor:
+    """One seed for each sample, made from a single one.
+
+        seeds[i] = (seed * 0x9E3779B97F4A7C15 + i) mod 2^64
+
+    so sample i is the same however many there are, and neighbouring seeds share no sample.
+
+    Args:
+        seed: any int; seed 0 gives 0, 1, 2, ...
+        num_samples: B.
+
+    Returns:
+        int64 (B,), the 64 bits read as signed.
+
+    Raises:
+        TypeError: seed is no int.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed: expected an int or int64 (B,), got {type(seed).__name__}")
+    # an odd multiplier keeps ints apart, and the golden ratio's keeps their runs of B far apart
+    seeds = [(seed * 0x9E3779B97F4A7C15 + i) % 2**64 for i in range(num_samples)]
+    return torch.tensor([s - 2**64 if s >= 2**63 else s for s in seeds], dtype=torch.int64)
+
+
+def _device(model: MaskedModel, tokens: Tensor | None, labels: object) -> torch.device:
+    """The model's device where it names one, else the device of the tensors given, else the CPU."""
+    given = getattr(model, "device", None)
+    if given is not None:
+        return torch.device(given)
+    for tensor in (tokens, labels):
+        if isinstance(tensor, Tensor):
+            return tensor.device
+    return torch.device("cpu")
+
+
+def _batch_size(num_samples: int | None, tokens: object, labels: object, seed: object) -> int:
+    """B, on which every argument that implies one must agree."""
+    if num_samples is not None:
+        if isinstance(num_samples, bool) or not isinstance(num_samples, int):
+            raise TypeError(f"num_samples: expected an int, got {type(num_samples).__name__}")
+        if num_samples < 0:
+            raise ValueError(f"num_samples: expected at least 0, got {num_samples}")
+    sizes = {"num_samples": num_samples}
+    for name, value in (("tokens", tokens), ("labels", labels), ("seed", seed)):
+        if value is not None and not isinstance(value, int) and not (isinstance(value, Tensor) and value.ndim == 0):
+            try:
+                sizes[name] = len(value)  # type: ignore[arg-type]
+            except TypeError:
+                raise TypeError(f"{name}: expected ints or a tensor, got {type(value).__name__}") from None
+    given = {name: size for name, size in sizes.items() if size is not None}
+    if len(set(given.values())) > 1:
+        listed = ", ".join(f"{name} {size}" for name, size in given.items())
+        raise ValueError(f"{list(given)[-1]}: expected one batch size, got {listed}")
+    return next(iter(given.values()), 1)
+
+
+def _condition(labels: int | Sequence[int] | Tensor | None, batch_size: int, device: torch.device) -> Tensor | None:
+    if labels is None:
+        return None
+    if not isinstance(labels, Tensor):
+        try:
+            labels = torch.tensor(labels, dtype=torch.int64)
+        except (TypeError, ValueError):
+            raise TypeError(f"labels: expected ints or a tensor, got {labels!r}") from None
+    labels = labels.to(device)
+    return labels.expand(batch_size) if labels.ndim == 0 else labels
+
+
+def _seeds(seed: int | Tensor, batch_size: int, device: torch.device) -> Tensor:
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.ndim != 1:
+            raise TypeError(f"seed: expected an int or int64 (B,), got {seed.dtype} {tuple(seed.shape)}")
+        return seed.to(device)
+    return sample_seeds(seed, batch_size).to(device)
+
+
+def _check_all_drawn(tokens: Tensor, mask_token_id: int) -> None:
+    """Raise where a GPU kernel, which cannot, marked logits that it could not draw from."""
+    left = tokens == mask_token_id
+    if left.any():
+        sample, position = left.nonzero()[0].tolist()
+        raise ValueError(
+            "model.predict_logits: expected finite logits, or -inf to forbid a token, got NaN, +inf or "
+            f"nothing but -inf at sample {sample}, position {position}"
+        )
+
+
+def _checked_tokens(tokens: Tensor, model: MaskedModel) -> Tensor:
+    if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64:
+        got = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise TypeError(f"tokens: expected an int64 tensor, got {got}")
+    if tokens.ndim != 2 or tokens.shape[1] != model.num_tokens:
+        raise ValueError(f"tokens: expected shape (B, {model.num_tokens}), got {tuple(tokens.shape)}")
+    outside = ((tokens < 0) | (tokens >= model.codebook_size)) & (tokens != model.mask_token_id)
+    if outside.any():
+        sample, position = outside.nonzero()[0].tolist()
+        raise ValueError(
+            f"tokens: expected 0 to {model.codebook_size - 1} or the mask token {model.mask_token_id}, "
+            f"got {int(tokens[sample, position])} at sample {sample}, position {position}"
+        )
+    return tokens

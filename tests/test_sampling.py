@@ -1,0 +1,327 @@
+"""`generate` on a model of a few lines, whose logits for a sample are the same bits in every batch."""
+
+import math
+
+import pytest
+import torch
+from mgt_sampler import GenerateOutput, generate
+from mgt_sampler.sampling import sample_seeds
+from mgt_sampler.schedules import mask_lens
+
+N, V, MASK, NUM_CLASSES = 16, 8, 8, 3
+
+
+class TinyModel:
+    """A masked generative model in a few lines: a table of logits by class, and one by the left neighbour."""
+
+    num_tokens, codebook_size, mask_token_id = N, V, MASK
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(0)
+        self.by_class = 2 * torch.randn(NUM_CLASSES + 1, N, V, generator=generator)
+        self.by_neighbour = torch.randn(V + 1, V, generator=generator)
+        self.calls = []
+
+    def predict_logits(self, tokens, condition):
+        self.calls.append(condition)
+        if condition is None:
+            condition = torch.full((len(tokens),), NUM_CLASSES)
+        return self.by_class[condition] + self.by_neighbour[tokens.roll(1, dims=1)]
+
+    def decode(self, tokens):
+        return (tokens / (V - 1)).view(-1, 1, 4, 4)
+
+
+@pytest.fixture
+def model():
+    return TinyModel()
+
+
+def sample(model, **kwargs):
+    return generate(model, **{"progress": False, "labels": [0, 1, 2], "num_inference_steps": 5, **kwargs})
+
+
+def half_known():
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, V, (3, N), generator=generator)
+    for row, num_masked in zip(tokens, (4, 9, 16), strict=True):
+        row[torch.randperm(N, generator=generator)[:num_masked]] = MASK
+    return tokens
+
+
+def test_output(model):
+    output = sample(model)
+    assert isinstance(output, GenerateOutput)
+    assert output.tokens.shape == (3, N) and output.tokens.dtype == torch.int64
+    assert output.tokens.min() >= 0 and output.tokens.max() < V
+    assert output.images.shape == (3, 1, 4, 4) and output.images.dtype == torch.float32
+    assert torch.equal(output.images, model.decode(output.tokens))
+
+
+def test_images_are_clamped(model):
+    model.decode = lambda tokens: torch.full((len(tokens), 1, 2, 2), 1.5, dtype=torch.bfloat16)
+    images = sample(model).images
+    assert images.dtype == torch.float32 and images.max() == 1
+
+
+@pytest.mark.parametrize("num_inference_steps", [1, 2, 5, 12, 40])
+@pytest.mark.parametrize("schedule", ["cosine", "pow0.6", "log", [0.3] * 40])
+def test_masked_counts(model, num_inference_steps, schedule):
+    if isinstance(schedule, list):
+        schedule = schedule[:num_inference_steps]
+    counts = []
+    sample(
+        model,
+        num_inference_steps=num_inference_steps,
+        mask_schedule=schedule,
+        callback=lambda step, tokens, logprob, mask: counts.append(mask.sum(1).tolist()),
+    )
+    expected = mask_lens(schedule, num_inference_steps, N)
+    assert counts == [[count] * 3 for count in expected]
+
+
+def test_callback_sees_every_step(model):
+    seen, known = [], torch.zeros(3, N, dtype=torch.bool)
+    output = sample(model, temperature=0.0, callback=lambda *step: seen.append(step))
+    assert [step for step, *_ in seen] == [0, 1, 2, 3, 4]
+    for _, tokens, logprob, mask in seen:
+        assert tokens.dtype == torch.int64 and logprob.dtype == torch.float32 and mask.dtype == torch.bool
+        assert tokens.max() < V
+        assert (logprob[known] == math.inf).all() and (logprob[~known] <= 0).all()
+        # at temperature 0 the least confident are masked again
+        for row, masked in zip(logprob, mask, strict=True):
+            assert not masked.any() or row[masked].max() <= row[~masked].min()
+        known = ~mask
+    assert torch.equal(seen[-1][1], output.tokens) and known.all()
+
+
+def test_a_token_stays_once_it_is_known(model):
+    seen = []
+    output = sample(model, callback=lambda *step: seen.append(step))
+    for _, tokens, _, mask in seen:
+        assert torch.equal(tokens[~mask], output.tokens[~mask])
+
+
+def test_known_tokens_are_kept_and_counts_start_from_the_masked(model):
+    start, counts = half_known(), []
+    output = sample(model, tokens=start, callback=lambda k, tokens, logprob, mask: counts.append(mask.sum(1)))
+    known = start != MASK
+    assert torch.equal(output.tokens[known], start[known]) and (output.tokens != MASK).all()
+    assert torch.stack(counts, 1).tolist() == [mask_lens("cosine", 5, n) for n in (4, 9, 16)]
+
+
+def test_inputs_are_not_written(model):
+    tokens, labels, seed = half_known(), torch.tensor([0, 1, 2]), torch.tensor([5, 6, 7])
+    copies = tokens.clone(), labels.clone(), seed.clone(), model.by_class.clone()
+    first = sample(model, tokens=tokens, labels=labels, seed=seed, guidance_scale=2.0, noise_scale=1.0)
+    for value, copy in zip((tokens, labels, seed, model.by_class), copies, strict=True):
+        assert torch.equal(value, copy)
+    second = sample(model, tokens=tokens, labels=labels, seed=seed, guidance_scale=2.0, noise_scale=1.0)
+    assert torch.equal(first.tokens, second.tokens)
+
+
+def test_everything_known_comes_back_without_a_model_call(model):
+    tokens = torch.randint(0, V, (3, N), generator=torch.Generator().manual_seed(2))
+    output = sample(model, tokens=tokens)
+    assert torch.equal(output.tokens, tokens) and output.tokens is not tokens
+    assert model.calls == []
+    output.tokens.zero_()
+    assert tokens.any()
+
+
+def test_one_sample_of_the_batch_known(model):
+    tokens = half_known()
+    tokens[1] = 3
+    output = sample(model, tokens=tokens)
+    assert torch.equal(output.tokens[1], tokens[1]) and (output.tokens != MASK).all()
+
+
+def test_empty_batch(model):
+    for kwargs in ({"num_samples": 0, "labels": None}, {"labels": []}):
+        output = sample(model, **kwargs)
+        assert output.tokens.shape == (0, N) and output.images.shape == (0, 1, 4, 4)
+
+
+SETTINGS = {"guidance_scale": (1.0, 3.0), "noise_scale": "abs_cos:1", "temperature": 1.5}
+
+
+def test_a_sample_alone_equals_itself_in_a_batch(model, backend):
+    labels = torch.arange(13) % NUM_CLASSES
+    batch = sample(model, labels=labels, seed=11, backend=backend, **SETTINGS)
+    for i in (0, 1, 7, 12):
+        seed = batch.seed[i : i + 1]
+        alone = sample(model, labels=labels[i : i + 1], seed=seed, backend=backend, **SETTINGS)
+        assert torch.equal(alone.tokens[0], batch.tokens[i])
+    backwards = sample(model, labels=labels.flip(0), seed=batch.seed.flip(0), backend=backend, **SETTINGS)
+    assert torch.equal(backwards.tokens.flip(0), batch.tokens)
+    # other seeds must not pass for the same
+    assert not torch.equal(sample(model, labels=labels, seed=12, **SETTINGS).tokens, batch.tokens)
+
+
+def test_backends_agree(model, backend):
+    expected = sample(model, seed=3, **SETTINGS).tokens
+    assert torch.equal(sample(model, seed=3, backend=backend, **SETTINGS).tokens, expected)
+
+
+@pytest.mark.parametrize("seed", [0, 1, -1, 7, 2**63, 2**70 + 3])
+def test_seeds_of_an_int(model, seed):
+    seeds = sample(model, seed=seed).seed
+    assert torch.equal(seeds, sample_seeds(seed, 3))
+    assert torch.equal(seeds, sample_seeds(seed, 10)[:3])
+    assert [s % 2**64 for s in seeds.tolist()] == [(seed * 0x9E3779B97F4A7C15 + i) % 2**64 for i in range(3)]
+
+
+def test_neighbouring_seeds_share_no_sample():
+    seeds = torch.cat([sample_seeds(seed, 1000) for seed in range(-20, 20)])
+    assert len(seeds.unique()) == 40 * 1000
+
+
+def test_the_global_generator_is_untouched(model):
+    before = torch.get_rng_state()
+    sample(model, **SETTINGS)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_guidance_1_makes_no_unconditional_pass(model):
+    sample(model, guidance_scale=1.0)
+    assert len(model.calls) == 5 and all(condition is not None for condition in model.calls)
+    model.calls.clear()
+    sample(model, guidance_scale=[1, 2, 1, 0, 1])
+    assert [condition is None for condition in model.calls] == [False, False, True, False, False, True, False]
+
+
+def test_guidance_formula(model):
+    class Guided(TinyModel):
+        def predict_logits(self, tokens, condition):
+            cond, uncond = (TinyModel.predict_logits(self, tokens, c) for c in (condition, None))
+            return uncond + 4.0 * (cond - uncond)
+
+    assert torch.equal(sample(model, guidance_scale=4.0).tokens, sample(Guided()).tokens)
+    assert not torch.equal(sample(model, guidance_scale=4.0).tokens, sample(model).tokens)
+
+
+def test_unconditional(model):
+    output = sample(model, labels=None, num_samples=2)
+    assert output.tokens.shape == (2, N) and model.calls == [None] * 5
+
+
+def test_labels_may_be_one_class_or_any_tensor(model):
+    one = sample(model, labels=2, num_samples=3)
+    assert torch.equal(one.tokens, sample(model, labels=[2, 2, 2]).tokens)
+    model.by_class = torch.zeros(1, N, V)
+    model.predict_logits = lambda tokens, embedding: embedding[:, None, :].expand(-1, N, -1).contiguous()
+    embeddings = torch.eye(V)[:2] * 100
+    assert sample(model, labels=embeddings).tokens.tolist() == [[0] * N, [1] * N]
+
+
+def test_token_temperature_0_takes_the_likeliest(model):
+    output = sample(model, token_temperature=0.0, num_inference_steps=1)
+    logits = model.predict_logits(torch.full((3, N), MASK), torch.tensor([0, 1, 2]))
+    assert torch.equal(output.tokens, logits.argmax(-1))
+
+
+def test_drawn_tokens_follow_the_softmax(model):
+    labels = torch.zeros(4000, dtype=torch.int64)
+    tokens = sample(model, labels=labels, num_inference_steps=1).tokens
+    logits = model.predict_logits(torch.full((1, N), MASK), torch.tensor([0]))[0]
+    expected = 4000 * logits.double().softmax(-1)
+    observed = torch.nn.functional.one_hot(tokens, V).sum(0)
+    chi_square = ((observed - expected) ** 2 / expected).sum()
+    # N rows of V - 1 degrees of freedom: 112 on average, and above 172 once in 5,000 seeds
+    assert chi_square < 172
+
+
+def test_noise_and_temperature_matter(model):
+    base = sample(model).tokens
+    assert not torch.equal(sample(model, noise_scale=2.0).tokens, base)
+    assert not torch.equal(sample(model, temperature=20.0).tokens, base)
+    assert not torch.equal(sample(model, token_temperature=3.0).tokens, base)
+    assert torch.equal(sample(model, noise_scale=0.0, temperature=[2, 1.5, 1, 0.5, 0]).tokens, base)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_logits(model, dtype):
+    model.by_class, model.by_neighbour = model.by_class.to(dtype), model.by_neighbour.to(dtype)
+    assert (sample(model, guidance_scale=3.0).tokens != MASK).all()
+
+
+def test_logits_with_unit_stride_over_positions(model):
+    base = sample(model).tokens
+    predict = model.predict_logits
+    model.predict_logits = lambda *args: predict(*args).transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(sample(model).tokens, base)
+
+
+def test_progress_bar(model, capsys):
+    sample(model, progress=True)
+    assert "sampling: 100%" in capsys.readouterr().err
+    sample(model, progress=False)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "kwargs"),
+    [
+        ("num_inference_steps", ValueError, {"num_inference_steps": 0}),
+        ("num_inference_steps", TypeError, {"num_inference_steps": 2.5}),
+        ("guidance_scale", ValueError, {"guidance_scale": float("nan")}),
+        ("guidance_scale", ValueError, {"guidance_scale": 3.0, "labels": None}),
+        ("temperature", ValueError, {"temperature": -1.0}),
+        ("token_temperature", ValueError, {"token_temperature": float("inf")}),
+        ("noise_scale", ValueError, {"noise_scale": "abs_cos"}),
+        ("noise_scale", ValueError, {"noise_scale": [1.0, 2.0, 3.0]}),
+        ("mask_schedule", ValueError, {"mask_schedule": "cosin"}),
+        ("mask_schedule", ValueError, {"mask_schedule": [0.5, 0.2]}),
+        ("seed", TypeError, {"seed": 1.5}),
+        ("seed", TypeError, {"seed": torch.tensor([1.0, 2.0, 3.0])}),
+        ("seed", TypeError, {"seed": torch.tensor(1)}),
+        ("seed", ValueError, {"seed": torch.tensor([1, 2])}),
+        ("labels", ValueError, {"num_samples": 2}),
+        ("labels", TypeError, {"labels": ["sneaker"]}),
+        ("labels", TypeError, {"labels": 1.5}),
+        ("num_samples", TypeError, {"num_samples": 2.0, "labels": None}),
+        ("num_samples", ValueError, {"num_samples": -1, "labels": None}),
+        ("tokens", TypeError, {"tokens": torch.full((3, N), MASK, dtype=torch.int32)}),
+        ("tokens", TypeError, {"tokens": [[MASK] * N] * 3}),
+        ("tokens", ValueError, {"tokens": torch.full((3, N + 1), MASK)}),
+        ("tokens", ValueError, {"tokens": torch.full((3, N), MASK + 1)}),
+        ("backend", ValueError, {"backend": "abacus"}),
+    ],
+)
+def test_bad_arguments_are_named(model, name, error, kwargs):
+    with pytest.raises(error, match=rf"^{name}: .*, got "):
+        sample(model, **kwargs)
+
+
+def test_a_bad_token_is_named_with_its_place(model):
+    tokens = half_known()
+    tokens[1, 4] = -1
+    with pytest.raises(ValueError, match=r"^tokens: .* got -1 at sample 1, position 4"):
+        sample(model, tokens=tokens)
+
+
+def test_logits_of_another_shape_are_named(model):
+    model.codebook_size = V - 1
+    with pytest.raises(ValueError, match=r"^model.predict_logits: expected .*\(3, 16, 7\), got \(3, 16, 8\)"):
+        sample(model)
+
+
+def test_what_a_gpu_kernel_could_not_draw_is_named_with_its_place(model, monkeypatch):
+    from mgt_sampler import sampling
+
+    def draw(*args, **kwargs):
+        token_ids, logprob = original(*args, **kwargs)
+        token_ids[2, 7] = MASK
+        return token_ids, logprob
+
+    original = sampling.sample_tokens
+    monkeypatch.setattr(sampling, "sample_tokens", draw)
+    with pytest.raises(ValueError, match=r"^model.predict_logits: .* sample 2, position 7"):
+        sample(model, num_inference_steps=1)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_bad_logits_are_named_with_their_place(model, bad):
+    model.by_class[1, 5, 2] = bad
+    with pytest.raises(ValueError, match=r"sample 1.*position 5"):
+        sample(model)
