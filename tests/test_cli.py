@@ -4,11 +4,12 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
+from typer.testing import CliRunner
+
 from mgt_sampler import cli
 from mgt_sampler.images import image_grid
 from mgt_sampler.models.fashion import WEIGHTS_DIR
-from PIL import Image
-from typer.testing import CliRunner
 
 N, V = 16, 8
 

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from mgt_sampler.images import image_grid, save_grid, save_trajectory, trajectory_images
 from PIL import Image
+
+from mgt_sampler.images import image_grid, save_grid, save_trajectory, trajectory_images
 
 
 class Halves:

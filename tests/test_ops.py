@@ -69,6 +69,7 @@ FLOORS = {
     "mgt_sampler.images": 4,
     "mgt_sampler.evaluate": 5,
     "mgt_sampler.cli": 6,
+    "mgt_sampler.models.train_fashion": 6,
 }
 
 

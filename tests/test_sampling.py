@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from mgt_sampler import GenerateOutput, generate
 from mgt_sampler.sampling import sample_seeds
 from mgt_sampler.schedules import mask_lens

@@ -6,11 +6,13 @@ import sys
 
 import pytest
 import torch
+
 from mgt_sampler.schedules import mask_lens
 
 diffusers = pytest.importorskip("diffusers")
 
 from diffusers import AmusedScheduler  # noqa: E402
+
 from mgt_sampler import MGTScheduler, MGTSchedulerOutput  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -6,6 +6,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
 from mgt_sampler.schedules import (
     check_num_inference_steps,
     mask_len,
@@ -14,7 +16,6 @@ from mgt_sampler.schedules import (
     mask_ratios,
     schedule_values,
 )
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 SIZES = (16, 32, 100, 196, 256, 576, 1024, 2304, 4096)
 
