@@ -15,7 +15,7 @@ $(VENV)/installed: pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* cs
 	touch $@
 
 demo: $(VENV)/installed
-	$(BIN)/mgt sample --class all --num-images 40 --steps 12 --guidance-scale 3 --seed 0 --out grid.png
+	$(BIN)/mgt sample --class all --num-images 40 --seed 0 --out grid.png
 
 test: $(VENV)/installed
 	$(BIN)/pytest

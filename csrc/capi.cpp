@@ -125,11 +125,15 @@ mgt_status mgt_sample_tokens(const mgt_context* context, const mgt_sample_tokens
     if (a.tokens[row] != a.mask_token_id && (a.tokens[row] < 0 || a.tokens[row] >= a.num_tokens))
       return fail(MGT_BAD_TOKEN, row, error_index);
 
-  // about 2^15 logits are worth waking a thread for
-  const int64_t group_size = mgt::token_major(a) ? 1 : mgt::kGroupPositions;
-  const int64_t chunk = std::max<int64_t>(1, (int64_t{1} << 15) / (a.num_tokens * group_size));
+  // A chunk is worth waking a thread for from about 2^15 logits on; up to 2^18 it grows, as long as every thread gets
+  // several, because what follows a chunk is fetched in vain.
+  const int64_t num_groups = a.num_samples * mgt::groups_per_sample(a);
+  const int64_t group_logits = a.num_tokens * (mgt::token_major(a) ? 1 : mgt::kGroupPositions);
+  const int64_t chunk =
+      std::max({int64_t{1}, (int64_t{1} << 15) / group_logits,
+                std::min((int64_t{1} << 18) / group_logits, num_groups / (8 * context->num_threads))});
   FirstIndex bad_row;
-  mgt::parallel_chunks(*context, a.num_samples * mgt::groups_per_sample(a), chunk, [&](int64_t begin, int64_t end) {
+  mgt::parallel_chunks(*context, num_groups, chunk, [&](int64_t begin, int64_t end) {
     bad_row.report(kKernels[isa].sample_tokens(a, begin, end, token_ids, logprob));
   });
   return bad_row.get() < 0 ? MGT_OK : fail(MGT_BAD_LOGITS, bad_row.get(), error_index);

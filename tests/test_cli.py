@@ -88,8 +88,8 @@ def test_defaults(model, calls):
     del call["labels"]
     assert call == {
         "num_inference_steps": 12,
-        "guidance_scale": 3.0,
-        "temperature": [2.0, 0.0],
+        "guidance_scale": [1.0, 3.0],
+        "temperature": [8.0, 0.0],
         "token_temperature": 1.0,
         "noise_scale": 0.0,
         "mask_schedule": "cosine",

@@ -30,18 +30,20 @@ inline float gumbel_at(const PhiloxKey& key, int64_t column) {
 // Column j beats the best score b only if E_j <= exp(l_j - b), and E_j >= w_j, so word_j < exp(l_j - b) 2^32 is
 // necessary. The slack covers the rounding of the scores, of l - max and of exp; too large a value only costs time.
 inline float race_scale(float max, float best_score) {
-  const double slack =
-      2e-5 + 2.5e-7 * (std::fabs(static_cast<double>(max)) + std::fabs(static_cast<double>(best_score)));
-  return static_cast<float>(std::exp(static_cast<double>(max) - best_score + slack) * 4294967296.0);
+  const float slack = 2e-5f + 5e-7f * (std::fabs(max) + std::fabs(best_score));
+  return std::exp(max - best_score + slack) * kTwoPow32;
 }
 
-inline void compete(RowState& row, float logit, float score, int64_t token) {
-  if (score > row.best_score || (score == row.best_score && token < row.best_token)) {
+// true where the token takes the lead
+inline bool compete(RowState& row, float logit, float score, int64_t token) {
+  const bool wins = score > row.best_score || (score == row.best_score && token < row.best_token);
+  if (wins) {
     row.best_score = score;
     row.best_logit = logit;
     row.best_token = token;
     row.race_scale = race_scale(row.max, score);
   }
+  return wins;
 }
 
 template <class S>
@@ -154,11 +156,10 @@ bool consume_tile(const float* tile, int64_t width, float max, int64_t first_col
   if (max > row.max) {
     rescale = exp_nonpositive<Lane1>(row.max - max);
     row.max = max;
-    if (row.best_token >= 0 && !greedy) row.race_scale = race_scale(row.max, row.best_score);
     // the largest logit goes first, which bounds how many of the others are worth a look
     const int64_t column = first_equal<S>(tile, width, max);
     const float noise = greedy ? 0.0f : gumbel_at(key, first_column + column);
-    compete(row, max, max + noise, first_column + column);
+    if (!compete(row, max, max + noise, first_column + column)) row.race_scale = race_scale(row.max, row.best_score);
     if (greedy) row.race_scale = 0.0f;
   }
   const F shift = S::set(row.max), negligible = S::set(row.max - kNegligible);

@@ -248,7 +248,8 @@ def evaluate_model(
     *,
     num_images: int = 2000,
     num_inference_steps: int = 12,
-    guidance_scale: ValueSchedule = 3.0,
+    guidance_scale: ValueSchedule = (1.0, 3.0),
+    temperature: ValueSchedule = (8.0, 0.0),
     seed: int = 0,
     batch_size: int = 100,
     progress: bool = True,
@@ -263,12 +264,13 @@ def evaluate_model(
         num_images: how many in all; image i is asked for as class i % num_classes.
         num_inference_steps: model calls an image, as in `generate`.
         guidance_scale: a number or a schedule, as in `generate`.
+        temperature: of the confidences, likewise.
         seed: gives each image a seed of its own, so that `batch_size` does not change the images.
         batch_size: images drawn at once.
         progress: whether a progress bar is shown.
         classifier: the judge; the bundled one by default.
         real: what to compare with; the bundled statistics by default.
-        sampling: further arguments of `generate`, such as `temperature` and `noise_scale`.
+        sampling: further arguments of `generate`, such as `mask_schedule` and `noise_scale`.
 
     Returns:
         The report, with the seconds that the sampling took.
@@ -293,6 +295,7 @@ def evaluate_model(
             labels=labels[first : first + batch_size],
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
+            temperature=temperature,
             seed=seeds[first : first + batch_size],
             progress=False,
             **sampling,

@@ -1,0 +1,42 @@
+/* A C99 program on the library: draws one row and prints the token ids and log-probabilities. */
+#include <stdio.h>
+
+#include "mgt_kernels.h"
+
+enum { POSITIONS = 5, TOKENS = 40 };
+
+int main(void) {
+  float logits[POSITIONS * TOKENS];
+  int64_t tokens[POSITIONS], token_ids[POSITIONS], seed = 7, error_index = -1;
+  float logprob[POSITIONS];
+  mgt_context context = {MGT_ISA_AUTO, 2, NULL};
+  mgt_sample_tokens_args args = {0};
+  mgt_status status;
+  int i;
+  for (i = 0; i < POSITIONS * TOKENS; ++i) logits[i] = (float)(i % 7) * 0.5f;
+  for (i = 0; i < POSITIONS; ++i) tokens[i] = i == 2 ? 11 : TOKENS;
+  args.num_samples = 1;
+  args.num_positions = POSITIONS;
+  args.num_tokens = TOKENS;
+  args.dtype = MGT_FLOAT32;
+  args.logits.data = logits;
+  args.logits.stride_sample = POSITIONS * TOKENS;
+  args.logits.stride_position = TOKENS;
+  args.logits.stride_token = 1;
+  args.tokens = tokens;
+  args.seeds = &seed;
+  args.mask_token_id = TOKENS;
+  args.step = 3;
+  args.temperature = 1.0f;
+  status = mgt_sample_tokens(&context, &args, token_ids, logprob, &error_index);
+  if (status != MGT_OK) return 1;
+  for (i = 0; i < POSITIONS; ++i) printf("%d %a\n", (int)token_ids[i], logprob[i]);
+
+  logits[4 * TOKENS] = logits[0] / logits[0]; /* 0 / 0 is NaN */
+  status = mgt_sample_tokens(&context, &args, token_ids, logprob, &error_index);
+  if (status != MGT_BAD_LOGITS || error_index != 4) return 2;
+  args.temperature = -1.0f;
+  if (mgt_sample_tokens(&context, &args, token_ids, logprob, &error_index) != MGT_INVALID_ARGUMENT) return 3;
+  if (mgt_sample_tokens(NULL, &args, token_ids, logprob, NULL) != MGT_INVALID_ARGUMENT) return 4;
+  return 0;
+}
