@@ -55,7 +55,9 @@ def available_isas() -> list[str]:
 
 def _raise_unavailable(name: str) -> None:
     asked = f"MGT_ISA={os.environ.get('MGT_ISA')}" if name == "auto" else f"backend={name!r}"
-    raise RuntimeError(f"{asked} asks for an instruction set that this processor lacks; available: {available_isas()}")
+    raise RuntimeError(
+        f"{asked} asks for an instruction set that is unknown or missing here; available: {available_isas()}"
+    )
 
 
 def _threads() -> tuple[int, int]:

@@ -247,3 +247,9 @@ def test_the_bundled_model(tmp_path):
     out = tmp_path / "grid.png"
     result = mgt("sample", "--class", "sneaker", "-n", "1", "--steps", "2", "--out", str(out))
     assert result.exit_code == 0 and Image.open(out).size == (116 + 4, 116 + 4)
+
+
+def test_info_names_an_instruction_set_that_is_missing(monkeypatch):
+    monkeypatch.setenv("MGT_ISA", "avx1024")
+    result = mgt("info")
+    assert result.exit_code == 2 and "MGT_ISA=avx1024" in result.output

@@ -125,7 +125,10 @@ def sample(
 @app.command()
 def info() -> None:
     """Print version, instruction set, threads, PyTorch and Triton."""
-    facts = kernels_info()
+    try:
+        facts = kernels_info()
+    except RuntimeError as error:
+        raise typer.BadParameter(str(error), param_hint="the environment") from error
     width = max(map(len, facts))
     for name, value in facts.items():
         shown = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
