@@ -16,6 +16,8 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
+        # a cache of an earlier build names tools of a build environment that pip has since removed
+        (build / "CMakeCache.txt").unlink(missing_ok=True)
         configure = [
             "cmake", str(ROOT), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
