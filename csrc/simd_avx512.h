@@ -14,7 +14,10 @@ struct Avx512 {
   static MGT_INLINE F load(const uint16_t* p, mgt_dtype dtype) {
     const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     if (dtype == MGT_FLOAT16) return _mm512_cvtph_ps(raw);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
+    // one permutation puts each value into the upper half of its lane and zero below
+    const __m512i upper_halves = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7, 0, 6, 0, 5,
+                                                  0, 4, 0, 3, 0, 2, 0, 1, 0, 0, 0);
+    return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xAAAAAAAA, upper_halves, _mm512_castsi256_si512(raw)));
   }
   static MGT_INLINE void store(float* p, F a) { _mm512_storeu_ps(p, a); }
   static MGT_INLINE void store_u(uint32_t* p, U a) { _mm512_storeu_si512(p, a); }
