@@ -6,7 +6,7 @@
 namespace mgt {
 namespace {
 
-// log(x) for normal x > 0, error below 1 ulp + 5e-9; near 1 exact to the last bits because r = x - 1 is exact there
+// log1p(r) for r in [-1/4, 1/2]; log(x) keeps its relative precision near 1, because r = x - 1 is exact there
 template <class S>
 MGT_INLINE typename S::F log1p_polynomial(typename S::F r) {
   using F = typename S::F;
@@ -41,8 +41,8 @@ MGT_INLINE typename S::F log_f32(typename S::F x) {
   return S::fma(e, S::set(kLn2), log1p_polynomial<S>(r));
 }
 
-// exp(d) for d <= 0, relative error below 1.5 ulp for d > -8 growing to 4e-7 at -87; below -87 it stays at exp(-87).
-// NaN in, NaN out.
+// exp(d) for d <= 0; the one-step reduction loses precision with |d|, as the weight of exp(d) in a sum falls. Below -87
+// it stays at exp(-87). NaN in, NaN out.
 template <class S>
 MGT_INLINE typename S::F exp_nonpositive(typename S::F d) {
   using F = typename S::F;
