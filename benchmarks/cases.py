@@ -131,7 +131,9 @@ def pytorch_step(cond: Tensor, uncond: Tensor, tokens: Tensor, guidance_scale: f
     noise = -torch.log(-torch.log(torch.rand_like(logprob)))
     order = (logprob + 2.0 * noise).argsort(-1)
     mask_len = masked.sum(-1, keepdim=True) * 99 // 100
-    rank = torch.empty_like(order).scatter_(-1, order, torch.arange(order.shape[-1]).expand_as(order))
+    rank = torch.empty_like(order).scatter_(
+        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    )
     return torch.where(rank < mask_len, MASK_TOKEN_ID, torch.where(masked, drawn, flat))
 
 

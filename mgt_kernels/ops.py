@@ -21,7 +21,7 @@ def sample_tokens(
     *,
     mask_token_id: int,
     seed: int | Tensor,
-    step: int,
+    step: int | Tensor,
     uncond_logits: Tensor | None = None,
     guidance_scale: float = 1.0,
     noise_scale: float = 0.0,
@@ -47,7 +47,8 @@ def sample_tokens(
         tokens: (B, N) int64; positions that hold mask_token_id are drawn, the others are known and cost nothing.
         mask_token_id: marks masked positions; may lie outside [0, V).
         seed: one seed for the whole batch, or (B,) int64, a seed per sample.
-        step: index of the decoding step, within [0, 2^32).
+        step: index of the decoding step, within [0, 2^32); an int, or a 0-dimensional int64 tensor on the device of
+            logits, which a CUDA graph reads anew at each replay.
         uncond_logits: (B, N, V) of the same dtype and device, or None for no guidance.
         guidance_scale: finite.
         noise_scale: standard deviation of the Gaussian logit noise, >= 0 (arXiv 2411.10781, noise regularization).
@@ -78,7 +79,7 @@ def sample_tokens(
     _check_range("noise_scale", noise_scale, 0)
     _check_temperature(temperature)
     seed = _check_seed(seed, batch, logits.device)
-    _check_step(step)
+    step = _check_step(step, logits.device)
     return torch.ops.mgt_kernels.sample_tokens(
         logits, tokens, seed, step, mask_token_id, uncond_logits, guidance_scale, noise_scale, temperature,
         _check_backend(backend, logits.device),
@@ -93,7 +94,7 @@ def mask_by_confidence(
     mask_token_id: int,
     temperature: float,
     seed: int | Tensor,
-    step: int,
+    step: int | Tensor,
     backend: str = "auto",
 ) -> Tensor:
     r"""Mask again the mask_len least confident of the positions that were drawn in this step.
@@ -113,7 +114,7 @@ def mask_by_confidence(
         mask_token_id: what masked positions hold.
         temperature: of the confidence noise, >= 0.
         seed: one seed for the whole batch, or (B,) int64.
-        step: index of the decoding step, within [0, 2^32).
+        step: index of the decoding step, within [0, 2^32); an int or a 0-dimensional int64 tensor.
         backend: as for `sample_tokens`.
 
     Returns:
@@ -133,7 +134,7 @@ def mask_by_confidence(
     _check_range("temperature", temperature, 0)
     mask_len = _per_sample("mask_len", mask_len, batch, token_ids.device)
     seed = _check_seed(seed, batch, token_ids.device)
-    _check_step(step)
+    step = _check_step(step, token_ids.device)
     return torch.ops.mgt_kernels.mask_by_confidence(
         token_ids,
         logprob,
@@ -206,11 +207,26 @@ def _check_seed(seed: int | Tensor, batch: int, device: torch.device) -> Tensor:
     return _per_sample("seed", seed, batch, device)
 
 
-def _check_step(step: int) -> None:
+def _check_step(step: int | Tensor, device: torch.device) -> Tensor:
+    if isinstance(step, Tensor):
+        _check_tensor("step", step, 0, (torch.int64,), device)
+        # to look at its value here would wait for the device
+        return step
     if not isinstance(step, int):
-        raise TypeError(f"step: expected an int, got {type(step).__name__}")
+        raise TypeError(f"step: expected an int or a tensor, got {type(step).__name__}")
+    _check_step_range(step)
+    return torch.full((), step, dtype=torch.int64, device=device)
+
+
+def _check_step_range(step: int) -> None:
     if not 0 <= step < 2**32:
         raise ValueError(f"step: expected a value within [0, 2^32), got {step}")
+
+
+def _step_value(step: Tensor) -> int:
+    value = int(step)
+    _check_step_range(value)
+    return value
 
 
 def _check_backend(backend: str, device: torch.device) -> str:
@@ -225,12 +241,11 @@ def _check_backend(backend: str, device: torch.device) -> str:
     return backend
 
 
-@torch.library.custom_op("mgt_kernels::sample_tokens", mutates_args=())
-def _sample_tokens(
+def _reference_sample_tokens(
     logits: Tensor,
     tokens: Tensor,
     seed: Tensor,
-    step: int,
+    step: Tensor,
     mask_token_id: int,
     uncond_logits: Tensor | None,
     guidance_scale: float,
@@ -238,36 +253,45 @@ def _sample_tokens(
     temperature: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    if backend == "reference":
-        token_ids, logprob, bad_row = reference.sample_tokens(
-            logits, tokens, mask_token_id=mask_token_id, seed=seed, step=step, uncond_logits=uncond_logits,
-            guidance_scale=guidance_scale, noise_scale=noise_scale, temperature=temperature,
-        )  # fmt: skip
-        known = tokens != mask_token_id
-        outside = (known & ((tokens < 0) | (tokens >= logits.shape[-1]))).flatten().nonzero()
-        if len(outside):
-            raise cpu.bad_token(tokens, int(outside[0]), logits.shape[-1], mask_token_id)
-        if bad_row >= 0:
-            raise cpu.bad_logits(bad_row, tokens.shape[1])
-        return token_ids.contiguous(), logprob.float().contiguous()
-    if logits.is_cuda:
-        from mgt_kernels import triton
+    token_ids, logprob, bad_row = reference.sample_tokens(
+        logits, tokens, mask_token_id=mask_token_id, seed=seed, step=_step_value(step), uncond_logits=uncond_logits,
+        guidance_scale=guidance_scale, noise_scale=noise_scale, temperature=temperature,
+    )  # fmt: skip
+    known = tokens != mask_token_id
+    outside = (known & ((tokens < 0) | (tokens >= logits.shape[-1]))).flatten().nonzero()
+    if len(outside):
+        raise cpu.bad_token(tokens, int(outside[0]), logits.shape[-1], mask_token_id)
+    if bad_row >= 0:
+        raise cpu.bad_logits(bad_row, tokens.shape[1])
+    return token_ids.contiguous(), logprob.float().contiguous()
 
-        return triton.sample_tokens(
-            logits, tokens, seed, step, mask_token_id, uncond_logits, guidance_scale, noise_scale, temperature
-        )
-    return cpu.sample_tokens(
-        logits,
-        tokens,
-        seed,
-        step,
-        mask_token_id,
-        uncond_logits,
-        guidance_scale,
-        noise_scale,
-        temperature,
-        backend,
-    )
+
+def _reference_mask_by_confidence(
+    token_ids: Tensor,
+    logprob: Tensor,
+    mask_len: Tensor,
+    seed: Tensor,
+    step: Tensor,
+    mask_token_id: int,
+    temperature: float,
+    backend: str,
+) -> Tensor:
+    outside = (mask_len < 0) | (mask_len > (logprob != torch.inf).sum(-1))
+    if outside.any():
+        raise cpu.bad_mask_len(mask_len, logprob, int(outside.nonzero()[0]))
+    if logprob.isnan().any():
+        raise cpu.bad_logprob(int(logprob.flatten().isnan().nonzero()[0]), logprob.shape[1])
+    return reference.mask_by_confidence(
+        token_ids, logprob, mask_len, mask_token_id=mask_token_id, temperature=temperature, seed=seed,
+        step=_step_value(step),
+    )  # fmt: skip
+
+
+# any device runs the reference; what is registered below are the kernels of a device
+_sample_tokens = torch.library.custom_op("mgt_kernels::sample_tokens", _reference_sample_tokens, mutates_args=())
+_mask_by_confidence = torch.library.custom_op(
+    "mgt_kernels::mask_by_confidence", _reference_mask_by_confidence, mutates_args=()
+)
 
 
 @_sample_tokens.register_fake
@@ -275,39 +299,38 @@ def _(logits, tokens, *_):  # type: ignore[no-untyped-def]
     return tokens.new_empty(tokens.shape), tokens.new_empty(tokens.shape, dtype=torch.float32)
 
 
-@torch.library.custom_op("mgt_kernels::mask_by_confidence", mutates_args=())
-def _mask_by_confidence(
-    token_ids: Tensor,
-    logprob: Tensor,
-    mask_len: Tensor,
-    seed: Tensor,
-    step: int,
-    mask_token_id: int,
-    temperature: float,
-    backend: str,
-) -> Tensor:
-    if backend == "reference":
-        outside = (mask_len < 0) | (mask_len > (logprob != torch.inf).sum(-1))
-        if outside.any():
-            raise cpu.bad_mask_len(mask_len, logprob, int(outside.nonzero()[0]))
-        if logprob.isnan().any():
-            raise cpu.bad_logprob(int(logprob.flatten().isnan().nonzero()[0]), logprob.shape[1])
-        return reference.mask_by_confidence(
-            token_ids,
-            logprob,
-            mask_len,
-            mask_token_id=mask_token_id,
-            temperature=temperature,
-            seed=seed,
-            step=step,
-        )
-    if token_ids.is_cuda:
-        from mgt_kernels import triton
+@_sample_tokens.register_kernel("cpu")
+def _(logits, tokens, seed, step, *options):  # type: ignore[no-untyped-def]
+    if options[-1] == "reference":
+        return _reference_sample_tokens(logits, tokens, seed, step, *options)
+    return cpu.sample_tokens(logits, tokens, seed, _step_value(step), *options)
 
-        return triton.mask_by_confidence(token_ids, logprob, mask_len, seed, step, mask_token_id, temperature)
-    return cpu.mask_by_confidence(token_ids, logprob, mask_len, seed, step, mask_token_id, temperature, backend)
+
+@_sample_tokens.register_kernel("cuda")
+def _(*arguments):  # type: ignore[no-untyped-def]
+    if arguments[-1] == "reference":
+        return _reference_sample_tokens(*arguments)
+    from mgt_kernels import triton
+
+    return triton.sample_tokens(*arguments[:-1])
 
 
 @_mask_by_confidence.register_fake
 def _(token_ids, *_):  # type: ignore[no-untyped-def]
     return token_ids.new_empty(token_ids.shape)
+
+
+@_mask_by_confidence.register_kernel("cpu")
+def _(token_ids, logprob, mask_len, seed, step, *options):  # type: ignore[no-untyped-def]
+    if options[-1] == "reference":
+        return _reference_mask_by_confidence(token_ids, logprob, mask_len, seed, step, *options)
+    return cpu.mask_by_confidence(token_ids, logprob, mask_len, seed, _step_value(step), *options)
+
+
+@_mask_by_confidence.register_kernel("cuda")
+def _(*arguments):  # type: ignore[no-untyped-def]
+    if arguments[-1] == "reference":
+        return _reference_mask_by_confidence(*arguments)
+    from mgt_kernels import triton
+
+    return triton.mask_by_confidence(*arguments[:-1])

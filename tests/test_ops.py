@@ -9,13 +9,13 @@ import torch
 import mgt_kernels
 
 ROOT = Path(__file__).parent.parent
-SAMPLE = (torch.randn(2, 5, 40), torch.full((2, 5), 40), torch.tensor([1, 2]), 3, 40)
+SAMPLE = (torch.randn(2, 5, 40), torch.full((2, 5), 40), torch.tensor([1, 2]), torch.tensor(3), 40)
 MASK = (
     torch.zeros(2, 5, dtype=torch.int64),
     torch.zeros(2, 5),
     torch.tensor([1, 2]),
     torch.tensor([3, 4]),
-    5,
+    torch.tensor(5),
     40,
 )
 
@@ -43,6 +43,38 @@ def test_a_step_compiles_without_a_graph_break():
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(*inputs), step(*inputs))
     assert torch.equal(torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)(*inputs), step(*inputs))
+
+
+def test_a_step_may_be_a_tensor(backend):
+    logits, tokens, token_ids = torch.randn(2, 5, 40), torch.full((2, 5), 40), torch.arange(10).view(2, 5)
+    for step in (0, 7, 2**32 - 1):
+        options = dict(mask_token_id=40, seed=3, backend=backend)
+        drawn = mgt_kernels.sample_tokens(logits, tokens, step=step, **options)
+        drawn_again = mgt_kernels.sample_tokens(logits, tokens, step=torch.tensor(step), **options)
+        assert all(map(torch.equal, drawn, drawn_again))
+        masked = mgt_kernels.mask_by_confidence(token_ids, torch.zeros(2, 5), 2, temperature=1.0, step=step, **options)
+        assert torch.equal(
+            masked,
+            mgt_kernels.mask_by_confidence(
+                token_ids, torch.zeros(2, 5), 2, temperature=1.0, step=torch.tensor(step), **options
+            ),
+        )
+
+
+@pytest.mark.parametrize(
+    "step, error, message",
+    [
+        (torch.tensor(2**32), ValueError, "step: expected a value within [0, 2^32), got 4294967296"),
+        (torch.tensor(-1), ValueError, "step: expected a value within [0, 2^32), got -1"),
+        (torch.tensor([1]), ValueError, "step: expected 0 dimensions, got shape (1,)"),
+        (torch.tensor(1.0), TypeError, "step: expected dtype torch.int64, got torch.float32"),
+        ("1", TypeError, "step: expected an int or a tensor, got str"),
+    ],
+)
+def test_bad_steps_are_named(step, error, message):
+    with pytest.raises(error) as caught:
+        mgt_kernels.sample_tokens(torch.randn(1, 2, 4), torch.full((1, 2), 4), mask_token_id=4, seed=0, step=step)
+    assert message in str(caught.value)
 
 
 def test_logits_that_require_grad_are_sampled():

@@ -40,17 +40,22 @@ def philox(seed, block, position, step, stream: tl.constexpr):
     c3 = tl.full([], stream, tl.uint32)
     # unrolled: in the first rounds half of the state is not yet as wide as the blocks
     for _ in tl.static_range(_PHILOX_ROUNDS):
-        hi0 = tl.umulhi(c0, _PHILOX_MUL0)
-        lo0 = c0 * _PHILOX_MUL0
-        hi1 = tl.umulhi(c2, _PHILOX_MUL1)
-        lo1 = c2 * _PHILOX_MUL1
-        c0 = hi1 ^ c1 ^ key0
-        c1 = lo1
-        c2 = hi0 ^ c3 ^ key1
-        c3 = lo0
+        # one wide multiplication gives both halves
+        product0 = c0.to(tl.uint64) * _PHILOX_MUL0
+        product1 = c2.to(tl.uint64) * _PHILOX_MUL1
+        c0 = (product1 >> 32).to(tl.uint32) ^ c1 ^ key0
+        c1 = product1.to(tl.uint32)
+        c2 = (product0 >> 32).to(tl.uint32) ^ c3 ^ key1
+        c3 = product0.to(tl.uint32)
         key0 = key0 + _PHILOX_KEY0
         key1 = key1 + _PHILOX_KEY1
     return c0, c1, c2, c3
+
+
+@triton.jit
+def block_of(column):
+    """Compute the block whose word (column // 512) % 4 a column takes."""
+    return (column // (4 * WORD_WIDTH) * WORD_WIDTH + column % WORD_WIDTH).to(tl.uint32)
 
 
 @triton.jit
@@ -101,12 +106,43 @@ def gumbel(word):
 
 
 @triton.jit
+def exponential_below(word):
+    """Compute w + w^2/2 + w^3/3, w = word 2^-32, plus 2^-33: below E = -log1p(-(w + 2^-33)), but for rounding."""
+    x = word.to(tl.float32)
+    p = tl.fma(x, 2.0**-96 / 3, 2.0**-65)
+    p = tl.fma(p, x, 2.0**-32)
+    return tl.fma(p, x, 2.0**-33)
+
+
+@triton.jit
+def log2_approx(x):
+    """Compute log2(x) of normal x > 0 by the hardware's approximation: 2^-22 relative, or absolute near 1."""
+    return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _rsqrt_approx(x):
+    return tl.inline_asm_elementwise(
+        "rsqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _sqrt_f32(x):
+    """Compute sqrt(x) of x = 0 or normal x > 0, correctly rounded: what sqrt.rn does, without its branch."""
+    # a bound that only x = 0, of either sign, meets: 0 * inf would be NaN
+    r = tl.minimum(_rsqrt_approx(tl.abs(x)), 2.0**63)
+    s = x * r
+    return tl.fma(tl.fma(-s, s, x), 0.5 * r, s)
+
+
+@triton.jit
 def gaussian_pair(word_radius, word_angle):
     """Compute two independent N(0, 1) values by Box-Muller."""
-    radius = tl.sqrt_rn(-2.0 * log_f32(uniform(word_radius)))
+    radius = _sqrt_f32(-2.0 * log_f32(uniform(word_radius)))
     # angle = 2 pi word / 2^32 = quadrant pi/2 + x, |x| <= pi/4, split in integers and so without rounding
-    quadrant = (word_angle + 0x20000000) >> 30
-    x = (word_angle - (quadrant << 30)).to(tl.int32, bitcast=True).to(tl.float32) * 1.4629180792671596e-9
+    shifted = word_angle + 0x20000000
+    x = ((shifted & 0x3FFFFFFF) - 0x20000000).to(tl.int32, bitcast=True).to(tl.float32) * 1.4629180792671596e-9
     x2 = x * x
     sine = tl.fma(x2, -0.00019515282474458218, 0.00833216030150652)
     sine = tl.fma(sine, x2, -0.16666655242443085)
@@ -116,7 +152,7 @@ def gaussian_pair(word_radius, word_angle):
     cosine = tl.fma(cosine, x2, -0.5)
     cosine = tl.fma(cosine, x2, 1.0)
     # quadrants 1 and 3 exchange sine and cosine; the sign bits follow the quadrant
-    odd = (quadrant & 1) != 0
-    first = tl.where(odd, sine, cosine).to(tl.uint32, bitcast=True) ^ (((quadrant + 1) & 2) << 30)
-    second = tl.where(odd, cosine, sine).to(tl.uint32, bitcast=True) ^ ((quadrant & 2) << 30)
+    odd = (shifted & 0x40000000) != 0
+    first = tl.where(odd, sine, cosine).to(tl.uint32, bitcast=True) ^ ((shifted + 0x40000000) & 0x80000000)
+    second = tl.where(odd, cosine, sine).to(tl.uint32, bitcast=True) ^ (shifted & 0x80000000)
     return radius * first.to(tl.float32, bitcast=True), radius * second.to(tl.float32, bitcast=True)

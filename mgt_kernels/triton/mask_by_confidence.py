@@ -1,7 +1,7 @@
 """mask_by_confidence on the device.
 
-Bound by: latency. One program per sample bisects the 32-bit keys of the confidences for the one of rank
-mask_len, a counting pass per bit over keys that wait, cached, in the output until the tokens overwrite them.
+Bound by: latency. One program per sample bisects the 32-bit keys of the confidences for the one of rank mask_len, a
+count per bit. Up to 16,384 keys stay in registers; more wait, cached, in the output until the tokens overwrite them.
 """
 
 import numpy as np
@@ -16,74 +16,93 @@ from mgt_kernels.triton.draws import LAUNCH_OPTIONS, STREAM_CONFIDENCE, gumbel, 
 _KNOWN_KEY = tl.constexpr(0xFF800000)
 
 
+# keys that the registers of a program hold
+_MAX_BLOCK = 16384
+
+
 @triton.jit
 def _ordered_key(confidence):
     # unsigned order of the keys = order of the floats; -0 and 0 are one confidence
     bits = tl.where(confidence == 0.0, 0.0, confidence).to(tl.int32, bitcast=True)
-    key = tl.where(bits < 0, ~bits, bits ^ (-0x80000000)).to(tl.uint32, bitcast=True).to(tl.int64)
+    key = tl.where(bits < 0, ~bits, bits ^ (-0x80000000)).to(tl.uint32, bitcast=True)
     # a row from which nothing could be drawn is still masked, and stays so before any other
     return tl.where(confidence != confidence, 0, key)
 
 
-@triton.jit(do_not_specialize=["step", "mask_token_id"])
+@triton.jit
+def _count_below(candidate, held, keys_ptr, num_positions, BLOCK_POSITIONS: tl.constexpr, IN_REGISTERS: tl.constexpr):
+    below = (held < candidate).to(tl.int32)
+    if not IN_REGISTERS:
+        for first in range(BLOCK_POSITIONS, num_positions, BLOCK_POSITIONS):
+            below += (_load_keys(keys_ptr, first, num_positions, BLOCK_POSITIONS) < candidate).to(tl.int32)
+    return tl.sum(below)
+
+
+@triton.jit
+def _load_keys(keys_ptr, first, num_positions, BLOCK_POSITIONS: tl.constexpr):
+    offs_position = first + tl.arange(0, BLOCK_POSITIONS)
+    # positions past the end count as known ones and so never below a key that matters
+    return tl.load(keys_ptr + offs_position, mask=offs_position < num_positions, other=_KNOWN_KEY).to(tl.uint32)
+
+
+@triton.jit(do_not_specialize=["mask_token_id"])
 def _mask_by_confidence_kernel(
     masked_tokens_ptr,
     token_ids_ptr,
     logprob_ptr,
     mask_len_ptr,
     seed_ptr,
+    step_ptr,
     num_positions,
-    step,
     mask_token_id,
     temperature,
     HAS_NOISE: tl.constexpr,
+    CHUNK_POSITIONS: tl.constexpr,
     BLOCK_POSITIONS: tl.constexpr,
+    IN_REGISTERS: tl.constexpr,
 ):
     sample = tl.program_id(0).to(tl.int64)
     seed = tl.load(seed_ptr + sample)
+    step = tl.load(step_ptr).to(tl.uint32)
+    # a key waits in the slot of its token
     keys_ptr = masked_tokens_ptr + sample * num_positions
     token_ids_ptr += sample * num_positions
     logprob_ptr += sample * num_positions
-    offs_block = tl.arange(0, BLOCK_POSITIONS)
 
-    num_masked = tl.zeros([BLOCK_POSITIONS], tl.int32)
-    for first in range(0, num_positions, BLOCK_POSITIONS):
-        offs_position = first + offs_block
+    for first in range(0, num_positions, CHUNK_POSITIONS):
+        offs_position = first + tl.arange(0, CHUNK_POSITIONS)
         mask = offs_position < num_positions
         confidence = tl.load(logprob_ptr + offs_position, mask=mask, other=float("inf"))
         if HAS_NOISE:
             position = offs_position.to(tl.uint32)
             word, _, _, _ = philox(seed, tl.zeros_like(position), position, step, STREAM_CONFIDENCE)
             confidence = tl.fma(gumbel(word), temperature, confidence)
-        key = _ordered_key(confidence)
-        num_masked += (key < _KNOWN_KEY).to(tl.int32)
-        tl.store(keys_ptr + offs_position, key, mask=mask)
-    # the keys are read back by other threads than wrote them
+        tl.store(keys_ptr + offs_position, _ordered_key(confidence).to(tl.int64), mask=mask)
+    # the keys are read by other threads than wrote them
     tl.debug_barrier()
 
-    mask_len = tl.minimum(tl.load(mask_len_ptr + sample), tl.sum(num_masked).to(tl.int64))
+    held = _load_keys(keys_ptr, 0, num_positions, BLOCK_POSITIONS)
+    known = tl.full([], _KNOWN_KEY, tl.uint32)
+    num_masked = _count_below(known, held, keys_ptr, num_positions, BLOCK_POSITIONS, IN_REGISTERS)
+    mask_len = tl.minimum(tl.load(mask_len_ptr + sample), num_masked.to(tl.int64)).to(tl.int32)
     # the largest threshold with fewer than mask_len keys below it is the key of rank mask_len
-    threshold = tl.full([], 0, tl.int64)
-    num_below = tl.full([], 0, tl.int64)
+    threshold = tl.full([], 0, tl.uint32)
+    num_below = tl.full([], 0, tl.int32)
     for bit in range(32):
-        candidate = threshold + (tl.full([], 0x80000000, tl.int64) >> bit)
-        lane_below = tl.zeros([BLOCK_POSITIONS], tl.int32)
-        for first in range(0, num_positions, BLOCK_POSITIONS):
-            offs_position = first + offs_block
-            key = tl.load(keys_ptr + offs_position, mask=offs_position < num_positions, other=_KNOWN_KEY)
-            lane_below += (key < candidate).to(tl.int32)
-        below = tl.sum(lane_below).to(tl.int64)
-        # positions past the end count as known ones and so never below a key that matters
+        candidate = threshold + (tl.full([], 0x80000000, tl.uint32) >> bit)
+        below = _count_below(candidate, held, keys_ptr, num_positions, BLOCK_POSITIONS, IN_REGISTERS)
         accept = below < mask_len
         threshold = tl.where(accept, candidate, threshold)
         num_below = tl.where(accept, below, num_below)
+    # no key may be overwritten before all threads have read theirs
+    tl.debug_barrier()
 
     # among ties the lower positions
     num_ties_left = mask_len - num_below
-    for first in range(0, num_positions, BLOCK_POSITIONS):
-        offs_position = first + offs_block
+    for first in range(0, num_positions, CHUNK_POSITIONS):
+        offs_position = first + tl.arange(0, CHUNK_POSITIONS)
         mask = offs_position < num_positions
-        key = tl.load(keys_ptr + offs_position, mask=mask, other=_KNOWN_KEY)
+        key = _load_keys(keys_ptr, first, num_positions, CHUNK_POSITIONS)
         tied = (key == threshold).to(tl.int32)
         chosen = (key < threshold) | ((tied > 0) & (tl.cumsum(tied, axis=0) <= num_ties_left))
         num_ties_left -= tl.sum(tied)
@@ -96,7 +115,7 @@ def mask_by_confidence(
     logprob: Tensor,
     mask_len: Tensor,
     seed: Tensor,
-    step: int,
+    step: Tensor,
     mask_token_id: int,
     temperature: float,
 ) -> Tensor:
@@ -107,11 +126,13 @@ def mask_by_confidence(
     tokens = torch.empty_like(token_ids)
     if tokens.numel() == 0:
         return tokens
-    block_positions = min(max(triton.next_power_of_2(num_positions), 128), 4096)
+    block_positions = min(max(triton.next_power_of_2(num_positions), 128), _MAX_BLOCK)
+    num_warps = min(max(block_positions // 256, 1), 16)
     with torch.accelerator.device_index(token_ids.device.index):
         _mask_by_confidence_kernel[(batch,)](
-            tokens, token_ids, logprob, mask_len, seed, num_positions, step, mask_token_id, temperature,
-            HAS_NOISE=bool(np.float32(temperature) != 0), BLOCK_POSITIONS=block_positions, num_warps=8,
+            tokens, token_ids, logprob, mask_len, seed, step, num_positions, mask_token_id, temperature,
+            HAS_NOISE=bool(np.float32(temperature) != 0), CHUNK_POSITIONS=min(block_positions, 128 * num_warps),
+            BLOCK_POSITIONS=block_positions, IN_REGISTERS=block_positions >= num_positions, num_warps=num_warps,
             **LAUNCH_OPTIONS,
         )  # fmt: skip
     return tokens

@@ -1,9 +1,12 @@
 """sample_tokens on the device.
 
-Bound by: instruction issue. Philox and the two logarithms of every Gumbel draw outweigh the read of both
-guidance halves several times over. A program keeps maximum, sum and best score per lane, so that tiles need
-no exchange between threads.
+Bound by: DRAM reads of both guidance halves and, close behind, instruction issue, most of it Philox. The loop evaluates
+no Gumbel noise: per column it keeps an upper bound of the score, one hardware logarithm of a lower bound of the race's
+exponential variate. Only the token with the largest bound gets its exact score, the CPU's to the bit; a row in which
+another bound reaches that score is read again, every score of it exact.
 """
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,55 +19,184 @@ from mgt_kernels.triton.draws import (
     STREAM_NOISE,
     STREAM_TOKEN,
     WORD_WIDTH,
+    block_of,
+    exponential_below,
     gaussian_pair,
     gumbel,
+    log2_approx,
     log_f32,
     philox,
 )
 
+_LN2 = tl.constexpr(0.6931471805599453)
 _LOG2_E = tl.constexpr(1.4426950408889634)
+# columns that share a run of Philox blocks
+_TILE_WIDTH = tl.constexpr(2048)
 # larger than any token id
-_NO_TOKEN = tl.constexpr(0x7FFFFFFF)
+_NO_TOKEN = tl.constexpr(2**30)
+_LOWEST = tl.constexpr(-3.4028234663852886e38)
+
+
+class _Rows(NamedTuple):
+    """What a logit is made of; pointers to the first token, everything but the scalars per position."""
+
+    logits_ptr: tl.tensor
+    uncond_ptr: tl.tensor | None
+    stride_token: tl.tensor
+    uncond_stride_token: tl.tensor
+    inside: tl.tensor
+    num_tokens: tl.tensor
+    mask_token_id: tl.tensor
+    guidance_scale: tl.tensor
+    noise_scale: tl.tensor
+    inverse_temperature: tl.tensor
+
+
+class _Counter(NamedTuple):
+    """What a draw is a function of, but for the column."""
+
+    seed: tl.tensor
+    position: tl.tensor
+    step: tl.tensor
 
 
 @triton.jit
-def _load_half(row_ptr, offs_token, stride_token, mask):
-    return tl.load(row_ptr + offs_token.to(tl.int64) * stride_token, mask=mask, other=float("-inf")).to(tl.float32)
+def _load_logits(row_ptr, stride_token, offs_token, mask):
+    other = None if mask is None else float("-inf")
+    return tl.load(row_ptr + offs_token.to(tl.int64) * stride_token, mask=mask, other=other).to(tl.float32)
 
 
 @triton.jit
-def _load_guided(
-    logits_row_ptr,
-    uncond_row_ptr,
-    offs_token,
-    stride_token,
-    uncond_stride_token,
-    num_tokens,
-    inside,
-    guidance_scale,
-):
-    mask = inside & (offs_token < num_tokens)
-    logit = _load_half(logits_row_ptr, offs_token, stride_token, mask)
-    if uncond_row_ptr is not None:
-        uncond = _load_half(uncond_row_ptr, offs_token, uncond_stride_token, mask)
+def _load_guided(rows, offs_token, mask):
+    logit = _load_logits(rows.logits_ptr, rows.stride_token, offs_token, mask)
+    if rows.uncond_ptr is not None:
+        uncond = _load_logits(rows.uncond_ptr, rows.uncond_stride_token, offs_token, mask)
         # -inf in either half forbids the token, whatever guidance would make of it
         forbidden = (logit == float("-inf")) | (uncond == float("-inf"))
-        logit = tl.where(forbidden, float("-inf"), tl.fma(logit - uncond, guidance_scale, uncond))
+        logit = tl.where(forbidden, float("-inf"), tl.fma(logit - uncond, rows.guidance_scale, uncond))
     return logit
 
 
 @triton.jit
-def _finish_logit(logit, offs_token, inverse_temperature, mask_token_id):
-    # after guidance and noise; temperatures 0 and 1 come as 1, a product that changes no bit
-    return tl.where(offs_token == mask_token_id, float("-inf"), logit * inverse_temperature)
+def _in_layout_of(x, loaded):
+    # otherwise the compiler computes the draws in a layout of its own and exchanges them through shared memory
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r,f", [x, loaded], dtype=tl.uint32, is_pure=True, pack=1)
 
 
 @triton.jit
-def _compete(logit, word, offs_token, best_score, best_logit, best_token, GREEDY: tl.constexpr):
+def _finish_logit(rows, logit, offs_lane, base):
+    # after guidance and noise; temperatures 0 and 1 come as 1, a product that changes no bit
+    return tl.where(offs_lane == rows.mask_token_id - base, float("-inf"), logit * rows.inverse_temperature)
+
+
+@triton.jit
+def _load_columns(rows, counter, base, HAS_NOISE: tl.constexpr, IS_TAIL: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """Load the four columns of each Philox block."""
+    offs_lane = tl.arange(0, BLOCK_COLUMNS)[None, :]
+    offs_token = base + offs_lane
+    offs_1 = offs_token + WORD_WIDTH
+    offs_2 = offs_1 + WORD_WIDTH
+    offs_3 = offs_2 + WORD_WIDTH
+    mask_0, mask_1, mask_2, mask_3 = rows.inside, rows.inside, rows.inside, rows.inside
+    if IS_TAIL:
+        mask_0 = offs_token < rows.num_tokens
+        mask_1 = offs_1 < rows.num_tokens
+        mask_2 = offs_2 < rows.num_tokens
+        mask_3 = offs_3 < rows.num_tokens
+        if rows.inside is not None:
+            mask_0, mask_1, mask_2, mask_3 = (
+                mask_0 & rows.inside,
+                mask_1 & rows.inside,
+                mask_2 & rows.inside,
+                mask_3 & rows.inside,
+            )
+    logit_0 = _load_guided(rows, offs_token, mask_0)
+    logit_1 = _load_guided(rows, offs_1, mask_1)
+    logit_2 = _load_guided(rows, offs_2, mask_2)
+    logit_3 = _load_guided(rows, offs_3, mask_3)
+    if HAS_NOISE:
+        word_0, word_1, word_2, word_3 = philox(
+            counter.seed,
+            _in_layout_of(block_of(base) + offs_lane.to(tl.uint32), logit_0),
+            counter.position,
+            counter.step,
+            STREAM_NOISE,
+        )
+        noise_0, noise_1 = gaussian_pair(word_0, word_1)
+        noise_2, noise_3 = gaussian_pair(word_2, word_3)
+        logit_0 = tl.fma(noise_0, rows.noise_scale, logit_0)
+        logit_1 = tl.fma(noise_1, rows.noise_scale, logit_1)
+        logit_2 = tl.fma(noise_2, rows.noise_scale, logit_2)
+        logit_3 = tl.fma(noise_3, rows.noise_scale, logit_3)
+    return (
+        _finish_logit(rows, logit_0, offs_lane, base),
+        _finish_logit(rows, logit_1, offs_lane, base + WORD_WIDTH),
+        _finish_logit(rows, logit_2, offs_lane, base + 2 * WORD_WIDTH),
+        _finish_logit(rows, logit_3, offs_lane, base + 3 * WORD_WIDTH),
+    )
+
+
+@triton.jit
+def _lead(logit, word, base, best, second, leader, GREEDY: tl.constexpr):
+    bound = logit
+    if not GREEDY:
+        bound = tl.fma(log2_approx(exponential_below(word)), -_LN2, logit)
+    # in order, so that the lowest of ties stays
+    leader = tl.where(bound > best, base, leader)
+    second = tl.maximum(second, tl.minimum(bound, best))
+    return tl.maximum(best, bound), second, leader
+
+
+@triton.jit
+def _consume_columns(
+    rows, counter, base, lane_max, lane_sum, best, second, leader,
+    HAS_NOISE: tl.constexpr, GREEDY: tl.constexpr, IS_TAIL: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    logit_0, logit_1, logit_2, logit_3 = _load_columns(rows, counter, base, HAS_NOISE, IS_TAIL, BLOCK_COLUMNS)
+    # NaN and +inf turn the sum to NaN, and it stays so
+    new_max = tl.maximum(tl.maximum(logit_0, logit_1), tl.maximum(logit_2, logit_3))
+    new_max = tl.maximum(lane_max, new_max)
+    lane_sum *= tl.exp2((lane_max - new_max) * _LOG2_E)
+    lane_sum += tl.exp2((logit_0 - new_max) * _LOG2_E) + tl.exp2((logit_1 - new_max) * _LOG2_E)
+    lane_sum += tl.exp2((logit_2 - new_max) * _LOG2_E) + tl.exp2((logit_3 - new_max) * _LOG2_E)
+    block = _in_layout_of(block_of(base) + tl.arange(0, BLOCK_COLUMNS)[None, :].to(tl.uint32), logit_0)
+    if GREEDY:
+        word_0, word_1, word_2, word_3 = block, block, block, block
+    else:
+        word_0, word_1, word_2, word_3 = philox(counter.seed, block, counter.position, counter.step, STREAM_TOKEN)
+    # leader is the token but for the lane, and so the same for all lanes
+    best, second, leader = _lead(logit_0, word_0, base, best, second, leader, GREEDY)
+    best, second, leader = _lead(logit_1, word_1, base + WORD_WIDTH, best, second, leader, GREEDY)
+    best, second, leader = _lead(logit_2, word_2, base + 2 * WORD_WIDTH, best, second, leader, GREEDY)
+    best, second, leader = _lead(logit_3, word_3, base + 3 * WORD_WIDTH, best, second, leader, GREEDY)
+    return new_max, lane_sum, best, second, leader
+
+
+@triton.jit
+def _exact_score(rows, counter, offs_token, HAS_NOISE: tl.constexpr, GREEDY: tl.constexpr):
+    """Compute the score of one token per position, the CPU's to the bit."""
+    which = offs_token // WORD_WIDTH % 4
+    logit = _load_guided(rows, offs_token, offs_token < rows.num_tokens)
+    if HAS_NOISE:
+        word_0, word_1, word_2, word_3 = philox(
+            counter.seed, block_of(offs_token), counter.position, counter.step, STREAM_NOISE
+        )
+        even, odd = gaussian_pair(tl.where(which < 2, word_0, word_2), tl.where(which < 2, word_1, word_3))
+        logit = tl.fma(tl.where(which % 2 == 0, even, odd), rows.noise_scale, logit)
+    logit = _finish_logit(rows, logit, offs_token, 0)
     score = logit
     if not GREEDY:
+        word_0, word_1, word_2, word_3 = philox(
+            counter.seed, block_of(offs_token), counter.position, counter.step, STREAM_TOKEN
+        )
+        word = tl.where(which < 2, tl.where(which == 0, word_0, word_1), tl.where(which == 2, word_2, word_3))
         score = logit + gumbel(word)
-    # a lane meets its columns in order: among ties the lowest stays
+    return score, logit
+
+
+@triton.jit
+def _compete(logit, word, offs_token, best_score, best_logit, best_token):
+    score = logit + gumbel(word)
     better = score > best_score
     return (
         tl.where(better, score, best_score),
@@ -73,23 +205,84 @@ def _compete(logit, word, offs_token, best_score, best_logit, best_token, GREEDY
     )
 
 
-@triton.jit(do_not_specialize=["step", "mask_token_id"])
+@triton.jit
+def _exact_race(
+    rows, counter, first, end,
+    HAS_NOISE: tl.constexpr, BLOCK_POSITIONS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Compute every score of columns first to end; return the best of each position, its logit and token."""
+    best_score = tl.full([BLOCK_POSITIONS, BLOCK_COLUMNS], float("-inf"), tl.float32)
+    best_logit = best_score
+    best_token = tl.full([BLOCK_POSITIONS, BLOCK_COLUMNS], _NO_TOKEN, tl.int32)
+    for first_column in range(first, end, _TILE_WIDTH):
+        for first_lane in range(0, WORD_WIDTH, BLOCK_COLUMNS):
+            base = first_column + first_lane
+            offs_0 = base + tl.arange(0, BLOCK_COLUMNS)[None, :]
+            logit_0, logit_1, logit_2, logit_3 = _load_columns(rows, counter, base, HAS_NOISE, True, BLOCK_COLUMNS)
+            word_0, word_1, word_2, word_3 = philox(
+                counter.seed, _in_layout_of(block_of(offs_0), logit_0), counter.position, counter.step, STREAM_TOKEN
+            )
+            best_score, best_logit, best_token = _compete(logit_0, word_0, offs_0, best_score, best_logit, best_token)
+            best_score, best_logit, best_token = _compete(
+                logit_1, word_1, offs_0 + WORD_WIDTH, best_score, best_logit, best_token
+            )
+            best_score, best_logit, best_token = _compete(
+                logit_2, word_2, offs_0 + 2 * WORD_WIDTH, best_score, best_logit, best_token
+            )
+            best_score, best_logit, best_token = _compete(
+                logit_3, word_3, offs_0 + 3 * WORD_WIDTH, best_score, best_logit, best_token
+            )
+    return _best_of(best_score, best_logit, best_token)
+
+
+@triton.jit
+def _best_of(score, logit, token):
+    """Reduce the columns to the one with the best score, the lowest token among ties."""
+    best_score = tl.max(score, axis=1, keep_dims=True)
+    best_token = tl.min(tl.where(score == best_score, token, _NO_TOKEN), axis=1, keep_dims=True)
+    best_logit = tl.max(tl.where(token == best_token, logit, float("-inf")), axis=1, keep_dims=True)
+    return best_score, best_logit, best_token
+
+
+@triton.jit
+def _sum_of(lane_max, lane_sum):
+    """Reduce the columns to one maximum and the sum relative to its exponential."""
+    row_max = tl.max(lane_max, axis=1, keep_dims=True)
+    return row_max, tl.sum(lane_sum * tl.exp2((lane_max - row_max) * _LOG2_E), axis=1, keep_dims=True)
+
+
+@triton.jit
+def _store_rows(
+    token_ids_ptr, logprob_ptr, offs_row, inside, token, masked, mask_token_id, row_max, row_sum, logit, drawn
+):
+    logprob = (logit - row_max) - log_f32(row_sum)
+    # raising would wait for the device: a row from which nothing can be drawn stays masked and says NaN
+    bad = (row_sum != row_sum) | (drawn >= _NO_TOKEN)
+    drawn = tl.where(bad, token, drawn.to(tl.int64))
+    logprob = tl.where(bad, float("nan"), logprob)
+    tl.store(token_ids_ptr + offs_row, tl.where(masked, drawn, token), mask=inside)
+    tl.store(logprob_ptr + offs_row, tl.where(masked, logprob, float("inf")), mask=inside)
+
+
+@triton.jit(do_not_specialize=["mask_token_id"])
 def _sample_tokens_kernel(
     token_ids_ptr,
     logprob_ptr,
+    partials_ptr,
     logits_ptr,
     uncond_ptr,
     tokens_ptr,
     seed_ptr,
+    step_ptr,
     num_positions,
     num_tokens,
+    columns_per_split,
     stride_sample,
     stride_position,
     stride_token,
     uncond_stride_sample,
     uncond_stride_position,
     uncond_stride_token,
-    step,
     mask_token_id,
     guidance_scale,
     noise_scale,
@@ -101,120 +294,134 @@ def _sample_tokens_kernel(
 ):
     num_groups = tl.cdiv(num_positions, BLOCK_POSITIONS)
     sample = (tl.program_id(0) // num_groups).to(tl.int64)
-    offs_position = (tl.program_id(0) % num_groups) * BLOCK_POSITIONS + tl.arange(0, BLOCK_POSITIONS)
+    offs_position = (tl.program_id(0) % num_groups) * BLOCK_POSITIONS + tl.arange(0, BLOCK_POSITIONS)[:, None]
     inside = offs_position < num_positions
     offs_row = sample * num_positions + offs_position
     token = tl.load(tokens_ptr + offs_row, mask=inside, other=0)
     masked = inside & (token == mask_token_id)
-    seed = tl.load(seed_ptr + sample)
-
-    position = offs_position.to(tl.uint32)[:, None]
-    # known positions of a group are read along: a mask that differs between lanes would undo vector loads
-    inside_rows = inside[:, None]
-    offs_position_64 = offs_position.to(tl.int64)[:, None]
-    logits_row_ptr = logits_ptr + sample * stride_sample + offs_position_64 * stride_position
+    counter = _Counter(tl.load(seed_ptr + sample), offs_position.to(tl.uint32), tl.load(step_ptr).to(tl.uint32))
+    logits_row_ptr = logits_ptr + sample * stride_sample + offs_position.to(tl.int64) * stride_position
     uncond_row_ptr = uncond_ptr
     if uncond_ptr is not None:
-        uncond_row_ptr = uncond_ptr + sample * uncond_stride_sample + offs_position_64 * uncond_stride_position
+        uncond_row_ptr = (
+            uncond_ptr + sample * uncond_stride_sample + offs_position.to(tl.int64) * uncond_stride_position
+        )
+    # known positions of a group are read along: a mask that differs between lanes would undo vector loads
+    load_mask = inside
+    if BLOCK_POSITIONS == 1:
+        load_mask = None
+    rows = _Rows(
+        logits_row_ptr, uncond_row_ptr, stride_token, uncond_stride_token, load_mask, num_tokens, mask_token_id,
+        guidance_scale, noise_scale, inverse_temperature,
+    )  # fmt: skip
 
     # per lane; sum is relative to exp(max)
-    lane_max = tl.full([BLOCK_POSITIONS, BLOCK_COLUMNS], float("-inf"), tl.float32)
+    lane_max = tl.full([BLOCK_POSITIONS, BLOCK_COLUMNS], _LOWEST, tl.float32)
     lane_sum = tl.zeros([BLOCK_POSITIONS, BLOCK_COLUMNS], tl.float32)
-    best_score = lane_max
-    best_logit = lane_max
-    best_token = tl.full([BLOCK_POSITIONS, BLOCK_COLUMNS], _NO_TOKEN, tl.int32)
+    best = tl.full([BLOCK_POSITIONS, BLOCK_COLUMNS], float("-inf"), tl.float32)
+    second = best
+    leader = tl.full([BLOCK_POSITIONS, BLOCK_COLUMNS], _NO_TOKEN, tl.int32)
 
+    first = tl.program_id(1) * columns_per_split
     # a group without a masked position is as good as empty
-    end = tl.where(tl.max(masked.to(tl.int32), axis=0) > 0, num_tokens, 0)
-    for first_column in range(0, end, 4 * WORD_WIDTH):
+    any_masked = tl.max(masked.to(tl.int32)) > 0
+    end = tl.where(any_masked, tl.minimum(first + columns_per_split, num_tokens), first)
+    first_of_tail = first + (end - first) // _TILE_WIDTH * _TILE_WIDTH
+    for first_column in range(first, first_of_tail, _TILE_WIDTH):
         for first_lane in range(0, WORD_WIDTH, BLOCK_COLUMNS):
-            offs_lane = first_lane + tl.arange(0, BLOCK_COLUMNS)[None, :]
-            block = (first_column // 4 + offs_lane).to(tl.uint32)
-            offs_0 = first_column + offs_lane
-            offs_1 = offs_0 + WORD_WIDTH
-            offs_2 = offs_1 + WORD_WIDTH
-            offs_3 = offs_2 + WORD_WIDTH
-            logit_0 = _load_guided(
-                logits_row_ptr, uncond_row_ptr, offs_0, stride_token, uncond_stride_token, num_tokens,
-                inside_rows, guidance_scale,
+            lane_max, lane_sum, best, second, leader = _consume_columns(
+                rows, counter, first_column + first_lane, lane_max, lane_sum, best, second, leader,
+                HAS_NOISE, GREEDY, False, BLOCK_COLUMNS,
             )  # fmt: skip
-            logit_1 = _load_guided(
-                logits_row_ptr, uncond_row_ptr, offs_1, stride_token, uncond_stride_token, num_tokens,
-                inside_rows, guidance_scale,
+    if first_of_tail < end:
+        for first_lane in range(0, WORD_WIDTH, BLOCK_COLUMNS):
+            lane_max, lane_sum, best, second, leader = _consume_columns(
+                rows, counter, first_of_tail + first_lane, lane_max, lane_sum, best, second, leader,
+                HAS_NOISE, GREEDY, True, BLOCK_COLUMNS,
             )  # fmt: skip
-            logit_2 = _load_guided(
-                logits_row_ptr, uncond_row_ptr, offs_2, stride_token, uncond_stride_token, num_tokens,
-                inside_rows, guidance_scale,
-            )  # fmt: skip
-            logit_3 = _load_guided(
-                logits_row_ptr, uncond_row_ptr, offs_3, stride_token, uncond_stride_token, num_tokens,
-                inside_rows, guidance_scale,
-            )  # fmt: skip
-            if HAS_NOISE:
-                word_0, word_1, word_2, word_3 = philox(seed, block, position, step, STREAM_NOISE)
-                noise_0, noise_1 = gaussian_pair(word_0, word_1)
-                noise_2, noise_3 = gaussian_pair(word_2, word_3)
-                logit_0 = tl.fma(noise_0, noise_scale, logit_0)
-                logit_1 = tl.fma(noise_1, noise_scale, logit_1)
-                logit_2 = tl.fma(noise_2, noise_scale, logit_2)
-                logit_3 = tl.fma(noise_3, noise_scale, logit_3)
-            logit_0 = _finish_logit(logit_0, offs_0, inverse_temperature, mask_token_id)
-            logit_1 = _finish_logit(logit_1, offs_1, inverse_temperature, mask_token_id)
-            logit_2 = _finish_logit(logit_2, offs_2, inverse_temperature, mask_token_id)
-            logit_3 = _finish_logit(logit_3, offs_3, inverse_temperature, mask_token_id)
 
-            # NaN and +inf turn the sum to NaN, and it stays so
-            new_max = tl.maximum(tl.maximum(logit_0, logit_1), tl.maximum(logit_2, logit_3))
-            new_max = tl.maximum(lane_max, new_max)
-            shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-            lane_sum *= tl.exp2((lane_max - shift) * _LOG2_E)
-            lane_sum += tl.exp2((logit_0 - shift) * _LOG2_E) + tl.exp2((logit_1 - shift) * _LOG2_E)
-            lane_sum += tl.exp2((logit_2 - shift) * _LOG2_E) + tl.exp2((logit_3 - shift) * _LOG2_E)
-            lane_max = new_max
+    row_max, row_sum = _sum_of(lane_max, lane_sum)
+    offs_token = leader + tl.arange(0, BLOCK_COLUMNS)[None, :]
+    row_best = tl.max(best, axis=1, keep_dims=True)
+    drawn = tl.min(tl.where(best == row_best, offs_token, _NO_TOKEN), axis=1, keep_dims=True)
+    score, logit = _exact_score(rows, counter, drawn, HAS_NOISE, GREEDY)
+    if not GREEDY:
+        rival = tl.max(tl.where(offs_token == drawn, second, best), axis=1, keep_dims=True)
+        slack = 1e-4 + 1e-6 * tl.abs(score)
+        contested = masked & (rival >= score - slack) & (drawn < _NO_TOKEN)
+        if tl.max(contested.to(tl.int32)) > 0:
+            score, logit, drawn = _exact_race(rows, counter, first, end, HAS_NOISE, BLOCK_POSITIONS, BLOCK_COLUMNS)
 
-            if GREEDY:
-                word_0, word_1, word_2, word_3 = block, block, block, block
-            else:
-                word_0, word_1, word_2, word_3 = philox(seed, block, position, step, STREAM_TOKEN)
-            best_score, best_logit, best_token = _compete(
-                logit_0, word_0, offs_0, best_score, best_logit, best_token, GREEDY
-            )
-            best_score, best_logit, best_token = _compete(
-                logit_1, word_1, offs_1, best_score, best_logit, best_token, GREEDY
-            )
-            best_score, best_logit, best_token = _compete(
-                logit_2, word_2, offs_2, best_score, best_logit, best_token, GREEDY
-            )
-            best_score, best_logit, best_token = _compete(
-                logit_3, word_3, offs_3, best_score, best_logit, best_token, GREEDY
-            )
+    if partials_ptr is None:
+        _store_rows(
+            token_ids_ptr, logprob_ptr, offs_row, inside, token, masked, mask_token_id,
+            row_max, row_sum, logit, drawn,
+        )  # fmt: skip
+    else:
+        num_splits = tl.num_programs(1)
+        num_rows = (tl.num_programs(0) // num_groups).to(tl.int64) * num_positions
+        field = num_rows * num_splits
+        offs_partial = offs_row * num_splits + tl.program_id(1)
+        tl.store(partials_ptr + offs_partial, row_max, mask=inside)
+        tl.store(partials_ptr + field + offs_partial, row_sum, mask=inside)
+        tl.store(partials_ptr + 2 * field + offs_partial, score, mask=inside)
+        tl.store(partials_ptr + 3 * field + offs_partial, logit, mask=inside)
+        tl.store(partials_ptr + 4 * field + offs_partial, drawn.to(tl.float32, bitcast=True), mask=inside)
 
-    row_score = tl.max(best_score, axis=1)
-    row_token = tl.min(tl.where(best_score == row_score[:, None], best_token, _NO_TOKEN), axis=1)
-    row_logit = tl.max(tl.where(best_token == row_token[:, None], best_logit, float("-inf")), axis=1)
-    row_max = tl.max(lane_max, axis=1)
-    row_sum = tl.sum(lane_sum * tl.exp2((lane_max - row_max[:, None]) * _LOG2_E), axis=1)
-    logprob = (row_logit - row_max) - log_f32(row_sum)
-    # raising would wait for the device: a row from which nothing can be drawn stays masked and says NaN
-    bad = (row_sum != row_sum) | (row_max == float("inf")) | (row_token == _NO_TOKEN)
-    drawn = tl.where(bad, token, row_token.to(tl.int64))
-    logprob = tl.where(bad, float("nan"), logprob)
-    tl.store(token_ids_ptr + offs_row, tl.where(masked, drawn, token), mask=inside)
-    tl.store(logprob_ptr + offs_row, tl.where(masked, logprob, float("inf")), mask=inside)
+
+@triton.jit(do_not_specialize=["num_rows", "mask_token_id"])
+def _combine_splits_kernel(
+    token_ids_ptr,
+    logprob_ptr,
+    partials_ptr,
+    tokens_ptr,
+    num_rows,
+    num_splits,
+    mask_token_id,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+):
+    offs_row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
+    inside = offs_row < num_rows
+    token = tl.load(tokens_ptr + offs_row, mask=inside, other=0)
+    masked = inside & (token == mask_token_id)
+    offs_split = tl.arange(0, BLOCK_SPLITS)[None, :]
+    mask = masked & (offs_split < num_splits)
+    partials_ptr += offs_row * num_splits + offs_split
+    field = num_rows.to(tl.int64) * num_splits
+    split_max = tl.load(partials_ptr, mask=mask, other=_LOWEST)
+    split_sum = tl.load(partials_ptr + field, mask=mask, other=0.0)
+    score = tl.load(partials_ptr + 2 * field, mask=mask, other=float("-inf"))
+    logit = tl.load(partials_ptr + 3 * field, mask=mask, other=float("-inf"))
+    drawn = tl.load(partials_ptr + 4 * field, mask=mask, other=0.0).to(tl.int32, bitcast=True)
+    row_max, row_sum = _sum_of(split_max, split_sum)
+    _, logit, drawn = _best_of(score, logit, tl.where(mask, drawn, _NO_TOKEN))
+    _store_rows(
+        token_ids_ptr, logprob_ptr, offs_row, inside, token, masked, mask_token_id, row_max, row_sum, logit, drawn
+    )
+
+
+# programs that keep a large device busy; of the shape of one sample, so that a result does not depend on the batch
+_FEW_ROWS = 2048
+
+
+def _num_splits(num_positions: int, num_tokens: int) -> int:
+    num_tiles = triton.cdiv(num_tokens, _TILE_WIDTH.value)
+    return min(triton.cdiv(_FEW_ROWS, num_positions), num_tiles)
 
 
 def sample_tokens(
     logits: Tensor,
     tokens: Tensor,
     seed: Tensor,
-    step: int,
+    step: Tensor,
     mask_token_id: int,
     uncond_logits: Tensor | None,
     guidance_scale: float,
     noise_scale: float,
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
-    """Run the kernel on checked arguments; see `mgt_kernels.sample_tokens`."""
+    """Run the kernels on checked arguments; see `mgt_kernels.sample_tokens`."""
     batch, num_positions, num_tokens = logits.shape
     tokens, seed = tokens.contiguous(), seed.contiguous()
     token_ids = torch.empty_like(tokens)
@@ -226,15 +433,33 @@ def sample_tokens(
     # with unit stride over positions, neighbouring positions share every sector that is read
     token_major = num_positions == 1 or all(num_tokens == 1 or half.stride(2) == 1 for half in halves)
     block_positions, block_columns = (1, WORD_WIDTH.value) if token_major else (16, 32)
+    has_noise = bool(np.float32(noise_scale) != 0)
+    # eight columns of a word per thread are 16 bytes in 16 bits; with noise they would spill
+    num_warps = 2 if token_major and logits.dtype != torch.float32 and not has_noise else 4
+    # left to itself ptxas spills a few registers for occupancy that the long loop body does not need
+    max_registers = 168
+    num_tiles = triton.cdiv(num_tokens, _TILE_WIDTH.value)
+    tiles_per_split = triton.cdiv(num_tiles, _num_splits(num_positions, num_tokens))
+    num_splits = triton.cdiv(num_tiles, tiles_per_split)
+    partials = None
+    if num_splits > 1:
+        partials = torch.empty((5, tokens.numel(), num_splits), dtype=torch.float32, device=tokens.device)
     # both roundings as in C: the temperature to float32, then its inverse
     tau = np.float32(temperature)
     inverse_temperature = 1.0 if tau == 0 else float(np.float32(1) / tau)
     with torch.accelerator.device_index(logits.device.index):
-        _sample_tokens_kernel[(batch * triton.cdiv(num_positions, block_positions),)](
-            token_ids, logprob, logits, uncond_logits, tokens, seed, num_positions, num_tokens,
+        _sample_tokens_kernel[(batch * triton.cdiv(num_positions, block_positions), num_splits)](
+            token_ids, logprob, partials, logits, uncond_logits, tokens, seed, step, num_positions, num_tokens,
+            tiles_per_split * _TILE_WIDTH.value,
             *logits.stride(), *((0, 0, 0) if uncond_logits is None else uncond_logits.stride()),
-            step, mask_token_id, guidance_scale, noise_scale, inverse_temperature,
-            HAS_NOISE=bool(np.float32(noise_scale) != 0), GREEDY=bool(tau == 0),
-            BLOCK_POSITIONS=block_positions, BLOCK_COLUMNS=block_columns, num_warps=4, **LAUNCH_OPTIONS,
+            mask_token_id, guidance_scale, noise_scale, inverse_temperature,
+            HAS_NOISE=has_noise, GREEDY=bool(tau == 0),
+            BLOCK_POSITIONS=block_positions, BLOCK_COLUMNS=block_columns, num_warps=num_warps,
+            maxnreg=max_registers, **LAUNCH_OPTIONS,
         )  # fmt: skip
+        if partials is not None:
+            _combine_splits_kernel[(triton.cdiv(tokens.numel(), 32),)](
+                token_ids, logprob, partials, tokens, tokens.numel(), num_splits, mask_token_id,
+                BLOCK_ROWS=32, BLOCK_SPLITS=triton.next_power_of_2(num_splits), num_warps=4, **LAUNCH_OPTIONS,
+            )  # fmt: skip
     return token_ids, logprob

@@ -1,0 +1,209 @@
+"""What is counted: launches of the ops as a caller makes them, compiled for a GPU that is not there.
+
+The tensors are on the CPU and never read; their addresses and strides decide what Triton specialises on, and so which
+machine code comes out.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import driver
+import sass
+import torch
+from sass import Pipe
+from torch import Tensor
+
+from mgt_kernels import triton as kernels
+
+CAPABILITIES = (80, 86, 89, 90, 100)
+
+# token and drawn token as int64, log-probability as float32
+_BYTES_PER_POSITION = 8 + 8 + 4
+# maximum, sum, score, logit and token of a split, 32 bits each
+_BYTES_PER_SPLIT = 5 * 4
+
+# from a loop's counts, the elements that a warp goes through and the warps of a program: how often the loop runs
+Iterations = Callable[[sass.Counts, float, int], float]
+
+
+def loads(bytes_per_element: int) -> Iterations:
+    """Describe a loop over the elements by what it loads of each, so that unrolling does not matter."""
+    return lambda counts, elements, num_warps: elements * bytes_per_element / counts.global_load_bytes
+
+
+def reductions(times: int) -> Iterations:
+    """Describe a loop by its sums over a program: one over each warp, and one over these where there are several."""
+    return lambda counts, elements, num_warps: times * (1 if num_warps == 1 else 2) / counts.pipes[Pipe.REDUCE]
+
+
+def never(counts: sass.Counts, elements: float, num_warps: int) -> float:
+    """Describe a loop that hardly ever runs."""
+    return 0.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """One launch of a configuration: what its code does not tell."""
+
+    kernel: str
+    # in program order
+    loops: tuple[Iterations, ...]
+    # from the launches of the configuration the bytes that this one has to move
+    dram_bytes: Callable[[list[driver.Launch]], int]
+    # why the static lower bound is above what memory allows
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Configuration:
+    op: str
+    name: str
+    launch: Callable[[], object]
+    # elements that all programs go through together, and the bytes of each that the main loop loads
+    num_elements: int
+    bytes_per_element: int
+    cases: tuple[Case, ...]
+
+
+@dataclass(frozen=True)
+class Counted:
+    """A compiled launch together with how often its loops run."""
+
+    configuration: Configuration
+    case: Case
+    kernel: sass.Kernel
+    num_ctas: int
+    trips: tuple[int, ...]
+    dram_bytes: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.case.kernel.strip('_').removesuffix('_kernel')}, {self.configuration.name}"
+
+    @property
+    def elements_per_iteration(self) -> float:
+        """Elements that a warp consumes in an iteration of the main loop; 0 without one."""
+        if self.kernel.main_loop is None:
+            return 0.0
+        return self.kernel.main.global_load_bytes / self.configuration.bytes_per_element
+
+
+@functools.cache
+def compile_for(configuration: Configuration, capability: int) -> tuple[Counted, ...]:
+    """Run the launcher on a stand-in GPU and analyse what it would have launched."""
+    with driver.standin_gpu(capability, execute=False) as launches:
+        configuration.launch()
+    names = [launch.kernel for launch in launches]
+    expected = [case.kernel for case in configuration.cases]
+    if names != expected:
+        raise ValueError(f"{configuration.op}, {configuration.name}: expected the launches {expected}, got {names}")
+    return tuple(_count(configuration, number, launches) for number in range(len(launches)))
+
+
+def _count(configuration: Configuration, number: int, launches: list[driver.Launch]) -> Counted:
+    case, launch = configuration.cases[number], launches[number]
+    kernel = sass.analyse(launch.cubin, launch.num_warps, launch.shared)
+    if len(kernel.loops) != len(case.loops):
+        raise ValueError(
+            f"{configuration.op}, {configuration.name}, sm_{kernel.capability}: {case.kernel} was expected to have"
+            f" {len(case.loops)} loops, got {len(kernel.loops)}"
+        )
+    num_ctas = math.prod(launch.grid)
+    elements = configuration.num_elements / (num_ctas * launch.num_warps)
+    # rounded down: what ptxas peels off an unrolled loop is straight code
+    trips = tuple(
+        math.floor(iterations(counts, elements, launch.num_warps) + 1e-9)
+        for iterations, counts in zip(case.loops, kernel.loop_counts, strict=True)
+    )
+    return Counted(configuration, case, kernel, num_ctas, trips, case.dram_bytes(launches))
+
+
+def _logits(num_positions: int, num_tokens: int, dtype: torch.dtype, position_major: bool) -> Tensor:
+    if position_major:
+        return torch.empty(1, num_tokens, num_positions, dtype=dtype).transpose(1, 2)
+    return torch.empty(1, num_positions, num_tokens, dtype=dtype)
+
+
+def _sample_tokens(
+    name: str,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    num_positions: int = 4096,
+    guided: bool = True,
+    noise_scale: float = 0.0,
+    position_major: bool = False,
+    combine: Case | None = None,
+    reason: str = "",
+) -> Configuration:
+    """Describe a draw of num_positions tokens, a batch of one."""
+    num_tokens = 8192
+    bytes_per_element = dtype.itemsize * (2 if guided else 1)
+
+    def launch() -> None:
+        halves = [_logits(num_positions, num_tokens, dtype, position_major) for _ in range(2 if guided else 1)]
+        seed, step = torch.zeros(1, dtype=torch.int64), torch.zeros((), dtype=torch.int64)
+        tokens = torch.full((1, num_positions), num_tokens)
+        uncond_logits = halves[1] if guided else None
+        kernels.sample_tokens(halves[0], tokens, seed, step, num_tokens, uncond_logits, 3.0, noise_scale, 1.0)
+
+    def dram_bytes(launches: list[driver.Launch]) -> int:
+        per_position = _BYTES_PER_SPLIT * launches[0].grid[1] if combine else _BYTES_PER_POSITION
+        return num_positions * (num_tokens * bytes_per_element + per_position)
+
+    # past the main loop: the race of all exact scores, for the rare row that the bounds do not decide
+    loops: tuple[Iterations, ...] = (loads(bytes_per_element), never)
+    if position_major:
+        # an outer loop over the tiles around both; in between the tail of a row
+        loops = (never, loads(bytes_per_element), never, never, never)
+    case = Case("_sample_tokens_kernel", loops, dram_bytes, reason)
+    cases = (case, combine) if combine else (case,)
+    return Configuration("sample_tokens", name, launch, num_positions * num_tokens, bytes_per_element, cases)
+
+
+def _combine_splits(num_positions: int) -> Case:
+    return Case(
+        "_combine_splits_kernel",
+        (),
+        lambda launches: num_positions * (_BYTES_PER_POSITION + _BYTES_PER_SPLIT * launches[0].grid[1]),
+        reason="a few kilobytes: the launch itself takes longer than either",
+    )
+
+
+def _mask_by_confidence(num_positions: int) -> Configuration:
+    # the keys, the bits of the threshold, the choice from the keys and the tokens
+    case = Case(
+        "_mask_by_confidence_kernel",
+        (loads(4), reductions(32), loads(8 + 8)),
+        lambda launches: num_positions * _BYTES_PER_POSITION,
+        reason="one program per sample, and so one multiprocessor at batch 1: a matter of latency, not of bandwidth",
+    )
+
+    def launch() -> None:
+        seed, step = torch.zeros(1, dtype=torch.int64), torch.zeros((), dtype=torch.int64)
+        token_ids, logprob = torch.empty(1, num_positions, dtype=torch.int64), torch.empty(1, num_positions)
+        kernels.mask_by_confidence(token_ids, logprob, torch.ones_like(seed), seed, step, num_positions, 1.3)
+
+    return Configuration("mask_by_confidence", f"{num_positions} positions, noise", launch, num_positions, 4, (case,))
+
+
+_UNGUIDED = "issue: each element takes a draw and an exponential as it does with guidance, for half the bytes"
+_NOISE = "issue: a Gaussian per element on top of the draw, and the Philox words for both"
+_SHORT_PROGRAMS = "issue: the beginning and the end of a program around one iteration of its main loop"
+
+CONFIGURATIONS = (
+    _sample_tokens("bf16 guided"),
+    _sample_tokens("bf16 guided, noise", noise_scale=1.0, reason=_NOISE),
+    _sample_tokens("bf16", guided=False, reason=_UNGUIDED),
+    _sample_tokens("fp32 guided", dtype=torch.float32),
+    _sample_tokens("bf16 guided, position-major", position_major=True),
+    _sample_tokens(
+        "bf16 guided, 256 positions", num_positions=256, combine=_combine_splits(256), reason=_SHORT_PROGRAMS
+    ),
+    _mask_by_confidence(256),
+    _mask_by_confidence(4096),
+    _mask_by_confidence(16384),
+)

@@ -1,0 +1,125 @@
+# ruff: noqa: N803 (Triton's names for compile-time constants)
+"""The budget: kept by the kernels on every architecture, and red for each thing that it is there to catch."""
+
+import os
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("triton")
+
+import budget
+import torch
+import triton
+import triton.language as tl
+from budget import Record
+from configurations import CONFIGURATIONS, Case, Configuration, compile_for, loads, never
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile")
+# counts are those of one ptxas
+of_the_same_triton = pytest.mark.skipif(
+    triton.__version__ != budget.triton_version(), reason=f"budget.json holds for Triton {budget.triton_version()}"
+)
+
+RECORD = Record(
+    registers=100, spill_operations=0, shared_bytes=2048, ctas_per_multiprocessor=4, warps_per_multiprocessor=16,
+    load_bits=128, tensor_opcode="IMMA.16832.S8.S8.SAT", instructions_per_element=40.0, mufu_per_element=2.0,
+    instructions=1000,
+)  # fmt: skip
+
+
+@of_the_same_triton
+def test_kernels_keep_their_budget() -> None:
+    found = budget.compare(budget.read(), budget.records())
+    assert not found, "\n".join(found)
+
+
+@of_the_same_triton
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(("name", "most"), [("bf16 guided", 40), ("bf16 guided, noise", 70)])
+def test_instructions_per_element_of_a_draw(name: str, most: int, capability: int) -> None:
+    configuration = next(x for x in CONFIGURATIONS if x.name == name)
+    record = budget.record_of(compile_for(configuration, capability)[0])
+    assert 0 < record.instructions_per_element <= most
+
+
+@pytest.mark.parametrize(
+    ("quantity", "grown", "still_within"),
+    [
+        ("registers", 106, 105),
+        ("shared_bytes", 2304, 2048),
+        ("instructions_per_element", 42.1, 41.9),
+        ("mufu_per_element", 2.2, 2.1),
+        ("instructions", 1051, 1050),
+        ("spill_operations", 1, 0),
+        ("load_bits", 64, 256),
+        ("ctas_per_multiprocessor", 3, 5),
+        ("tensor_opcode", "", RECORD.tensor_opcode),
+    ],
+)
+def test_growth_is_named(quantity: str, grown: float | str, still_within: float | str) -> None:
+    name = "kernel, case, sm_80"
+    actual = replace(RECORD, **{quantity: grown})  # type: ignore[arg-type]
+    expected = f"{name}: {quantity}: budget {getattr(RECORD, quantity)}, actual {grown}"
+    assert budget.compare({name: RECORD}, {name: actual}) == [expected]
+    assert budget.compare({name: RECORD}, {name: replace(RECORD, **{quantity: still_within})}) == []  # type: ignore[arg-type]
+
+
+def test_missing_and_left_over_entries_are_named() -> None:
+    assert budget.compare({"old": RECORD}, {"new": RECORD}) == [
+        "new: has no budget",
+        "old: has a budget, but is no longer counted",
+    ]
+
+
+def test_a_budget_does_not_allow_spills() -> None:
+    spilling = replace(RECORD, spill_operations=8)
+    assert budget.compare({"kernel": spilling}, {"kernel": spilling}) == [
+        "kernel: spill_operations: budget 0, actual 8"
+    ]
+
+
+@triton.jit
+def _scan_kernel(y_ptr, x_ptr, num_elements, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    for first in range(0, num_elements, BLOCK):
+        x = tl.load(x_ptr + first + offs)
+        tl.store(y_ptr + first + offs, tl.cumsum(x) * tl.sum(x) + x)
+
+
+def scan_record(first_element: int = 0, **options: int) -> Record:
+    num_elements = 1 << 16
+    case = Case("_scan_kernel", (loads(4),), lambda launches: 8 * num_elements)
+
+    def launch() -> None:
+        x, y = torch.empty(num_elements + first_element)[first_element:], torch.empty(num_elements)
+        _scan_kernel[(1,)](y, x, num_elements, BLOCK=2048, num_warps=2, enable_fp_fusion=False, **options)
+
+    configuration = Configuration("scan", str(options), launch, num_elements, 4, (case,))
+    return budget.record_of(compile_for(configuration, 80)[0])
+
+
+def test_a_real_kernel_made_worse_is_red() -> None:
+    good = scan_record()
+    assert good.load_bits == 128 and good.spill_operations == 0
+    # not divisible by 16, and so loaded float by float
+    unaligned = budget.compare({"scan": good}, {"scan": scan_record(first_element=1)})
+    assert "scan: load_bits: budget 128, actual 32" in unaligned
+    assert any(message.startswith("scan: instructions_per_element:") for message in unaligned)
+    spilling = budget.compare({"scan": good}, {"scan": scan_record(maxnreg=32)})
+    assert any(message.startswith("scan: spill_operations: budget 0, actual ") for message in spilling)
+
+
+def test_loops_that_nobody_described_are_an_error() -> None:
+    case = Case("_scan_kernel", (loads(4), never), lambda launches: 0)
+    x = torch.empty(4096)
+    configuration = Configuration(
+        "scan",
+        "two loops",
+        lambda: _scan_kernel[(1,)](x, x, 4096, BLOCK=2048, enable_fp_fusion=False),
+        4096,
+        4,
+        (case,),
+    )
+    with pytest.raises(ValueError, match="expected to have 2 loops, got 1"):
+        compile_for(configuration, 80)
