@@ -32,7 +32,8 @@ evaluate: $(VENV)/installed
 lint: $(VENV)/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp
+	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp \
+		mgt_kernels/triton/aot/*.[ch] tests/gpu/fake_cuda/*.c
 	$(BIN)/mypy mgt_kernels python_api/mgt_sampler benchmarks tests/gpu
 
 clean:

@@ -403,11 +403,13 @@ def _combine_splits_kernel(
 
 # programs that keep a large device busy; of the shape of one sample, so that a result does not depend on the batch
 _FEW_ROWS = 2048
+# what _combine_splits_kernel holds in registers, 32 rows at a time
+_MAX_SPLITS = 64
 
 
-def _num_splits(num_positions: int, num_tokens: int) -> int:
+def _tiles_per_split(num_positions: int, num_tokens: int) -> int:
     num_tiles = triton.cdiv(num_tokens, _TILE_WIDTH.value)
-    return min(triton.cdiv(_FEW_ROWS, num_positions), num_tiles)
+    return triton.cdiv(num_tiles, min(triton.cdiv(_FEW_ROWS, num_positions), _MAX_SPLITS))
 
 
 def sample_tokens(
@@ -429,6 +431,8 @@ def sample_tokens(
     if tokens.numel() == 0:
         return token_ids, logprob
 
+    if num_tokens > _NO_TOKEN.value:
+        raise ValueError(f"logits: expected at most 2^30 tokens on CUDA, got shape {tuple(logits.shape)}")
     halves = [logits] if uncond_logits is None else [logits, uncond_logits]
     # with unit stride over positions, neighbouring positions share every sector that is read
     token_major = num_positions == 1 or all(num_tokens == 1 or half.stride(2) == 1 for half in halves)
@@ -438,9 +442,8 @@ def sample_tokens(
     num_warps = 2 if token_major and logits.dtype != torch.float32 and not has_noise else 4
     # left to itself ptxas spills a few registers for occupancy that the long loop body does not need
     max_registers = 168
-    num_tiles = triton.cdiv(num_tokens, _TILE_WIDTH.value)
-    tiles_per_split = triton.cdiv(num_tiles, _num_splits(num_positions, num_tokens))
-    num_splits = triton.cdiv(num_tiles, tiles_per_split)
+    columns_per_split = _tiles_per_split(num_positions, num_tokens) * _TILE_WIDTH.value
+    num_splits = triton.cdiv(num_tokens, columns_per_split)
     partials = None
     if num_splits > 1:
         partials = torch.empty((5, tokens.numel(), num_splits), dtype=torch.float32, device=tokens.device)
@@ -450,8 +453,7 @@ def sample_tokens(
     with torch.accelerator.device_index(logits.device.index):
         _sample_tokens_kernel[(batch * triton.cdiv(num_positions, block_positions), num_splits)](
             token_ids, logprob, partials, logits, uncond_logits, tokens, seed, step, num_positions, num_tokens,
-            tiles_per_split * _TILE_WIDTH.value,
-            *logits.stride(), *((0, 0, 0) if uncond_logits is None else uncond_logits.stride()),
+            columns_per_split, *logits.stride(), *((0, 0, 0) if uncond_logits is None else uncond_logits.stride()),
             mask_token_id, guidance_scale, noise_scale, inverse_temperature,
             HAS_NOISE=has_noise, GREEDY=bool(tau == 0),
             BLOCK_POSITIONS=block_positions, BLOCK_COLUMNS=block_columns, num_warps=num_warps,

@@ -1,4 +1,4 @@
-"""The command `mgt`: sample images, show what is installed, evaluate a bundled model."""
+"""The command `mgt`: sample images, show what is installed, evaluate a bundled model, export the CUDA kernels."""
 
 from __future__ import annotations
 
@@ -176,6 +176,37 @@ def evaluate(
             **options,
         )
     typer.echo(str(report))
+
+
+@app.command()
+def export(
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write to.")],
+    arch: Annotated[
+        list[int] | None,
+        typer.Option(metavar="NUMBER", help="A compute capability, as in 80; repeat for more. [default: 80, 90]"),
+    ] = None,
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Of the logits: fp32, bf16 or fp16; repeat for more. [default: all]"),
+    ] = None,
+    layout: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Of the logits: token-major or position-major. [default: both]"),
+    ] = None,
+    progress: Progress = True,
+) -> None:
+    """Compile the CUDA kernels into C sources for programs without Python; takes minutes, but no GPU."""
+    try:
+        from mgt_kernels.triton import export as kernels
+    except RuntimeError as error:
+        raise typer.BadParameter("export needs Triton: pip install mgt-kernels[gpu]") from error
+
+    with _errors_of_users():
+        files = kernels.export(
+            out, arch or (80, 90), dtype or kernels.DTYPES, layout or kernels.LAYOUTS, progress=progress
+        )
+    for path in files:
+        typer.echo(f"{path}: {path.stat().st_size:,} bytes")
 
 
 def main() -> None:

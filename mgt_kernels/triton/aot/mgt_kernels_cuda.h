@@ -1,0 +1,114 @@
+/* The kernels of mgt-kernels on CUDA, compiled ahead of time: raw device pointers and strides; no Python, no Triton, no
+ * allocation, no printing. Needs the CUDA driver 12.0 or newer (-lcuda) and a C11 compiler.
+ *
+ * Every function only enqueues work on a stream of the current context, waits for nothing, may be called from any
+ * thread, and returns CUDA_SUCCESS or the reason why it did nothing:
+ *   CUDA_ERROR_INVALID_VALUE      a pointer, size, stride or scalar is outside its documented range
+ *   CUDA_ERROR_NO_BINARY_FOR_GPU  the current device is of none of the architectures that were exported
+ *   CUDA_ERROR_NOT_FOUND          the dtype or layout was left out of the export
+ * or what the CUDA driver returned, and then the outputs are unspecified. The first call of each kind loads machine
+ * code, which a stream capture may not allow: make one call of the kind before capturing a CUDA graph.
+ *
+ * Strides count elements. Random draws are functions of (seed, step, position, token id) alone, so results do not
+ * depend on the batch or the device, and token ids equal those of the CPU. Nothing is read back: bad values in device
+ * memory have no error, the functions say what comes of them. */
+#ifndef MGT_KERNELS_CUDA_H
+#define MGT_KERNELS_CUDA_H
+
+#include <cuda.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum { MGT_CUDA_FLOAT32 = 0, MGT_CUDA_BFLOAT16 = 1, MGT_CUDA_FLOAT16 = 2 } mgt_cuda_dtype;
+
+/* (B, N, V) logits of one guidance half, in device memory. One of stride_position and stride_token is 1, the same one
+ * for both halves; the stride of a dimension of size 1 does not matter. Fastest where data is aligned to 16 bytes, and
+ * the other strides and the size of the dimension with unit stride are multiples of 16. */
+typedef struct {
+  const void* data;
+  int64_t stride_sample;
+  int64_t stride_position;
+  int64_t stride_token;
+} mgt_cuda_logits;
+
+typedef struct {
+  /* num_samples * num_positions < 2^31 */
+  int64_t num_samples;
+  /* at most 2^30 */
+  int64_t num_positions;
+  /* in [1, 2^30] */
+  int64_t num_tokens;
+  mgt_cuda_dtype dtype;
+  mgt_cuda_logits logits;
+  /* data NULL: no guidance */
+  mgt_cuda_logits uncond_logits;
+  /* (B, N) contiguous, in device memory; what is not mask_token_id is known and goes unchecked */
+  const int64_t* tokens;
+  /* (B), in device memory */
+  const int64_t* seeds;
+  /* one value in [0, 2^32), in device memory: a replayed CUDA graph reads it anew */
+  const int64_t* step;
+  /* in [-2^31, 2^31) */
+  int64_t mask_token_id;
+  /* finite */
+  float guidance_scale;
+  /* finite, >= 0; 0 adds no noise */
+  float noise_scale;
+  /* 0 (the likeliest token), or positive with a finite inverse */
+  float temperature;
+} mgt_cuda_sample_tokens_args;
+
+/* Bytes of device memory that mgt_cuda_sample_tokens needs besides its outputs: a function of the three sizes, 0 where
+ * a sample has many positions. */
+size_t mgt_cuda_sample_tokens_workspace(const mgt_cuda_sample_tokens_args* args);
+
+/* Draws a token for every masked position and its log-probability.
+ *
+ * With c = logits, u = uncond_logits, eps ~ N(0, 1) and g ~ Gumbel(0, 1), for each masked position and token j:
+ *   l_j     = (u_j + guidance_scale (c_j - u_j) + noise_scale eps_j) / temperature
+ *   token   = argmax_j (l_j + g_j)         ties: the lowest id
+ *   logprob = l_token - logsumexp(l)       nats
+ * Temperature 0 takes the argmax without g, and logprob is that of temperature 1. A logit of -inf in either half
+ * forbids its token; mask_token_id is never drawn.
+ *
+ * token_ids, logprob: (B, N) contiguous, in device memory. Known positions keep their token and get logprob +inf. A bad
+ * row (NaN, +inf, or no token allowed) gets mask_token_id and logprob NaN. workspace: device memory, aligned to 4
+ * bytes, in use until the work is done; may be NULL if mgt_cuda_sample_tokens_workspace is 0. */
+CUresult mgt_cuda_sample_tokens(const mgt_cuda_sample_tokens_args* args, int64_t* token_ids, float* logprob,
+                                void* workspace, size_t workspace_bytes, CUstream stream);
+
+typedef struct {
+  /* below 2^31 */
+  int64_t num_samples;
+  /* at most 2^30 */
+  int64_t num_positions;
+  /* (B, N) contiguous, in device memory: the drawn token and its log-probability, +inf where the token is known */
+  const int64_t* token_ids;
+  const float* logprob;
+  /* (B), in device memory: how many positions stay masked */
+  const int64_t* mask_len;
+  /* (B), in device memory */
+  const int64_t* seeds;
+  /* one value in [0, 2^32), in device memory */
+  const int64_t* step;
+  /* in [-2^31, 2^31) */
+  int64_t mask_token_id;
+  /* of the confidence noise: finite, >= 0 */
+  float temperature;
+} mgt_cuda_mask_by_confidence_args;
+
+/* Masks the mask_len positions with the lowest confidence, logprob + temperature g, g ~ Gumbel(0, 1), again; among ties
+ * lower positions first.
+ *
+ * tokens: (B, N) contiguous, in device memory, may not alias an input. Known positions are never masked, also where
+ * mask_len is larger than the number of others; a logprob of NaN is masked first. */
+CUresult mgt_cuda_mask_by_confidence(const mgt_cuda_mask_by_confidence_args* args, int64_t* tokens, CUstream stream);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

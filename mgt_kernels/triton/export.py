@@ -1,0 +1,314 @@
+"""Ahead-of-time export: the kernels as C sources with machine code embedded, for programs without Python and Triton.
+
+The C launchers, aot/*.c and *.h, are copied as they are. What is written here are the variants that they choose from: a
+table and its cubins per architecture, kernel and dtype.
+"""
+
+import os
+import re
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from tqdm import tqdm
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime import JITFunction
+
+from mgt_kernels.triton.draws import LAUNCH_OPTIONS
+from mgt_kernels.triton.mask_by_confidence import _mask_by_confidence_kernel
+from mgt_kernels.triton.sample_tokens import _MAX_SPLITS, _combine_splits_kernel, _sample_tokens_kernel
+
+# 10 major + minor
+ARCHITECTURES = (80, 86, 89, 90, 100, 103, 120, 121)
+DTYPES = ("fp32", "bf16", "fp16")
+LAYOUTS = ("token-major", "position-major")
+
+_C_DTYPES = {"fp32": "MGT_CUDA_FLOAT32", "bf16": "MGT_CUDA_BFLOAT16", "fp16": "MGT_CUDA_FLOAT16"}
+_AOT = Path(__file__).parent / "aot"
+
+# what the launchers in C pass, in their order
+_SAMPLE_TOKENS_TYPES = {
+    "token_ids_ptr": "*i64", "logprob_ptr": "*fp32", "partials_ptr": "*fp32", "logits_ptr": "*{dtype}",
+    "uncond_ptr": "*{dtype}", "tokens_ptr": "*i64", "seed_ptr": "*i64", "step_ptr": "*i64", "num_positions": "i32",
+    "num_tokens": "i32", "columns_per_split": "i32", "stride_sample": "i64", "stride_position": "i64",
+    "stride_token": "i64", "uncond_stride_sample": "i64", "uncond_stride_position": "i64", "uncond_stride_token": "i64",
+    "mask_token_id": "i32", "guidance_scale": "fp32", "noise_scale": "fp32", "inverse_temperature": "fp32",
+}  # fmt: skip
+_COMBINE_SPLITS_TYPES = {
+    "token_ids_ptr": "*i64", "logprob_ptr": "*fp32", "partials_ptr": "*fp32", "tokens_ptr": "*i64", "num_rows": "i32",
+    "num_splits": "i32", "mask_token_id": "i32",
+}  # fmt: skip
+_MASK_BY_CONFIDENCE_TYPES = {
+    "masked_tokens_ptr": "*i64", "token_ids_ptr": "*i64", "logprob_ptr": "*fp32", "mask_len_ptr": "*i64",
+    "seed_ptr": "*i64", "step_ptr": "*i64", "num_positions": "i32", "mask_token_id": "i32", "temperature": "fp32",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Variant:
+    """A kernel and what it is compiled for, but for the architecture."""
+
+    # the file that it goes into
+    group: str
+    # a macro of mgt_kernels_cuda_variants.h
+    key: str
+    kernel: JITFunction
+    # of all run-time arguments of the launcher in C, also of those that are compiled in
+    types: Mapping[str, str]
+    # the constexprs, None for an absent pointer, a stride
+    constants: Mapping[str, Any]
+    # arguments that are multiples of 16
+    multiples_of_16: frozenset[str]
+    options: Mapping[str, Any]
+
+    @property
+    def parameters(self) -> dict[str, str]:
+        """The arguments that are passed at run time, with their types."""
+        return {name: kind for name, kind in self.types.items() if name not in self.constants}
+
+
+class Compiled(NamedTuple):
+    """A variant's machine code for one architecture."""
+
+    name: str
+    cubin: bytes
+    # what the cubin was assembled from
+    ptx: str
+    num_warps: int
+    shared_bytes: int
+    # whether nothing but this very architecture runs it
+    exact: bool
+
+
+def export(
+    directory: str | Path,
+    architectures: Sequence[int] = (80, 90),
+    dtypes: Sequence[str] = DTYPES,
+    layouts: Sequence[str] = LAYOUTS,
+    *,
+    progress: bool = False,
+) -> list[Path]:
+    """Compile the kernels and write C sources: compile all of them as C11 and link with -lcuda.
+
+    Takes minutes: 64 variants of `sample_tokens` per architecture and dtype. `mgt_kernels_cuda.h` describes the result.
+
+    Args:
+        directory: made if need be; files of an earlier export in it are overwritten, not removed.
+        architectures: compute capabilities, 10 major + minor, of ARCHITECTURES. Code for 8.x runs on later 8.x, other
+            code on its own architecture alone.
+        dtypes: of the logits, of DTYPES.
+        layouts: of the logits, of LAYOUTS: which dimension has unit stride.
+        progress: show a progress bar.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ValueError: if an architecture, dtype or layout is unknown, or none is given.
+    """
+    for name, given, known in (
+        ("architectures", architectures, ARCHITECTURES), ("dtypes", dtypes, DTYPES), ("layouts", layouts, LAYOUTS),
+    ):  # fmt: skip
+        unknown = [value for value in given if value not in known]
+        if unknown or not given:
+            got = unknown[0] if unknown else "none"
+            raise ValueError(f"{name}: expected some of {', '.join(map(str, known))}, got {got}")
+    # in one order, whatever the order given
+    wanted = [dtype for dtype in DTYPES if dtype in dtypes], [layout for layout in LAYOUTS if layout in layouts]
+    return write_sources(Path(directory), sorted(set(architectures)), variants_of(*wanted), progress=progress)
+
+
+def variants_of(dtypes: Sequence[str], layouts: Sequence[str]) -> list[Variant]:
+    """List all that the launchers in C choose from."""
+    flags = (False, True)
+    sample_tokens = [
+        _sample_tokens(dtype, layout == "position-major", *options)
+        for dtype, layout in product(dtypes, layouts)
+        for options in product(flags, repeat=5)
+    ]
+    combine_splits = [_combine_splits(2**i) for i in range(1, _MAX_SPLITS.bit_length())]
+    mask_by_confidence = [
+        _mask_by_confidence(block_positions, in_registers, noise, aligned)
+        for block_positions, in_registers in [*((2**i, True) for i in range(7, 15)), (2**14, False)]
+        for noise, aligned in product(flags, flags)
+    ]
+    return [*sample_tokens, *combine_splits, *mask_by_confidence]
+
+
+def write_sources(
+    directory: Path,
+    architectures: Sequence[int],
+    variants: Sequence[Variant],
+    *,
+    progress: bool = False,
+) -> list[Path]:
+    """Compile these variants, and write them and the launchers."""
+    directory.mkdir(parents=True, exist_ok=True)
+    jobs = list(product(variants, architectures))
+    # most of the time goes to compilers that hold no lock of Python's
+    with triton.knobs.compilation.scope(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        # line tables are large and name files of this machine
+        triton.knobs.compilation.disable_line_info = True
+        compiling = pool.map(lambda job: compile_for(*job), jobs)
+        results = tqdm(compiling, "compiling", len(jobs), unit="kernel", disable=not progress, leave=False)
+        compiled = dict(zip(jobs, results, strict=True))
+
+    files = {path.name: path.read_text() for path in sorted(_AOT.glob("*.[ch]"))}
+    tables = {}
+    for architecture, group in product(architectures, dict.fromkeys(variant.group for variant in variants)):
+        members = [(v, compiled[v, architecture]) for v in variants if v.group == group]
+        table = f"mgt_cuda_sm{architecture}_{group}"
+        tables[table] = f"{{{architecture}, {members[0][1].exact:d}, {table}, {len(members)}}}"
+        files[f"mgt_kernels_cuda_sm{architecture}_{group}.c"] = _table_source(table, members)
+    files["mgt_kernels_cuda_tables.c"] = _tables_source(tables)
+    for name, text in files.items():
+        (directory / name).write_text(text)
+    return [directory / name for name in sorted(files)]
+
+
+def compile_for(variant: Variant, architecture: int) -> Compiled:
+    """Compile a variant; no GPU and no driver is needed."""
+    kernel = variant.kernel
+    arguments = [name for name in kernel.arg_names if name not in variant.constants or name in variant.types]
+    if arguments != list(variant.types):
+        raise RuntimeError(f"{kernel.__name__}: the launcher in C passes {list(variant.types)}, not {arguments}")
+    signature = {name: variant.parameters.get(name, "constexpr") for name in kernel.arg_names}
+    attributes = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(kernel.arg_names)
+        if name in variant.multiples_of_16 and name in variant.parameters
+    }
+    source = ASTSource(kernel, signature, dict(variant.constants), attributes)
+    options = {**variant.options, **LAUNCH_OPTIONS}
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    _check_interface(variant, compiled)
+    ptx, metadata = compiled.asm["ptx"], compiled.metadata
+    exact = re.search(rf"^\.target sm_{architecture}a\b", ptx, re.MULTILINE) is not None
+    return Compiled(metadata.name, compiled.asm["cubin"], ptx, metadata.num_warps, metadata.shared, exact)
+
+
+def _check_interface(variant: Variant, compiled: Any) -> None:
+    """Make sure that the kernel takes what the launcher in C passes, and needs nothing else."""
+    name, metadata = variant.kernel.__name__, compiled.metadata
+    if metadata.global_scratch_size or metadata.profile_scratch_size or metadata.num_ctas != 1:
+        raise RuntimeError(f"{name}: kernels with scratch memory or clusters are not exported")
+    entry = re.search(r"\.entry \w+\((.*?)\)", compiled.asm["ptx"], re.DOTALL)
+    parameters = re.findall(r"\.param \.([a-z]\d+)", entry[1] if entry else "")
+    # behind the arguments two pointers to scratch memory
+    expected = [*variant.parameters.values(), "*scratch", "*scratch"]
+    if [int(kind[1:]) for kind in parameters] != [_num_bits(kind) for kind in expected]:
+        raise RuntimeError(f"{name}: expected parameters of types {expected}, got {parameters}")
+
+
+def _num_bits(kind: str) -> int:
+    return 64 if kind.startswith("*") else int(kind.lstrip("ifp"))
+
+
+def _sample_tokens(
+    dtype: str, position_major: bool, guided: bool, noise: bool, greedy: bool, split: bool, aligned: bool
+) -> Variant:
+    unit, other = ("position", "token") if position_major else ("token", "position")
+    constants: dict[str, Any] = {
+        f"stride_{unit}": 1,
+        f"uncond_stride_{unit}": 1,
+        "HAS_NOISE": noise,
+        "GREEDY": greedy,
+        "BLOCK_POSITIONS": 16 if position_major else 1,
+        "BLOCK_COLUMNS": 32 if position_major else 512,
+    }
+    if not split:
+        constants["partials_ptr"] = None
+    if not guided:
+        constants["uncond_ptr"] = None
+        constants |= {f"uncond_stride_{dimension}": 0 for dimension in ("sample", "position", "token")}
+    multiples_of_16 = {"columns_per_split"}
+    if aligned:
+        multiples_of_16 |= {
+            "logits_ptr", "uncond_ptr", f"num_{unit}s", "stride_sample", f"stride_{other}", "uncond_stride_sample",
+            f"uncond_stride_{other}",
+        }  # fmt: skip
+    # as in the launcher in Python
+    num_warps = 2 if not position_major and dtype != "fp32" and not noise else 4
+    flags = (position_major, guided, noise, greedy, split, aligned)
+    return Variant(
+        group=f"sample_tokens_{dtype}",
+        key=f"MGT_CUDA_SAMPLE_TOKENS({_C_DTYPES[dtype]}, {', '.join(f'{flag:d}' for flag in flags)})",
+        kernel=_sample_tokens_kernel,
+        types={name: kind.format(dtype=dtype) for name, kind in _SAMPLE_TOKENS_TYPES.items()},
+        constants=constants,
+        multiples_of_16=frozenset(multiples_of_16),
+        options={"num_warps": num_warps, "maxnreg": 168},
+    )
+
+
+def _combine_splits(block_splits: int) -> Variant:
+    return Variant(
+        group="combine_splits",
+        key=f"MGT_CUDA_COMBINE_SPLITS({block_splits})",
+        kernel=_combine_splits_kernel,
+        types=_COMBINE_SPLITS_TYPES,
+        constants={"BLOCK_ROWS": 32, "BLOCK_SPLITS": block_splits},
+        multiples_of_16=frozenset(),
+        options={"num_warps": 4},
+    )
+
+
+def _mask_by_confidence(block_positions: int, in_registers: bool, noise: bool, aligned: bool) -> Variant:
+    num_warps = min(max(block_positions // 256, 1), 16)
+    multiples_of_16 = {"masked_tokens_ptr", "token_ids_ptr", "logprob_ptr", "num_positions"} if aligned else set()
+    return Variant(
+        group="mask_by_confidence",
+        key=f"MGT_CUDA_MASK_BY_CONFIDENCE({block_positions}, {in_registers:d}, {noise:d}, {aligned:d})",
+        kernel=_mask_by_confidence_kernel,
+        types=_MASK_BY_CONFIDENCE_TYPES,
+        constants={
+            "HAS_NOISE": noise,
+            "CHUNK_POSITIONS": min(block_positions, 128 * num_warps),
+            "BLOCK_POSITIONS": block_positions,
+            "IN_REGISTERS": in_registers,
+        },
+        multiples_of_16=frozenset(multiples_of_16),
+        options={"num_warps": num_warps},
+    )
+
+
+def _table_source(table: str, members: Iterable[tuple[Variant, Compiled]]) -> str:
+    cubins, rows = [], []
+    for index, (variant, compiled) in enumerate(members):
+        cubins.append(f"static const uint64_t cubin_{index}[] = {{\n{_words(compiled.cubin)}}};\n")
+        passed = sum(1 << i for i, name in enumerate(variant.types) if name in variant.parameters)
+        rows.append(
+            f'    {{{variant.key}, "{compiled.name}", cubin_{index}, {passed:#x}, {compiled.num_warps}, '
+            f"{compiled.shared_bytes}, NULL}},\n"
+        )
+    return (
+        f"/* made by `mgt export` with Triton {triton.__version__} */\n"
+        '#include "mgt_kernels_cuda_variants.h"\n\n'
+        f"extern mgt_cuda_variant {table}[];\n\n{''.join(cubins)}\n"
+        f"mgt_cuda_variant {table}[] = {{\n{''.join(rows)}}};\n"
+    )
+
+
+def _tables_source(tables: Mapping[str, str]) -> str:
+    return (
+        f"/* made by `mgt export` with Triton {triton.__version__} */\n"
+        '#include "mgt_kernels_cuda_variants.h"\n\n'
+        + "".join(f"extern mgt_cuda_variant {table}[];\n" for table in tables)
+        + "\nconst mgt_cuda_table mgt_cuda_tables[] = {\n"
+        + "".join(f"    {row},\n" for row in tables.values())
+        + "};\n"
+        + f"const int mgt_cuda_num_tables = {len(tables)};\n"
+    )
+
+
+def _words(data: bytes) -> str:
+    """Little-endian words, as all hosts of a GPU have them: a compiler reads them faster than bytes."""
+    words = struct.unpack(f"<{-(-len(data) // 8)}Q", data + bytes(-len(data) % 8))
+    lines = (words[i : i + 6] for i in range(0, len(words), 6))
+    return "".join("  " + ", ".join(f"{word:#x}" for word in line) + ",\n" for line in lines)

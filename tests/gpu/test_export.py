@@ -1,0 +1,715 @@
+"""The exported C sources: built with gcc, run on a stand-in for libcuda, compared with the Python launchers."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import triton
+from driver import standin_gpu, storage_of
+from ptx_emulator import Emulator, Program
+from triton.runtime import JITFunction
+from typer.testing import CliRunner
+
+import mgt_kernels
+from mgt_kernels import triton as kernels
+from mgt_kernels.triton import export
+from mgt_kernels.triton.export import Compiled, Variant, variants_of, write_sources
+from mgt_sampler import cli
+
+FAKE_CUDA = Path(__file__).parent / "fake_cuda"
+INCLUDE = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
+STRICT = ["-pedantic", "-Wall", "-Wextra", "-Wconversion", "-Werror"]
+
+# of CUresult
+SUCCESS, INVALID_VALUE, OUT_OF_MEMORY, INVALID_CONTEXT, NO_BINARY_FOR_GPU = 0, 1, 2, 201, 209
+NOT_FOUND, OUT_OF_RESOURCES = 500, 701
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("gcc") is None or shutil.which("g++") is None, reason="needs gcc and g++"),
+    pytest.mark.skipif(not (INCLUDE / "cuda.h").exists(), reason="needs cuda.h, which comes with Triton"),
+]
+
+
+class CLogits(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        *((f"stride_{name}", ctypes.c_int64) for name in ("sample", "position", "token")),
+    )
+
+
+class CSampleTokens(ctypes.Structure):
+    _fields_ = (
+        *((f"num_{name}", ctypes.c_int64) for name in ("samples", "positions", "tokens")),
+        ("dtype", ctypes.c_int),
+        ("logits", CLogits),
+        ("uncond_logits", CLogits),
+        *((name, ctypes.c_void_p) for name in ("tokens", "seeds", "step")),
+        ("mask_token_id", ctypes.c_int64),
+        *((name, ctypes.c_float) for name in ("guidance_scale", "noise_scale", "temperature")),
+    )
+
+
+class CMaskByConfidence(ctypes.Structure):
+    _fields_ = (
+        *((f"num_{name}", ctypes.c_int64) for name in ("samples", "positions")),
+        *((name, ctypes.c_void_p) for name in ("token_ids", "logprob", "mask_len", "seeds", "step")),
+        ("mask_token_id", ctypes.c_int64),
+        ("temperature", ctypes.c_float),
+    )
+
+
+ON_LAUNCH = ctypes.CFUNCTYPE(
+    None, ctypes.c_char_p, ctypes.POINTER(ctypes.c_ubyte), ctypes.c_uint64, ctypes.POINTER(ctypes.c_uint),
+    ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p),
+)  # fmt: skip
+
+READ: dict[str, Any] = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
+
+
+@dataclass
+class Launch:
+    variant: Variant
+    compiled: Compiled
+    architecture: int
+    name: str
+    grid: tuple[int, ...]
+    block: tuple[int, ...]
+    shared: int
+    stream: int | None
+    arguments: dict[str, Any]
+    scratch: list[int]
+
+
+class Library:
+    """The exported sources and the stand-in for libcuda, as one shared library."""
+
+    def __init__(self, path: Path, compiled: dict[str, tuple[Variant, int, Compiled]]) -> None:
+        self.so = ctypes.CDLL(str(path))
+        self.so.mgt_cuda_sample_tokens_workspace.restype = ctypes.c_size_t
+        self.compiled = compiled
+        self.launches: list[Launch] = []
+        # kept alive as long as the library may call it
+        self.callback = ON_LAUNCH(self._record)
+        ctypes.c_void_p.in_dll(self.so, "fake_cuda_on_launch").value = ctypes.cast(self.callback, ctypes.c_void_p).value
+
+    def _record(self, name, cubin, num_bytes, geometry, stream, arguments) -> None:  # type: ignore[no-untyped-def]
+        variant, architecture, compiled = self.compiled[digest(bytes(cubin[:num_bytes]))]
+        kinds = variant.parameters
+        values = [
+            READ.get(kind, ctypes.c_uint64).from_address(arguments[i]).value for i, kind in enumerate(kinds.values())
+        ]
+        scratch = [ctypes.c_uint64.from_address(arguments[len(kinds) + i]).value for i in range(2)]
+        launch = Launch(
+            variant, compiled, architecture, name.decode(), tuple(geometry[:3]), tuple(geometry[3:6]), geometry[6],
+            stream, dict(zip(kinds, values, strict=True)), scratch,
+        )  # fmt: skip
+        self.launches.append(launch)
+
+    def counter(self, name: str) -> int:
+        return ctypes.c_int.in_dll(self.so, f"fake_cuda_{name}").value
+
+    def call(self, function: str, *arguments: Any) -> int:
+        return getattr(self.so, function)(*arguments)
+
+    def sample_tokens(self, draw: Draw, stream: int = 7) -> int:
+        args = ctypes.byref(draw.c_args)
+        return self.call(
+            "mgt_cuda_sample_tokens", args, *map(pointer, (draw.token_ids, draw.logprob, draw.workspace)),
+            ctypes.c_size_t(draw.workspace.nbytes), ctypes.c_void_p(stream),
+        )  # fmt: skip
+
+    def mask_by_confidence(self, mask: Mask, stream: int = 7) -> int:
+        args = ctypes.byref(mask.c_args)
+        return self.call("mgt_cuda_mask_by_confidence", args, pointer(mask.tokens), ctypes.c_void_p(stream))
+
+
+def digest(cubin: bytes) -> str:
+    return hashlib.sha256(cubin).hexdigest()
+
+
+def pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def build(
+    directory: Path, architectures: tuple[int, ...], variants: list[Variant], compile_for: Callable[..., Compiled]
+) -> Library:
+    compiled: dict[str, tuple[Variant, int, Compiled]] = {}
+
+    def record(variant: Variant, architecture: int) -> Compiled:
+        result = compile_for(variant, architecture)
+        compiled[digest(result.cubin)] = (variant, architecture, result)
+        return result
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(export, "compile_for", record)
+        files = write_sources(directory, architectures, variants)
+    assert len(compiled) == len(variants) * len(architectures)
+    sources = [path for path in files if path.suffix == ".c"]
+    gcc = ["gcc", "-std=c11", *STRICT, "-isystem", str(INCLUDE), "-shared", "-fPIC", "-Wl,-Bsymbolic"]
+    library = directory / "library.so"
+    subprocess.run([*gcc, *sources, FAKE_CUDA / "fake_cuda.c", "-o", library], check=True)
+    return Library(library, compiled)
+
+
+def stand_in(variant: Variant, architecture: int) -> Compiled:
+    """An ELF header, the name of a section and the variant, in place of machine code."""
+    name = variant.kernel.__name__
+    body = f".text.{name}\0".encode() + json.dumps([variant.key, architecture]).encode() + b"\0"
+    header = bytearray(64)
+    header[:4] = b"\x7fELF"
+    header[0x28:0x30] = struct.pack("<Q", 64 + len(body))
+    # some need more shared memory than a kernel may have unasked
+    shared = 60_000 if variant.constants.get("HAS_NOISE") else 16
+    num_warps = variant.options["num_warps"]
+    return Compiled(name, bytes(header) + body, "", num_warps, shared, architecture >= 90)
+
+
+@pytest.fixture(scope="session")
+def every_variant(tmp_path_factory: pytest.TempPathFactory) -> Library:
+    """All variants, none of which is really compiled."""
+    variants = variants_of(export.DTYPES, export.LAYOUTS)
+    return build(tmp_path_factory.mktemp("export"), (80, 86, 90), variants, stand_in)
+
+
+@pytest.fixture
+def library(every_variant: Library, monkeypatch: pytest.MonkeyPatch) -> Library:
+    monkeypatch.setenv("FAKE_CUDA_CAPABILITY", "80")
+    every_variant.launches.clear()
+    return every_variant
+
+
+def make_logits(
+    batch: int, num_positions: int, num_tokens: int, dtype: torch.dtype, position_major: bool, offset: int
+) -> torch.Tensor:
+    sizes = (batch, num_tokens, num_positions) if position_major else (batch, num_positions, num_tokens)
+    values = torch.empty(offset + batch * num_positions * num_tokens, dtype=dtype)
+    logits = values[offset:].view(sizes)
+    return logits.transpose(1, 2) if position_major else logits
+
+
+@dataclass(eq=False)
+class Draw:
+    batch: int
+    num_positions: int
+    num_tokens: int
+    dtype: torch.dtype = torch.bfloat16
+    position_major: bool = False
+    guided: bool = True
+    noise_scale: float = 0.0
+    temperature: float = 1.0
+    # elements by which the first logit misses an aligned address
+    offset: int = 0
+
+    def __post_init__(self) -> None:
+        shape = (self.batch, self.num_positions, self.num_tokens, self.dtype, self.position_major, self.offset)
+        self.logits = make_logits(*shape)
+        self.uncond = make_logits(*shape) if self.guided else None
+        self.tokens = torch.full((self.batch, self.num_positions), self.num_tokens)
+        self.token_ids = torch.empty_like(self.tokens)
+        self.logprob = torch.empty(self.tokens.shape)
+        self.seed, self.step = torch.arange(self.batch) - 1, torch.tensor(5)
+        self.c_args = CSampleTokens(
+            self.batch, self.num_positions, self.num_tokens,
+            (torch.float32, torch.bfloat16, torch.float16).index(self.dtype),
+            CLogits(self.logits.data_ptr(), *self.logits.stride()),
+            CLogits() if self.uncond is None else CLogits(self.uncond.data_ptr(), *self.uncond.stride()),
+            self.tokens.data_ptr(), self.seed.data_ptr(), self.step.data_ptr(), self.num_tokens, 3.1,
+            self.noise_scale, self.temperature,
+        )  # fmt: skip
+        self.workspace = torch.empty(0)
+
+    def allocate(self, library: Library) -> None:
+        num_bytes = library.call("mgt_cuda_sample_tokens_workspace", ctypes.byref(self.c_args))
+        self.workspace = torch.empty(num_bytes // 4)
+
+    def unused_strides(self) -> set[str]:
+        """Strides of dimensions of size 1."""
+        sizes = {"sample": self.batch, "position": self.num_positions, "token": self.num_tokens}
+        return {f"{half}stride_{name}" for name, size in sizes.items() for half in ("", "uncond_") if size == 1}
+
+    def from_python(self) -> Any:
+        return kernels.sample_tokens(
+            self.logits, self.tokens, self.seed, self.step, self.num_tokens, self.uncond, 3.1, self.noise_scale,
+            self.temperature,
+        )  # fmt: skip
+
+
+@dataclass(eq=False)
+class Mask:
+    batch: int
+    num_positions: int
+    temperature: float = 1.3
+
+    def __post_init__(self) -> None:
+        shape = (self.batch, self.num_positions)
+        self.tokens, self.token_ids = torch.empty(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
+        self.logprob = torch.zeros(shape)
+        self.mask_len = torch.full((self.batch,), self.num_positions // 3)
+        self.seed, self.step = torch.arange(self.batch) - 1, torch.tensor(5)
+        self.c_args = CMaskByConfidence(
+            *shape, *(t.data_ptr() for t in (self.token_ids, self.logprob, self.mask_len, self.seed, self.step)),
+            1024, self.temperature,
+        )  # fmt: skip
+
+    def from_python(self) -> Any:
+        return kernels.mask_by_confidence(
+            self.token_ids, self.logprob, self.mask_len, self.seed, self.step, 1024, self.temperature
+        )
+
+
+def launches_from_python(call: Draw | Mask, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple, dict]]:
+    """Kernel, grid, and all arguments by name, of every launch; nothing is compiled."""
+    recorded = []
+
+    def record(kernel: JITFunction, *args: Any, grid: tuple, warmup: bool, **kwargs: Any) -> None:
+        values = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
+        recorded.append((kernel.__name__, (*grid, 1, 1)[:3], values))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JITFunction, "run", record)
+        call.from_python()
+    return recorded
+
+
+def assert_same_launches(call: Draw | Mask, library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = launches_from_python(call, monkeypatch)
+    assert [launch.name for launch in library.launches] == [name for name, _, _ in expected]
+    for launch, (_, grid, values) in zip(library.launches, expected, strict=True):
+        assert launch.grid == grid
+        assert launch.block == (32 * values["num_warps"], 1, 1)
+        assert launch.shared == launch.compiled.shared_bytes and launch.stream == 7
+        assert launch.scratch == [0, 0]
+        assert launch.variant.options == {name: values[name] for name in launch.variant.options}
+        for name in launch.variant.kernel.arg_names:
+            assert_same_argument(name, values[name], launch, call)
+        for name in launch.variant.multiples_of_16 & launch.arguments.keys():
+            assert launch.arguments[name] % 16 == 0, name
+
+
+# what a call writes: other memory in each
+OUTPUTS = {"token_ids_ptr": "token_ids", "logprob_ptr": "logprob", "partials_ptr": "workspace"}
+
+
+def assert_same_argument(name: str, value: Any, launch: Launch, call: Draw | Mask) -> None:
+    if isinstance(call, Draw) and name in call.unused_strides():
+        return
+    if name in launch.variant.constants:
+        assert launch.variant.constants[name] == value, name
+        return
+    if name == "masked_tokens_ptr":
+        value = call.tokens
+    elif isinstance(call, Draw) and name in OUTPUTS:
+        value = getattr(call, OUTPUTS[name])
+    if isinstance(value, torch.Tensor):
+        value = value.data_ptr()
+    if isinstance(value, float):
+        value = ctypes.c_float(value).value
+    assert launch.arguments[name] == value, name
+
+
+# shapes, and of each the splits
+SHAPES = [
+    ((1, 1, 8192), 4),
+    ((2, 1, 126464), 62),
+    ((2, 256, 8192), 4),
+    ((1, 256, 8256), 5),
+    ((3, 256, 1025), 1),
+    ((1, 1024, 8192), 2),
+    ((1, 1300, 10240), 2),
+    ((1, 4096, 8192), 1),
+    ((1, 64, 126464), 31),
+    ((2, 17, 4097), 3),
+    ((1, 2, 524289), 52),
+    ((2, 16, 1), 1),
+]
+
+
+@pytest.mark.parametrize("position_major", [False, True], ids=["token-major", "position-major"])
+@pytest.mark.parametrize(("shape", "num_splits"), SHAPES, ids=str)
+def test_sample_tokens_is_launched_as_from_python(shape, num_splits, position_major, library, monkeypatch):
+    draw = Draw(*shape, position_major=position_major, temperature=0.7, guided=shape != (1, 4096, 8192))
+    draw.allocate(library)
+    assert library.sample_tokens(draw) == SUCCESS
+    assert library.launches[0].grid[1] == num_splits
+    assert len(library.launches) == (1 if num_splits == 1 else 2)
+    assert draw.workspace.numel() == (0 if num_splits == 1 else 5 * draw.tokens.numel() * num_splits)
+    assert_same_launches(draw, library, monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_every_variant_is_chosen(dtype, library, monkeypatch):
+    chosen = set()
+    flags = itertools.product([False, True], [False, True], [0.0, 0.3], [0.0, 1.7], [0, 1], [1024, 2048])
+    for position_major, guided, noise_scale, temperature, offset, num_positions in flags:
+        draw = Draw(1, num_positions, 4096, dtype, position_major, guided, noise_scale, temperature, offset)
+        draw.allocate(library)
+        library.launches.clear()
+        assert library.sample_tokens(draw) == SUCCESS
+        assert_same_launches(draw, library, monkeypatch)
+        chosen.add(library.launches[0].variant)
+    group = library.launches[0].variant.group
+    assert chosen == {v for v, architecture, _ in library.compiled.values() if (v.group, architecture) == (group, 80)}
+    assert len(chosen) == 64
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.3])
+@pytest.mark.parametrize("num_positions", [1, 16, 127, 256, 257, 1000, 1024, 4096, 16384, 16385, 20000])
+def test_mask_by_confidence_is_launched_as_from_python(num_positions, temperature, library, monkeypatch):
+    mask = Mask(3, num_positions, temperature)
+    assert library.mask_by_confidence(mask) == SUCCESS
+    assert bool(library.launches[0].variant.multiples_of_16) == (num_positions % 16 == 0)
+    assert_same_launches(mask, library, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("change", "aligned"),
+    [
+        ({}, True),
+        ({"offset": 8}, True),
+        ({"offset": 1}, False),
+        ({"num_tokens": 4104}, False),
+        ({"num_positions": 15}, True),
+        ({"num_positions": 15, "position_major": True}, False),
+        ({"num_tokens": 4097, "position_major": True}, True),
+    ],
+    ids=str,
+)
+def test_wide_accesses_only_where_they_are_aligned(change, aligned, library):
+    draw = Draw(**{"batch": 2, "num_positions": 16, "num_tokens": 4096, **change})
+    draw.allocate(library)
+    assert library.sample_tokens(draw) == SUCCESS
+    assert ("logits_ptr" in library.launches[0].variant.multiples_of_16) == aligned
+
+
+@pytest.mark.parametrize("half", ["logits", "uncond_logits"])
+@pytest.mark.parametrize("field", ["data", "stride_sample", "stride_position"])
+def test_one_misaligned_half_is_enough(half, field, library):
+    draw = Draw(2, 16, 4096)
+    draw.allocate(library)
+    setattr(getattr(draw.c_args, half), field, getattr(getattr(draw.c_args, half), field) + 8)
+    assert library.sample_tokens(draw) == SUCCESS
+    assert "logits_ptr" not in library.launches[0].variant.multiples_of_16
+
+
+@pytest.mark.parametrize(
+    ("capability", "architecture"), [("80", 80), ("86", 86), ("89", 86), ("90", 90), ("70", None),
+    ("75", None), ("91", None), ("100", None), ("120", None)],
+)  # fmt: skip
+def test_code_of_the_device_is_chosen(capability, architecture, library, monkeypatch):
+    monkeypatch.setenv("FAKE_CUDA_CAPABILITY", capability)
+    mask = Mask(1, 64)
+    assert library.mask_by_confidence(mask) == (NO_BINARY_FOR_GPU if architecture is None else SUCCESS)
+    assert [launch.architecture for launch in library.launches] == ([] if architecture is None else [architecture])
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("num_samples", -1), ("num_positions", -1), ("num_positions", 2**30 + 1), ("num_samples", 2**31 // 16),
+     ("num_tokens", 0), ("num_tokens", 2**30 + 1), ("dtype", 3), ("dtype", -1), ("tokens", None), ("seeds", None),
+     ("step", None), ("logits", CLogits(None, 16, 16, 1)), ("logits", CLogits(64, 65536, 4096, 2)),
+     ("uncond_logits", CLogits(64, 65536, 1, 16)), ("mask_token_id", 2**31), ("mask_token_id", -(2**31) - 1),
+     ("guidance_scale", NAN), ("guidance_scale", INF), ("noise_scale", -1.0), ("noise_scale", NAN),
+     ("noise_scale", INF), ("temperature", -1.0), ("temperature", NAN), ("temperature", INF), ("temperature", 1e-39)],
+    ids=str,
+)  # fmt: skip
+def test_bad_arguments_of_sample_tokens(name, value, library):
+    draw = Draw(1, 16, 4096)
+    draw.allocate(library)
+    setattr(draw.c_args, name, value)
+    assert library.sample_tokens(draw) == INVALID_VALUE and not library.launches
+
+
+def test_bad_outputs_of_sample_tokens(library):
+    draw = Draw(1, 16, 4096)
+    # no workspace, then too small a one
+    assert library.sample_tokens(draw) == INVALID_VALUE
+    draw.allocate(library)
+    draw.workspace = draw.workspace[:-1]
+    assert library.sample_tokens(draw) == INVALID_VALUE
+    draw.allocate(library)
+    good = [pointer(draw.token_ids), pointer(draw.logprob), pointer(draw.workspace)]
+    for i in range(3):
+        outputs = [None if i == j else good[j] for j in range(3)]
+        arguments = (ctypes.byref(draw.c_args), *outputs, ctypes.c_size_t(draw.workspace.nbytes), None)
+        assert library.call("mgt_cuda_sample_tokens", *arguments) == INVALID_VALUE
+    assert library.call("mgt_cuda_sample_tokens", None, *good, ctypes.c_size_t(0), None) == INVALID_VALUE
+    assert library.call("mgt_cuda_sample_tokens_workspace", None) == 0
+    assert not library.launches
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("num_samples", -1), ("num_samples", 2**31), ("num_positions", -1), ("num_positions", 2**30 + 1),
+     ("token_ids", None), ("logprob", None), ("mask_len", None), ("seeds", None), ("step", None),
+     ("mask_token_id", 2**31), ("temperature", -1.0), ("temperature", NAN), ("temperature", INF)],
+)  # fmt: skip
+def test_bad_arguments_of_mask_by_confidence(name, value, library):
+    mask = Mask(1, 16)
+    setattr(mask.c_args, name, value)
+    assert library.mask_by_confidence(mask) == INVALID_VALUE
+    assert library.call("mgt_cuda_mask_by_confidence", None, None, None) == INVALID_VALUE
+    assert library.call("mgt_cuda_mask_by_confidence", ctypes.byref(Mask(1, 16).c_args), None, None) == INVALID_VALUE
+    assert not library.launches
+
+
+@pytest.mark.parametrize("shape", [(0, 16), (3, 0)])
+def test_nothing_to_do(shape, library):
+    assert library.sample_tokens(Draw(*shape, 4096)) == SUCCESS
+    assert library.mask_by_confidence(Mask(*shape)) == SUCCESS
+    assert not library.launches
+
+
+def test_strides_of_dimensions_of_size_1_do_not_matter(library):
+    for shape in ((2, 1, 4096), (2, 16, 1)):
+        draw = Draw(*shape, guided=False)
+        draw.allocate(library)
+        draw.c_args.logits.stride_position = draw.c_args.logits.stride_token = 5
+        assert library.sample_tokens(draw) == SUCCESS
+        assert {launch.name for launch in library.launches} >= {"_sample_tokens_kernel"}
+
+
+def test_temperature_is_rounded_as_from_python(library, monkeypatch):
+    for temperature in (0.0, 0.1, 0.3, 1.0, 1.1, 3.3, 1e-30, 3e38):
+        draw = Draw(1, 2048, 64, temperature=temperature)
+        library.launches.clear()
+        assert library.sample_tokens(draw) == SUCCESS
+        assert_same_launches(draw, library, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("function", "status", "num_positions"),
+    [("cuCtxGetDevice", INVALID_CONTEXT, 200), ("cuLibraryLoadData", OUT_OF_MEMORY, 300),
+     ("cuLibraryGetKernel", NOT_FOUND, 600), ("cuLaunchKernel", OUT_OF_RESOURCES, 1100)],
+)  # fmt: skip
+def test_errors_of_the_driver_come_back_and_are_not_remembered(function, status, num_positions, library, monkeypatch):
+    # kernels that no other test loads
+    monkeypatch.setenv("FAKE_CUDA_CAPABILITY", "86")
+    mask = Mask(1, num_positions)
+    before = library.counter("loaded")
+    monkeypatch.setenv("FAKE_CUDA_FAILS", function)
+    assert library.mask_by_confidence(mask) == status
+    assert library.counter("loaded") == before + (function == "cuLaunchKernel")
+    monkeypatch.delenv("FAKE_CUDA_FAILS")
+    assert library.mask_by_confidence(mask) == SUCCESS
+    assert library.counter("loaded") == before + 1
+
+
+def test_threads_load_a_kernel_once(library, monkeypatch):
+    monkeypatch.setenv("FAKE_CUDA_CAPABILITY", "90")
+    draws = [Draw(1, 2048, 64, torch.float16) for _ in range(64)]
+    before = library.counter("loaded"), library.counter("loads")
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(library.sample_tokens, draws)) == {SUCCESS}
+    assert len(library.launches) == 64
+    assert library.counter("loaded") == before[0] + 1
+    # losers of the race load too, and unload
+    assert 1 <= library.counter("loads") - before[1] <= 8
+
+
+def test_what_was_not_exported_is_not_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("FAKE_CUDA_CAPABILITY", "80")
+    library = build(tmp_path, (80,), variants_of(["bf16"], ["token-major"]), stand_in)
+    for change, status in (({}, SUCCESS), ({"dtype": torch.float16}, NOT_FOUND), ({"position_major": True}, NOT_FOUND)):
+        assert library.sample_tokens(Draw(1, 2048, 64, **change)) == status
+
+
+def is_sampled(variant: Variant) -> bool:
+    """A few variants of every kernel, compiled in a second or two each."""
+    constants = variant.constants
+    if variant.kernel.__name__ == "_combine_splits_kernel":
+        return constants["BLOCK_SPLITS"] == 2
+    if variant.kernel.__name__ == "_mask_by_confidence_kernel":
+        return constants["BLOCK_POSITIONS"] == 128 and constants["HAS_NOISE"] and bool(variant.multiples_of_16)
+    guided, split = "uncond_ptr" not in constants, "partials_ptr" not in constants
+    aligned = "logits_ptr" in variant.multiples_of_16
+    wanted = [(False, True, False, True, True), (True, True, False, True, False), (False, False, True, False, False)]
+    options = (constants["BLOCK_POSITIONS"] > 1, guided, constants["GREEDY"], aligned, split)
+    return not constants["HAS_NOISE"] and options in wanted
+
+
+@pytest.fixture(scope="session")
+def compiled_library(tmp_path_factory: pytest.TempPathFactory) -> Library:
+    variants = [variant for variant in variants_of(["bf16"], export.LAYOUTS) if is_sampled(variant)]
+    assert len(variants) == 5
+    return build(tmp_path_factory.mktemp("compiled"), (80,), variants, export.compile_for)
+
+
+def run_in_emulator(library: Library, call: Draw | Mask) -> None:
+    """Execute the launches of C on the memory that they point to."""
+    buffers = [storage_of(value) for value in vars(call).values() if isinstance(value, torch.Tensor) and value.numel()]
+    for launch in library.launches:
+        bits = [
+            int.from_bytes(struct.pack("<f", value), "little") if isinstance(value, float) else value
+            for value in (*launch.arguments.values(), *launch.scratch)
+        ]
+        report = Emulator(Program(launch.compiled.ptx, 0), launch.shared).run(launch.grid, bits, buffers)
+        assert not report.races
+
+
+DRAWS = {
+    "split": dict(batch=2, num_positions=3, num_tokens=4096),
+    "position-major": dict(batch=2, num_positions=16, num_tokens=515, position_major=True, temperature=0.8),
+    "greedy, unaligned": dict(batch=1, num_positions=3, num_tokens=1025, guided=False, temperature=0.0),
+}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_exported_code_draws_what_the_cpu_draws(name, compiled_library, monkeypatch):
+    monkeypatch.setenv("FAKE_CUDA_CAPABILITY", "89")
+    draw = Draw(**DRAWS[name])
+    compiled_library.launches.clear()
+    generator = torch.Generator().manual_seed(1)
+    for half in (draw.logits, draw.uncond):
+        if half is not None:
+            half.copy_(3 * torch.randn(half.shape, generator=generator))
+    draw.tokens[0, 1] = 7
+    draw.allocate(compiled_library)
+    assert compiled_library.sample_tokens(draw) == SUCCESS
+    run_in_emulator(compiled_library, draw)
+    expected = mgt_kernels.sample_tokens(
+        draw.logits, draw.tokens, mask_token_id=draw.num_tokens, seed=draw.seed, step=draw.step,
+        uncond_logits=draw.uncond, guidance_scale=draw.c_args.guidance_scale, temperature=draw.c_args.temperature,
+    )  # fmt: skip
+    assert torch.equal(draw.token_ids, expected[0])
+    torch.testing.assert_close(draw.logprob, expected[1], rtol=0, atol=1e-5)
+
+    with standin_gpu(80, execute=False) as launches:
+        draw.from_python()
+    for ours, theirs in zip(compiled_library.launches, launches, strict=True):
+        assert (ours.name, ours.grid, ours.block[0], ours.shared) == (
+            theirs.kernel, theirs.grid, 32 * theirs.num_warps, theirs.shared,
+        )  # fmt: skip
+
+
+def test_exported_code_masks_what_the_cpu_masks(compiled_library, monkeypatch):
+    monkeypatch.setenv("FAKE_CUDA_CAPABILITY", "80")
+    compiled_library.launches.clear()
+    mask = Mask(2, 96)
+    mask.logprob.copy_(-torch.rand(mask.logprob.shape, generator=torch.Generator().manual_seed(1)))
+    assert compiled_library.mask_by_confidence(mask) == SUCCESS
+    run_in_emulator(compiled_library, mask)
+    expected = mgt_kernels.mask_by_confidence(
+        mask.token_ids, mask.logprob, mask.mask_len, mask_token_id=1024, temperature=mask.c_args.temperature,
+        seed=mask.seed, step=mask.step,
+    )  # fmt: skip
+    assert torch.equal(mask.tokens, expected)
+
+
+def test_a_launcher_that_passes_other_arguments_is_refused():
+    variant = next(v for v in variants_of(["bf16"], ["token-major"]) if v.group == "combine_splits")
+    others = dict(variant.types, num_rows="i64")
+    with pytest.raises(RuntimeError, match="_combine_splits_kernel: expected parameters of types"):
+        narrow = Variant(**{**vars(variant), "types": others})
+        export._check_interface(narrow, triton_compiled(variant))
+    renamed = {name + "_": kind for name, kind in variant.types.items()}
+    with pytest.raises(RuntimeError, match="the launcher in C passes"):
+        export.compile_for(Variant(**{**vars(variant), "types": renamed}), 80)
+
+
+def triton_compiled(variant: Variant) -> Any:
+    """What `_check_interface` looks at."""
+    ptx = export.compile_for(variant, 80).ptx
+    metadata = type("Metadata", (), {"global_scratch_size": 0, "profile_scratch_size": 0, "num_ctas": 1})
+    return type("CompiledKernel", (), {"metadata": metadata, "asm": {"ptx": ptx}})
+
+
+@pytest.mark.parametrize("architecture", export.ARCHITECTURES)
+def test_what_runs_on_later_minors(architecture):
+    variant = next(v for v in variants_of(["bf16"], ["token-major"]) if v.group == "combine_splits")
+    compiled = export.compile_for(variant, architecture)
+    assert compiled.cubin.startswith(b"\x7fELF")
+    # from 9.0 on Triton compiles for the one architecture, with its specific features
+    assert compiled.exact == (architecture >= 90)
+
+
+def test_the_output_depends_on_the_kernels_alone(compiled_library, tmp_path, monkeypatch):
+    for _, _, compiled in compiled_library.compiled.values():
+        assert b".py" not in compiled.cubin and b".debug_line" not in compiled.cubin
+    (greedy,) = [v for v, _, _ in compiled_library.compiled.values() if v.constants.get("GREEDY")]
+    texts = []
+    for name in ("first", "second"):
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / name))
+        texts.append({path.name: path.read_text() for path in write_sources(tmp_path / name, [80], [greedy])})
+    assert texts[0] == texts[1] and len(texts[0]) == 5
+    assert not triton.knobs.compilation.disable_line_info
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    monkeypatch.setattr(export, "compile_for", stand_in)
+
+
+def mgt(*arguments: Any) -> Any:
+    return CliRunner().invoke(cli.app, ["export", *map(str, arguments)], catch_exceptions=False)
+
+
+def test_the_command_writes_what_a_c_program_needs(uncompiled, tmp_path):
+    out = tmp_path / "new" / "folder"
+    result = mgt("--arch", 90, "--arch", 80, "--dtype", "bf16", "--layout", "token-major", "--out", out)
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert [line.split(": ")[0] for line in lines] == [str(path) for path in sorted(out.iterdir())]
+    names = {path.name for path in out.iterdir()}
+    assert {f"mgt_kernels_cuda_sm{a}_sample_tokens_bf16.c" for a in (80, 90)} < names and len(names) == 10
+
+    # the header is C99 and C++
+    include = [f"-I{out}", "-isystem", INCLUDE]
+    sources = [*out.glob("*.c"), FAKE_CUDA / "fake_cuda.c"]
+    for compiler in (["gcc", "-std=c99"], ["g++", "-x", "c++"]):
+        program = tmp_path / compiler[0]
+        command = [*compiler, *include, *STRICT, "-Wno-missing-field-initializers", "-c", FAKE_CUDA / "main.c"]
+        subprocess.run([*command, "-o", f"{program}.o"], check=True)
+        subprocess.run(["gcc", "-std=c11", *STRICT, *include, *sources, f"{program}.o", "-o", program], check=True)
+        environment = {**os.environ, "FAKE_CUDA_CAPABILITY": "80"}
+        run = subprocess.run([program], check=True, capture_output=True, text=True, env=environment)
+        assert run.stdout.splitlines() == [
+            "workspace 40960",
+            "_sample_tokens_kernel grid 512 4 1 block 64 1 1",
+            "_combine_splits_kernel grid 16 1 1 block 128 1 1",
+            "_mask_by_confidence_kernel grid 2 1 1 block 32 1 1",
+        ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--arch", 70), "architectures: expected some of 80, 86, 89, 90, 100, 103, 120, 121, got 70"),
+        (("--dtype", "bf17"), "dtypes: expected some of fp32, bf16, fp16, got bf17"),
+        (("--layout", "flat"), "layouts: expected some of token-major, position-major, got flat"),
+    ],
+)
+def test_errors_are_one_kind_line(uncompiled, arguments, message, tmp_path):
+    result = mgt(*arguments, "--out", tmp_path)
+    assert result.exit_code == 2 and result.stderr.strip().endswith(message)
+
+
+def test_without_triton_the_command_says_so(monkeypatch, tmp_path):
+    for name in [name for name in sys.modules if name.startswith("mgt_kernels.triton")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(mgt_kernels, "triton")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    result = mgt("--out", tmp_path)
+    assert result.exit_code == 2
+    assert result.stderr.strip().endswith("export needs Triton: pip install mgt-kernels[gpu]")
