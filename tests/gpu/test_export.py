@@ -91,6 +91,10 @@ class Launch:
     architecture: int
     name: str
     grid: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return "-".join(str(getattr(self, name)) for name, _ in self._fields_)
+
     block: tuple[int, ...]
     shared: int
     stream: int | None
