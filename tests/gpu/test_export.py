@@ -54,6 +54,9 @@ class CLogits(ctypes.Structure):
         *((f"stride_{name}", ctypes.c_int64) for name in ("sample", "position", "token")),
     )
 
+    def __str__(self) -> str:
+        return "-".join(str(getattr(self, name)) for name, _ in self._fields_)
+
 
 class CSampleTokens(ctypes.Structure):
     _fields_ = (
@@ -91,9 +94,6 @@ class Launch:
     architecture: int
     name: str
     grid: tuple[int, ...]
-
-    def __str__(self) -> str:
-        return "-".join(str(getattr(self, name)) for name, _ in self._fields_)
 
     block: tuple[int, ...]
     shared: int
