@@ -55,7 +55,7 @@ class CLogits(ctypes.Structure):
     )
 
     def __str__(self) -> str:
-        return "-".join(str(getattr(self, name)) for name, _ in self._fields_)
+        return "-".join(str(getattr(self, field[0])) for field in self._fields_)
 
 
 class CSampleTokens(ctypes.Structure):
