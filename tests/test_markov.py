@@ -1,0 +1,102 @@
+"""The exact judge: its conditionals by brute force, and the decoding loop against the true distribution."""
+
+import itertools
+
+import pytest
+import torch
+from scipy import stats
+
+import mgt_sampler
+from mgt_sampler.models.markov import MarkovModel, total_variation
+
+NUM_SAMPLES = 50_000
+# so much noise on the confidences that the order of the positions does not depend on what was drawn
+RANDOM_ORDER = dict(temperature=1e6, progress=False, num_samples=NUM_SAMPLES)
+
+
+def all_sequences(model):
+    return torch.tensor(list(itertools.product(range(model.codebook_size), repeat=model.num_tokens)))
+
+
+def chi_square(model, tokens):
+    """The p-value of samples; sequences that are hardly ever drawn count as one."""
+    expected, counts = model.probabilities() * len(tokens), model.counts(tokens)
+    rare = expected < 10
+    pooled = [torch.cat([x[~rare], x[rare].sum()[None]]) for x in (counts, expected)]
+    return stats.chisquare(*pooled).pvalue
+
+
+def test_probabilities_are_those_of_the_sequences():
+    model = MarkovModel(4, 3)
+    sequences = all_sequences(model)
+    torch.testing.assert_close(model.probabilities(), model.log_prob(sequences).exp())
+    assert float(model.probabilities().sum()) == pytest.approx(1)
+    assert torch.equal(model.counts(sequences[[5, 5, 0]])[:6], torch.tensor([1, 0, 0, 0, 0, 2]))
+
+
+def test_logits_are_the_true_conditionals():
+    model = MarkovModel(5, 3, std=3.0)
+    sequences, probability = all_sequences(model), model.probabilities()
+    mask = model.mask_token_id
+    tokens = torch.tensor([[mask] * 5, [mask, 2, mask, mask, 0], [1, mask, 1, mask, mask], [0, 1, 2, 0, mask]])
+    logits = model.predict_logits(tokens, None)
+    for row, row_logits in zip(tokens, logits, strict=True):
+        agrees = ((sequences == row) | (row == mask)).all(-1)
+        for i in (row == mask).nonzero().flatten().tolist():
+            expected = torch.zeros(3, dtype=torch.float64).index_add_(0, sequences[agrees][:, i], probability[agrees])
+            torch.testing.assert_close(row_logits[i].exp().double(), expected / expected.sum(), rtol=1e-5, atol=1e-7)
+
+
+def test_long_sequences_do_not_underflow():
+    model = MarkovModel(2000, 2, std=5.0)
+    tokens = torch.full((1, 2000), model.mask_token_id)
+    tokens[0, ::7] = 1
+    assert model.predict_logits(tokens, None).isfinite().logical_or(tokens[..., None] != model.mask_token_id).all()
+
+
+def test_one_token_a_step_in_random_order_is_exact():
+    model = MarkovModel(5, 3, std=0.7)
+    linear = [1 - (k + 1) / 5 for k in range(5)]
+    tokens = mgt_sampler.generate(model, num_inference_steps=5, mask_schedule=linear, **RANDOM_ORDER).tokens
+    assert chi_square(model, tokens) > 1e-3
+    # the test can fail: the same draws of another chain
+    assert chi_square(MarkovModel(5, 3, std=0.72), tokens) < 1e-3
+    distance, noise = total_variation(model, tokens)
+    assert distance < 1.2 * noise
+
+
+def test_fewer_steps_are_further_from_the_truth():
+    model = MarkovModel(6, 3, std=2.0)
+    distances = []
+    for num_steps in (1, 2, 6):
+        ratios = [1 - (k + 1) / num_steps for k in range(num_steps)]
+        tokens = mgt_sampler.generate(model, num_inference_steps=num_steps, mask_schedule=ratios, **RANDOM_ORDER).tokens
+        distances.append(total_variation(model, tokens)[0])
+    noise = total_variation(model, tokens)[1]
+    assert all(more > less + noise for more, less in itertools.pairwise(distances))
+    # all tokens at once: the product of the marginals
+    sequences, truth = all_sequences(model), model.probabilities()
+    marginal = model.predict_logits(torch.full((1, 6), model.mask_token_id), None)[0].double()
+    product = marginal[torch.arange(6), sequences].sum(-1).exp()
+    assert distances[0] == pytest.approx(float((product - truth).abs().sum() / 2), abs=2 * noise)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(num_tokens=0), "num_tokens: expected at least 1, got 0"),
+        (dict(codebook_size=1), "codebook_size: expected at least 2, got 1"),
+        (dict(std=-1.0), "std: expected a finite number of at least 0, got -1.0"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        MarkovModel(**arguments)
+
+
+def test_what_the_chain_cannot_do_is_named():
+    model = MarkovModel(12, 4)
+    with pytest.raises(ValueError, match="condition: the Markov chain has no classes"):
+        model.predict_logits(torch.zeros(1, 12, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"expected at most 2\^20 sequences, got 4\^12"):
+        model.probabilities()
