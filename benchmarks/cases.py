@@ -11,6 +11,7 @@ from torch import Tensor
 
 import mgt_kernels
 from mgt_kernels import cpu, reference
+from mgt_kernels.reference.differential_sample import select_rows
 
 Run = Callable[[], object]
 
@@ -235,6 +236,84 @@ def scheduler_case(name: str) -> Case:
     )
 
 
+@cache
+def moved_logits(height: int, codebook_size: int) -> tuple[Tensor, Tensor]:
+    """The pair of the next step: a quarter of the first pair's standard deviation away from it."""
+    generator = torch.Generator().manual_seed(2)
+    pair = logits_pair(1, height, codebook_size, torch.float32)
+    cond, uncond = (
+        half.permute(0, 2, 3, 1).add(torch.randn(1, height, height, codebook_size, generator=generator), alpha=0.5)
+        for half in pair
+    )
+    return cond.permute(0, 3, 1, 2), uncond.permute(0, 3, 1, 2)
+
+
+def published_differential_step(
+    cond: Tensor, uncond: Tensor, previous: Tensor, guidance_scale: float, num_selected: int
+) -> Tensor:
+    """Differential sampling as the paper's code writes it: softmax, KL, sort, difference, multinomial, gather."""
+    probs = as_rows(uncond + guidance_scale * (cond - uncond)).softmax(-1)
+    divergence = torch.nn.functional.kl_div(previous.log(), probs, reduction="none").sum(-1)
+    rows = divergence.sort(-1).indices[:, :num_selected, None].expand(-1, -1, probs.shape[-1])
+    probs.scatter_(1, rows, (probs.gather(1, rows) - previous.gather(1, rows)).clamp(min=1e-6))
+    drawn = torch.multinomial(probs.flatten(0, 1), 1).view(probs.shape[:2])
+    return probs.gather(-1, drawn[..., None])[..., 0].log()
+
+
+def differential_case(name: str, *, guidance_scale: float = 3.0, share: float = 0.75) -> Case:
+    """A step of differential sampling at B=1 with the previous step as its history, every position masked.
+
+    At the guidance scale of the other cases the published code takes the logarithm of 0 and the time of denormals.
+    """
+    pairs = [logits_pair(1, 64, CODEBOOK_SIZE, torch.float32), moved_logits(64, CODEBOOK_SIZE)]
+    tokens = masked_tokens(1, 64, 1.0).flatten(1)
+    num_positions = tokens.shape[1]
+
+    def step(state: mgt_kernels.DifferentialState | None, index: int) -> tuple[Tensor, Tensor, Any]:
+        cond, uncond = pairs[index % 2]
+        return mgt_kernels.differential_sample(
+            as_rows(cond), tokens, state, uncond_logits=as_rows(uncond), mask_token_id=MASK_TOKEN_ID, seed=0,
+            step=index, guidance_scale=guidance_scale, share=share,
+        )  # fmt: skip
+
+    states = [step(None, 0)[2]]
+
+    def run() -> Tensor:
+        token_ids, _, states[0] = step(states[0], int(states[0].step) + 1)
+        return token_ids
+
+    def check() -> None:
+        _, _, state = step(None, 0)
+        some = slice(0, 16)
+        history, written = state.history[:, some].clone(), state.written[:, some].clone()
+        cond, uncond = pairs[1]
+        token_ids, logprob, state = step(state, 1)
+        # which rows are selected depends on all of them: the oracle draws each of its rows both ways
+        matches = torch.zeros(1, 16, dtype=torch.bool)
+        for every in (0.0, 1.0):
+            expected, truth, divergence, *_ = reference.differential_sample(
+                as_rows(cond)[:, some], tokens[:, some], history, written, uncond_logits=as_rows(uncond)[:, some],
+                mask_token_id=MASK_TOKEN_ID, seed=torch.zeros(1, dtype=torch.int64), step=1, share=every,
+                guidance_scale=guidance_scale, variant="paper",
+            )  # fmt: skip
+            selected = select_rows(
+                state.divergence, torch.ones_like(tokens, dtype=torch.bool), share=share, variant="paper"
+            )[:, some]
+            close = (token_ids[:, some] == expected) & ((logprob[:, some] - truth).abs() < 1e-3)
+            matches |= close & (selected == bool(every))
+        if not matches.all():
+            raise AssertionError("token ids or logprob differ from the oracle's")
+        if not torch.allclose(state.divergence[:, some].double(), divergence, atol=1e-3, rtol=1e-4):
+            raise AssertionError("the divergence differs from the oracle's")
+
+    cond, uncond = pairs[0]
+    previous = as_rows(uncond + guidance_scale * (cond - uncond)).softmax(-1)
+    peer = partial(published_differential_step, *pairs[1], previous, guidance_scale, int(share * num_positions))
+    # both halves once, two bytes of history in and two out per token; tokens in, ids, logprob and divergence out
+    bytes_moved = num_positions * (CODEBOOK_SIZE * 12 + 24)
+    return Case(name, run, {"pytorch": peer}, check, bytes_moved, num_positions, (Target(25, "pytorch"),))
+
+
 def ours_fp32(guidance_scale: float) -> Run:
     """Our own step with every position masked, as the yardstick of the other cases."""
     inputs = (*logits_pair(1, 64, CODEBOOK_SIZE, torch.float32), masked_tokens(1, 64, 1.0))
@@ -257,6 +336,7 @@ def builders() -> dict[str, Callable[[str], Case]]:
         cases[f"step fp32 guided, {share:.0%} masked, {big}"] = partial(
             step_case, share=share, against={"ours all masked": 9.0}, targets=(Target(0.7 / share, "ours all masked"),)
         )
+    cases[f"differential_sample fp32 guided, {big}"] = differential_case
     for isa in cpu.available_isas():
         if isa != cpu.resolve_isa():
             targets = (Target(1 / 2.5, "ours"),) if isa == "avx2" else ()

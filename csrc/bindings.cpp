@@ -28,17 +28,13 @@ void require_length(const char* name, int64_t length, int64_t expected) {
   if (length != expected) throw std::length_error(std::string(name) + " has the wrong length");
 }
 
-py::tuple sample_tokens(int isa, int num_threads, std::uintptr_t parallel, py::tuple shape, int dtype, py::tuple cond,
-                        py::tuple uncond, std::uintptr_t tokens, std::uintptr_t seeds, int64_t mask_token_id,
-                        int64_t step, float guidance_scale, float noise_scale, float temperature,
-                        std::uintptr_t token_ids, int64_t token_ids_length, std::uintptr_t logprob,
-                        int64_t logprob_length) {
+mgt_sample_tokens_args sample_tokens_args(py::tuple shape, int dtype, py::tuple cond, py::tuple uncond,
+                                          std::uintptr_t tokens, std::uintptr_t seeds, int64_t mask_token_id,
+                                          int64_t step, float guidance_scale, float noise_scale, float temperature) {
   mgt_sample_tokens_args args{};
   args.num_samples = shape[0].cast<int64_t>();
   args.num_positions = shape[1].cast<int64_t>();
   args.num_tokens = shape[2].cast<int64_t>();
-  require_length("token_ids", token_ids_length, args.num_samples * args.num_positions);
-  require_length("logprob", logprob_length, args.num_samples * args.num_positions);
   args.dtype = static_cast<mgt_dtype>(dtype);
   args.logits = logits(cond);
   args.uncond_logits = logits(uncond);
@@ -49,6 +45,18 @@ py::tuple sample_tokens(int isa, int num_threads, std::uintptr_t parallel, py::t
   args.guidance_scale = guidance_scale;
   args.noise_scale = noise_scale;
   args.temperature = temperature;
+  return args;
+}
+
+py::tuple sample_tokens(int isa, int num_threads, std::uintptr_t parallel, py::tuple shape, int dtype, py::tuple cond,
+                        py::tuple uncond, std::uintptr_t tokens, std::uintptr_t seeds, int64_t mask_token_id,
+                        int64_t step, float guidance_scale, float noise_scale, float temperature,
+                        std::uintptr_t token_ids, int64_t token_ids_length, std::uintptr_t logprob,
+                        int64_t logprob_length) {
+  const mgt_sample_tokens_args args = sample_tokens_args(shape, dtype, cond, uncond, tokens, seeds, mask_token_id, step,
+                                                         guidance_scale, noise_scale, temperature);
+  require_length("token_ids", token_ids_length, args.num_samples * args.num_positions);
+  require_length("logprob", logprob_length, args.num_samples * args.num_positions);
   const mgt_context where = context(isa, num_threads, parallel);
   int64_t error_index = -1;
   mgt_status status;
@@ -57,6 +65,58 @@ py::tuple sample_tokens(int isa, int num_threads, std::uintptr_t parallel, py::t
     status = mgt_sample_tokens(&where, &args, pointer<int64_t>(token_ids), pointer<float>(logprob), &error_index);
   }
   return py::make_tuple(static_cast<int>(status), error_index);
+}
+
+mgt_differential_sample_args differential_sample_args(const mgt_sample_tokens_args& sample, int variant,
+                                                      bool aliased_history, bool has_history, double share) {
+  mgt_differential_sample_args args{};
+  args.sample = sample;
+  args.variant = static_cast<mgt_differential_variant>(variant);
+  args.aliased_history = aliased_history;
+  args.has_history = has_history;
+  args.share = share;
+  return args;
+}
+
+// the buffers are (address, number of elements) pairs
+py::tuple differential_sample(int isa, int num_threads, std::uintptr_t parallel, py::tuple shape, int dtype,
+                              py::tuple cond, py::tuple uncond, std::uintptr_t tokens, std::uintptr_t seeds,
+                              int64_t mask_token_id, int64_t step, float guidance_scale, float noise_scale,
+                              float temperature, int variant, bool aliased_history, bool has_history, double share,
+                              py::tuple history, py::tuple written, py::tuple token_ids, py::tuple logprob,
+                              py::tuple divergence, py::tuple workspace) {
+  const mgt_differential_sample_args args =
+      differential_sample_args(sample_tokens_args(shape, dtype, cond, uncond, tokens, seeds, mask_token_id, step,
+                                                  guidance_scale, noise_scale, temperature),
+                               variant, aliased_history, has_history, share);
+  const int64_t num_rows = args.sample.num_samples * args.sample.num_positions;
+  const auto address = [](const char* name, const py::tuple& buffer, int64_t expected) {
+    if (expected >= 0) require_length(name, buffer[1].cast<int64_t>(), expected);
+    return buffer[0].cast<std::uintptr_t>();
+  };
+  auto* history_codes = pointer<uint16_t>(address("history", history, num_rows * args.sample.num_tokens));
+  auto* written_flags = pointer<uint8_t>(address("written", written, num_rows));
+  auto* ids = pointer<int64_t>(address("token_ids", token_ids, num_rows));
+  auto* nats = pointer<float>(address("logprob", logprob, num_rows));
+  auto* kl = pointer<float>(address("divergence", divergence, num_rows));
+  auto* memory = pointer<void>(address("workspace", workspace, -1));
+  const auto num_bytes = workspace[1].cast<int64_t>();
+  const mgt_context where = context(isa, num_threads, parallel);
+  int64_t error_index = -1;
+  mgt_status status;
+  {
+    py::gil_scoped_release released;
+    status = mgt_differential_sample(&where, &args, history_codes, written_flags, ids, nats, kl, memory, num_bytes,
+                                     &error_index);
+  }
+  return py::make_tuple(static_cast<int>(status), error_index);
+}
+
+int64_t differential_sample_workspace(int num_threads, py::tuple shape, py::tuple cond, py::tuple uncond) {
+  const mgt_differential_sample_args args = differential_sample_args(
+      sample_tokens_args(shape, MGT_FLOAT32, cond, uncond, 0, 0, 0, 0, 1.0f, 0.0f, 1.0f), 0, false, false, 0.0);
+  const mgt_context where = context(MGT_ISA_AUTO, num_threads, 0);
+  return mgt_differential_sample_workspace(&where, &args);
 }
 
 py::tuple mask_by_confidence(int isa, int num_threads, std::uintptr_t parallel, int64_t num_samples,
@@ -105,6 +165,8 @@ py::tuple resolve_isa(int requested) {
 
 PYBIND11_MODULE(_C, m) {
   m.def("sample_tokens", &sample_tokens);
+  m.def("differential_sample", &differential_sample);
+  m.def("differential_sample_workspace", &differential_sample_workspace);
   m.def("mask_by_confidence", &mask_by_confidence);
   m.def("philox", &philox);
   m.def("gaussian", &gaussian);

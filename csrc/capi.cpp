@@ -3,16 +3,19 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "differential_sample/op.h"
 #include "draws/op.h"
 #include "mask_by_confidence/op.h"
 #include "mgt_kernels.h"
 #include "parallel.h"
 #include "sample_tokens/op.h"
+#include "select.h"
 
 namespace {
 
 struct Kernels {
   mgt::SampleTokens sample_tokens;
+  mgt::DifferentialSample differential_sample;
   mgt::MaskByConfidence mask_by_confidence;
   mgt::Philox philox;
   mgt::Gaussian gaussian;
@@ -20,11 +23,14 @@ struct Kernels {
 
 // indexed by mgt_isa
 constexpr Kernels kKernels[] = {
-    {nullptr, nullptr, nullptr, nullptr},
-    {mgt::sample_tokens_scalar, mgt::mask_by_confidence_scalar, mgt::philox_scalar, mgt::gaussian_scalar},
+    {nullptr, nullptr, nullptr, nullptr, nullptr},
+    {mgt::sample_tokens_scalar, mgt::differential_sample_scalar, mgt::mask_by_confidence_scalar, mgt::philox_scalar,
+     mgt::gaussian_scalar},
 #if defined(__x86_64__)
-    {mgt::sample_tokens_avx2, mgt::mask_by_confidence_avx2, mgt::philox_avx2, mgt::gaussian_avx2},
-    {mgt::sample_tokens_avx512, mgt::mask_by_confidence_avx512, mgt::philox_avx512, mgt::gaussian_avx512},
+    {mgt::sample_tokens_avx2, mgt::differential_sample_avx2, mgt::mask_by_confidence_avx2, mgt::philox_avx2,
+     mgt::gaussian_avx2},
+    {mgt::sample_tokens_avx512, mgt::differential_sample_avx512, mgt::mask_by_confidence_avx512, mgt::philox_avx512,
+     mgt::gaussian_avx512},
 #endif
 };
 constexpr int kNumIsas = sizeof kKernels / sizeof *kKernels;
@@ -76,6 +82,79 @@ mgt_status fail(mgt_status status, int64_t index, int64_t* error_index) {
   return status;
 }
 
+bool valid(const mgt_sample_tokens_args& a) {
+  const bool guided = a.uncond_logits.data != nullptr;
+  if (a.num_samples < 0 || a.num_positions < 0 || a.num_tokens < 1 || a.num_tokens > INT32_MAX ||
+      a.num_positions > UINT32_MAX)
+    return false;
+  if (a.dtype < MGT_FLOAT32 || a.dtype > MGT_FLOAT16 || !valid_step(a.step) || !valid_temperature(a.temperature) ||
+      !std::isfinite(a.guidance_scale) || !(a.noise_scale >= 0.0f) || !std::isfinite(a.noise_scale))
+    return false;
+  const bool position_major = a.logits.stride_position == 1 && (!guided || a.uncond_logits.stride_position == 1);
+  return a.num_samples * a.num_positions == 0 || mgt::token_major(a) || position_major;
+}
+
+bool has_inputs(const mgt_sample_tokens_args& a) { return a.logits.data && a.tokens && a.seeds; }
+
+// the first row whose token is neither in the codebook nor the mask, or -1
+int64_t first_bad_token(const mgt_sample_tokens_args& a) {
+  for (int64_t row = 0; row < a.num_samples * a.num_positions; ++row)
+    if (a.tokens[row] != a.mask_token_id && (a.tokens[row] < 0 || a.tokens[row] >= a.num_tokens)) return row;
+  return -1;
+}
+
+// A chunk is worth waking a thread for from about 2^15 logits on; up to 2^18 it grows, as long as every thread gets
+// several, because what follows a chunk is fetched in vain.
+int64_t chunk_of_groups(const mgt_context& context, const mgt_sample_tokens_args& a) {
+  const int64_t num_groups = a.num_samples * mgt::groups_per_sample(a);
+  const int64_t group_logits = a.num_tokens * (mgt::token_major(a) ? 1 : mgt::kGroupPositions);
+  return std::max({int64_t{1}, (int64_t{1} << 15) / group_logits,
+                   std::min((int64_t{1} << 18) / group_logits, num_groups / (8 * context.num_threads))});
+}
+
+constexpr int64_t kLineBytes = 64;
+
+struct DifferentialWorkspace {
+  int64_t floats_per_thread, num_bytes;
+};
+
+// the tiles of every thread, then a choice per row
+DifferentialWorkspace differential_workspace(const mgt_context& context, const mgt_sample_tokens_args& a) {
+  const int64_t rows = mgt::token_major(a) ? 1 : mgt::kGroupPositions;
+  const int64_t floats = rows * mgt::row_tiles(a.num_tokens) * mgt::kRowTileFloats;
+  const int64_t choices = a.num_samples * a.num_positions * int64_t{sizeof(mgt::DifferentialChoice)};
+  return {floats, kLineBytes + context.num_threads * floats * int64_t{sizeof(float)} + choices};
+}
+
+// Gives the share of the sample's rows with the smallest divergence what they would get if selected.
+void select_rows(const mgt::DifferentialCall& call, int64_t sample) {
+  const mgt_sample_tokens_args& a = call.args.sample;
+  const bool official = call.args.variant == MGT_DIFFERENTIAL_OFFICIAL;
+  const int64_t first = sample * a.num_positions;
+  const auto masked = [&](int64_t i) { return a.tokens[first + i] == a.mask_token_id; };
+  const auto takes_part = [&](int64_t i) { return official || masked(i); };
+  int64_t num_ranked = 0;
+  for (int64_t i = 0; i < a.num_positions; ++i) num_ranked += takes_part(i);
+  const double wanted = call.args.share * static_cast<double>(num_ranked);
+  const auto num_selected = static_cast<int64_t>(official ? wanted : std::floor(wanted + 0.5));
+  if (num_selected == 0) return;
+
+  const auto key_at = [&](int64_t i) { return mgt::ordered_key(call.divergence[first + i]); };
+  auto [threshold, num_tied] = mgt::threshold_of_rank(a.num_positions, num_selected, key_at, takes_part);
+  for (int64_t i = 0; i < a.num_positions; ++i) {
+    if (!takes_part(i)) continue;
+    const uint32_t key = key_at(i);
+    const bool tied = key == threshold && num_tied > 0;
+    num_tied -= tied;
+    if (!(key < threshold || tied)) continue;
+    mgt::DifferentialChoice& choice = call.choices[first + i];
+    choice.selected = 1;
+    if (!masked(i)) continue;
+    call.token_ids[first + i] = choice.token;
+    call.logprob[first + i] = choice.logprob;
+  }
+}
+
 }  // namespace
 
 extern "C" {
@@ -105,38 +184,70 @@ mgt_status mgt_sample_tokens(const mgt_context* context, const mgt_sample_tokens
                              float* logprob, int64_t* error_index) {
   if (!valid(context) || args == nullptr) return MGT_INVALID_ARGUMENT;
   const mgt_sample_tokens_args& a = *args;
-  const bool guided = a.uncond_logits.data != nullptr;
-  if (a.num_samples < 0 || a.num_positions < 0 || a.num_tokens < 1 || a.num_tokens > INT32_MAX ||
-      a.num_positions > UINT32_MAX)
-    return MGT_INVALID_ARGUMENT;
-  if (a.dtype < MGT_FLOAT32 || a.dtype > MGT_FLOAT16 || !valid_step(a.step) || !valid_temperature(a.temperature) ||
-      !std::isfinite(a.guidance_scale) || !(a.noise_scale >= 0.0f) || !std::isfinite(a.noise_scale))
-    return MGT_INVALID_ARGUMENT;
+  if (!valid(a)) return MGT_INVALID_ARGUMENT;
   const int64_t num_rows = a.num_samples * a.num_positions;
   if (num_rows == 0) return MGT_OK;
-  if (!a.logits.data || !a.tokens || !a.seeds || !token_ids || !logprob) return MGT_INVALID_ARGUMENT;
-  const bool position_major = a.logits.stride_position == 1 && (!guided || a.uncond_logits.stride_position == 1);
-  if (!mgt::token_major(a) && !position_major) return MGT_INVALID_ARGUMENT;
+  if (!has_inputs(a) || !token_ids || !logprob) return MGT_INVALID_ARGUMENT;
 
   mgt_isa isa;
   const mgt_status status = mgt_resolve_isa(context->isa, &isa);
   if (status != MGT_OK) return status;
-  for (int64_t row = 0; row < num_rows; ++row)
-    if (a.tokens[row] != a.mask_token_id && (a.tokens[row] < 0 || a.tokens[row] >= a.num_tokens))
-      return fail(MGT_BAD_TOKEN, row, error_index);
+  const int64_t bad_token = first_bad_token(a);
+  if (bad_token >= 0) return fail(MGT_BAD_TOKEN, bad_token, error_index);
 
-  // A chunk is worth waking a thread for from about 2^15 logits on; up to 2^18 it grows, as long as every thread gets
-  // several, because what follows a chunk is fetched in vain.
-  const int64_t num_groups = a.num_samples * mgt::groups_per_sample(a);
-  const int64_t group_logits = a.num_tokens * (mgt::token_major(a) ? 1 : mgt::kGroupPositions);
-  const int64_t chunk =
-      std::max({int64_t{1}, (int64_t{1} << 15) / group_logits,
-                std::min((int64_t{1} << 18) / group_logits, num_groups / (8 * context->num_threads))});
   FirstIndex bad_row;
-  mgt::parallel_chunks(*context, num_groups, chunk, [&](int64_t begin, int64_t end) {
+  const int64_t num_groups = a.num_samples * mgt::groups_per_sample(a);
+  mgt::parallel_chunks(*context, num_groups, chunk_of_groups(*context, a), [&](int64_t begin, int64_t end) {
     bad_row.report(kKernels[isa].sample_tokens(a, begin, end, token_ids, logprob));
   });
   return bad_row.get() < 0 ? MGT_OK : fail(MGT_BAD_LOGITS, bad_row.get(), error_index);
+}
+
+int64_t mgt_differential_sample_workspace(const mgt_context* context, const mgt_differential_sample_args* args) {
+  if (!valid(context) || args == nullptr || !valid(args->sample)) return -1;
+  return differential_workspace(*context, args->sample).num_bytes;
+}
+
+mgt_status mgt_differential_sample(const mgt_context* context, const mgt_differential_sample_args* args,
+                                   uint16_t* history, uint8_t* written, int64_t* token_ids, float* logprob,
+                                   float* divergence, void* workspace, int64_t workspace_bytes, int64_t* error_index) {
+  if (!valid(context) || args == nullptr) return MGT_INVALID_ARGUMENT;
+  const mgt_sample_tokens_args& a = args->sample;
+  const bool official = args->variant == MGT_DIFFERENTIAL_OFFICIAL;
+  if (!valid(a) || !(official || args->variant == MGT_DIFFERENTIAL_PAPER) || (args->aliased_history && !official) ||
+      !(args->share >= 0.0 && args->share <= 1.0))
+    return MGT_INVALID_ARGUMENT;
+  if (a.num_samples * a.num_positions == 0) return MGT_OK;
+  const DifferentialWorkspace layout = differential_workspace(*context, a);
+  if (!has_inputs(a) || !history || !written || !token_ids || !logprob || !divergence || !workspace ||
+      workspace_bytes < layout.num_bytes)
+    return MGT_INVALID_ARGUMENT;
+
+  mgt_isa isa;
+  const mgt_status status = mgt_resolve_isa(context->isa, &isa);
+  if (status != MGT_OK) return status;
+  const int64_t bad_token = first_bad_token(a);
+  if (bad_token >= 0) return fail(MGT_BAD_TOKEN, bad_token, error_index);
+
+  const auto aligned = (reinterpret_cast<std::uintptr_t>(workspace) + kLineBytes - 1) / kLineBytes * kLineBytes;
+  auto* tiles = reinterpret_cast<float*>(aligned);
+  auto* choices = reinterpret_cast<mgt::DifferentialChoice*>(tiles + context->num_threads * layout.floats_per_thread);
+  const mgt::DifferentialCall call{*args, history, written, token_ids, logprob, divergence, choices};
+  FirstIndex bad_row;
+  const auto run = [&](mgt::DifferentialPass pass) {
+    const int64_t num_groups = a.num_samples * mgt::groups_per_sample(a);
+    mgt::parallel_chunks_by_worker(
+        *context, num_groups, chunk_of_groups(*context, a), [&](int64_t begin, int64_t end, int64_t worker) {
+          float* own_tiles = tiles + worker * layout.floats_per_thread;
+          bad_row.report(kKernels[isa].differential_sample(call, pass, begin, end, own_tiles));
+        });
+    return bad_row.get();
+  };
+  if (run(mgt::DifferentialPass::draw) >= 0) return fail(MGT_BAD_LOGITS, bad_row.get(), error_index);
+  if (!args->has_history) return MGT_OK;
+  for (int64_t sample = 0; sample < a.num_samples; ++sample) select_rows(call, sample);
+  if (args->aliased_history) run(mgt::DifferentialPass::edit_history);
+  return MGT_OK;
 }
 
 mgt_status mgt_mask_by_confidence(const mgt_context* context, const mgt_mask_by_confidence_args* args, int64_t* tokens,

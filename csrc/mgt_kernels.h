@@ -1,9 +1,9 @@
 /* The C ABI of mgt-kernels: raw pointers, seeds and strides; no Python, no torch, no allocation, no printing, no
  * exceptions.
  *
- * Every function is re-entrant, reads its inputs only, and returns MGT_OK or the reason why it did nothing useful.
- * Threads need 320 KiB of stack. Strides count elements. Random draws are functions of (seed, step, position, token id)
- * alone, so results do not depend on the batch, the number of threads or the instruction set.
+ * Every function is re-entrant, only reads what is not named an output, and returns MGT_OK or the reason why it did
+ * nothing useful. Threads need 320 KiB of stack. Strides count elements. Random draws are functions of (seed, step,
+ * position, token id) alone, so results do not depend on the batch, the number of threads or the instruction set.
  */
 #ifndef MGT_KERNELS_H
 #define MGT_KERNELS_H
@@ -89,6 +89,44 @@ typedef struct {
  * are unspecified and error_index, if not NULL, names the first bad row. */
 MGT_API mgt_status mgt_sample_tokens(const mgt_context* context, const mgt_sample_tokens_args* args, int64_t* token_ids,
                                      float* logprob, int64_t* error_index);
+
+typedef enum {
+  /* ranks masked positions; weights |p - q|; selects round(share * masked positions), halves away from zero */
+  MGT_DIFFERENTIAL_PAPER = 0,
+  /* ranks all positions, reading known ones too; weights max(p - q, 1e-6); selects floor(share * positions) */
+  MGT_DIFFERENTIAL_OFFICIAL = 1
+} mgt_differential_variant;
+
+typedef struct {
+  mgt_sample_tokens_args sample;
+  mgt_differential_variant variant;
+  /* MGT_DIFFERENTIAL_OFFICIAL only: selected rows leave their weights in the history instead of p */
+  int32_t aliased_history;
+  /* 0: nothing has been written to history and written yet, so this is a plain step */
+  int32_t has_history;
+  /* in [0, 1] */
+  double share;
+} mgt_differential_sample_args;
+
+/* Bytes of workspace that mgt_differential_sample needs for these arguments and context->num_threads; -1 where they are
+ * invalid. */
+MGT_API int64_t mgt_differential_sample_workspace(const mgt_context* context, const mgt_differential_sample_args* args);
+
+/* mgt_sample_tokens, but for the share of positions that changed least since the previous step, which are drawn from
+ * the difference of both distributions (spec: "differential sampling").
+ *
+ * history: (B, N, V) contiguous, in and out: 16-bit codes c of -log q, the distribution of the previous step. c / 2048
+ * nats for c < 49152, 24 + (c - 49152) / 16 nats above; 65535 also stands for q = 0. written: (B, N) contiguous, in and
+ * out: 1 where the row of history holds the previous step's distribution. Rows that this step does not read are left as
+ * they are, and their written becomes 0. A row without history is drawn from p and ranks last.
+ * token_ids, logprob, divergence: (B, N) contiguous. divergence is KL(p || q) in nats, +inf where there is none.
+ * workspace: at least mgt_differential_sample_workspace bytes, of any alignment.
+ * On an error the outputs, history and written are unspecified, and error_index, if not NULL, names the first bad row.
+ */
+MGT_API mgt_status mgt_differential_sample(const mgt_context* context, const mgt_differential_sample_args* args,
+                                           uint16_t* history, uint8_t* written, int64_t* token_ids, float* logprob,
+                                           float* divergence, void* workspace, int64_t workspace_bytes,
+                                           int64_t* error_index);
 
 typedef struct {
   int64_t num_samples;

@@ -25,19 +25,23 @@ inline void parallel_with_own_threads(void (*body)(void*), void* data, unsigned 
   for (std::thread& helper : helpers) helper.join();
 }
 
+// chunk(begin, end, worker): calls with the same worker never overlap, and worker < context.num_threads
 template <class Chunk>
-void parallel_chunks(const mgt_context& context, int64_t count, int64_t chunk_size, const Chunk& chunk) {
+void parallel_chunks_by_worker(const mgt_context& context, int64_t count, int64_t chunk_size, const Chunk& chunk) {
   struct Work {
     const Chunk& chunk;
-    int64_t count, chunk_size;
-    std::atomic<int64_t> next;
-  } work{chunk, count, chunk_size, {0}};
+    int64_t count, chunk_size, num_workers;
+    std::atomic<int64_t> next, next_worker;
+  } work{chunk, count, chunk_size, context.num_threads, {0}, {0}};
   const auto body = [](void* data) {
     Work& shared = *static_cast<Work*>(data);
+    // a lent pool may run the body more often than it was asked to; the first runs do the work
+    const int64_t worker = shared.next_worker.fetch_add(1, std::memory_order_relaxed);
+    if (worker >= shared.num_workers) return;
     for (;;) {
       const int64_t begin = shared.next.fetch_add(shared.chunk_size, std::memory_order_relaxed);
       if (begin >= shared.count) return;
-      shared.chunk(begin, std::min(begin + shared.chunk_size, shared.count));
+      shared.chunk(begin, std::min(begin + shared.chunk_size, shared.count), worker);
     }
   };
   const int64_t num_chunks = (count + chunk_size - 1) / chunk_size;
@@ -45,6 +49,12 @@ void parallel_chunks(const mgt_context& context, int64_t count, int64_t chunk_si
   if (num_threads <= 1) return body(&work);
   const mgt_parallel parallel = context.parallel ? context.parallel : parallel_with_own_threads;
   parallel(body, &work, num_threads, 0);
+}
+
+template <class Chunk>
+void parallel_chunks(const mgt_context& context, int64_t count, int64_t chunk_size, const Chunk& chunk) {
+  parallel_chunks_by_worker(context, count, chunk_size,
+                            [&](int64_t begin, int64_t end, int64_t) { chunk(begin, end); });
 }
 
 }  // namespace mgt

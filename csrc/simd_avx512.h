@@ -21,12 +21,19 @@ struct Avx512 {
   }
   static MGT_INLINE void store(float* p, F a) { _mm512_storeu_ps(p, a); }
   static MGT_INLINE void store_u(uint32_t* p, U a) { _mm512_storeu_si512(p, a); }
+  static MGT_INLINE U load_u16(const uint16_t* p) {
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static MGT_INLINE void store_low16(uint16_t* p, U a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(a));
+  }
   static MGT_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
   static MGT_INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }
   static MGT_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static MGT_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static MGT_INLINE F fms(F a, F b, F c) { return _mm512_fmsub_ps(a, b, c); }
   static MGT_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
+  static MGT_INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }
   static MGT_INLINE F sqrt(F a) { return _mm512_sqrt_ps(a); }
   static MGT_INLINE M less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
   static MGT_INLINE M equal(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }

@@ -43,8 +43,10 @@ struct Lane1 {
   static MGT_INLINE F fms(F a, F b, F c) { return __builtin_fmaf(a, b, -c); }
   // b where either is NaN, as the x86 instruction has it
   static MGT_INLINE F max(F a, F b) { return a > b ? a : b; }
+  static MGT_INLINE F min(F a, F b) { return a < b ? a : b; }
   static MGT_INLINE F sqrt(F a) { return __builtin_sqrtf(a); }
   static MGT_INLINE M less(F a, F b) { return a < b; }
+  static MGT_INLINE M equal(F a, F b) { return a == b; }
   static MGT_INLINE F select(M m, F a, F b) { return m ? a : b; }
   static MGT_INLINE U bits(F a) {
     U u;
@@ -111,6 +113,12 @@ struct Scalar16 {
   }
   static MGT_INLINE void store(float* p, F a) { std::memcpy(p, a.lane, sizeof a.lane); }
   static MGT_INLINE void store_u(uint32_t* p, U a) { std::memcpy(p, a.lane, sizeof a.lane); }
+  static MGT_INLINE U load_u16(const uint16_t* p) {
+    return each<U>([&](int i) { return p[i]; });
+  }
+  static MGT_INLINE void store_low16(uint16_t* p, U a) {
+    for (int i = 0; i < 16; ++i) p[i] = static_cast<uint16_t>(a.lane[i]);
+  }
   static MGT_INLINE F add(F a, F b) {
     return each<F>([&](int i) { return a.lane[i] + b.lane[i]; });
   }
@@ -128,6 +136,10 @@ struct Scalar16 {
   }
   static MGT_INLINE F max(F a, F b) {
     return each<F>([&](int i) { return Lane1::max(a.lane[i], b.lane[i]); });
+  }
+  // b where either is NaN, as the x86 instruction has it
+  static MGT_INLINE F min(F a, F b) {
+    return each<F>([&](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; });
   }
   static MGT_INLINE F sqrt(F a) {
     return each<F>([&](int i) { return __builtin_sqrtf(a.lane[i]); });

@@ -20,6 +20,35 @@ def sample_tokens(
     logprob: int,
     logprob_length: int,
 ) -> tuple[int, int]: ...
+def differential_sample(
+    isa: int,
+    num_threads: int,
+    parallel: int,
+    shape: tuple[int, ...],
+    dtype: int,
+    cond: tuple[int, ...],
+    uncond: tuple[int, ...],
+    tokens: int,
+    seeds: int,
+    mask_token_id: int,
+    step: int,
+    guidance_scale: float,
+    noise_scale: float,
+    temperature: float,
+    variant: int,
+    aliased_history: bool,
+    has_history: bool,
+    share: float,
+    history: tuple[int, int],
+    written: tuple[int, int],
+    token_ids: tuple[int, int],
+    logprob: tuple[int, int],
+    divergence: tuple[int, int],
+    workspace: tuple[int, int],
+) -> tuple[int, int]: ...
+def differential_sample_workspace(
+    num_threads: int, shape: tuple[int, ...], cond: tuple[int, ...], uncond: tuple[int, ...]
+) -> int: ...
 def mask_by_confidence(
     isa: int,
     num_threads: int,

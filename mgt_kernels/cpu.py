@@ -12,6 +12,7 @@ from torch import Tensor
 from mgt_kernels import _C
 
 ISAS = ("auto", "scalar", "avx2", "avx512")
+DIFFERENTIAL_VARIANTS = ("paper", "official")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -107,11 +108,57 @@ def sample_tokens(
     return token_ids, logprob
 
 
-def bad_logits(row: int, num_positions: int) -> ValueError:
-    """Return the error for logits from which nothing can be drawn."""
+def differential_sample(
+    logits: Tensor,
+    tokens: Tensor,
+    history: Tensor,
+    written: Tensor,
+    has_history: bool,
+    seed: Tensor,
+    step: int,
+    mask_token_id: int,
+    uncond_logits: Tensor | None,
+    guidance_scale: float,
+    noise_scale: float,
+    temperature: float,
+    share: float,
+    variant: str,
+    aliased_history: bool,
+    isa: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the C kernel on checked arguments; history and written are contiguous and updated in place."""
+    tokens, seed = tokens.contiguous(), seed.contiguous()
+    token_ids = torch.empty_like(tokens)
+    logprob, divergence = torch.empty(tokens.shape), torch.empty(tokens.shape)
+    num_threads, pool = _threads()
+    layout = tuple(logits.shape), _half(logits), _half(uncond_logits)
+    workspace = torch.empty(_C.differential_sample_workspace(num_threads, *layout), dtype=torch.uint8)
+    shape, cond, uncond = layout
+    status, index = _C.differential_sample(
+        ISAS.index(isa), num_threads, pool, shape, _DTYPES[logits.dtype], cond, uncond, tokens.data_ptr(),
+        seed.data_ptr(), mask_token_id, step, guidance_scale, noise_scale, temperature,
+        DIFFERENTIAL_VARIANTS.index(variant), aliased_history, has_history, share,
+        *((t.data_ptr(), t.numel()) for t in (history, written, token_ids, logprob, divergence, workspace)),
+    )  # fmt: skip
+    if status:
+        # some rows were overwritten: none may be taken for the previous step's
+        written.zero_()
+    if status == 2:
+        _raise_unavailable(isa)
+    if status == 3:
+        raise bad_logits(index, tokens.shape[1], any_position=variant == "official")
+    if status == 4:
+        raise bad_token(tokens, index, logits.shape[-1], mask_token_id)
+    if status:
+        raise RuntimeError(f"mgt_differential_sample refused its arguments (status {status})")
+    return token_ids, logprob, divergence
+
+
+def bad_logits(row: int, num_positions: int, any_position: bool = False) -> ValueError:
+    """Return the error for logits from which nothing can be drawn; any_position: known positions are read too."""
     return ValueError(
-        f"logits: {_where(row, num_positions)} is masked and holds NaN or +inf, or forbids every token; "
-        "expected finite values or -inf, and at least one finite value"
+        f"logits: {_where(row, num_positions)} {'' if any_position else 'is masked and '}holds NaN or +inf, or forbids "
+        "every token; expected finite values or -inf, and at least one finite value"
     )
 
 

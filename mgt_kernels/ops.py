@@ -1,6 +1,7 @@
 """The public ops: arguments are checked here, once, and handed to the backend asked for."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -65,25 +66,145 @@ def sample_tokens(
             masked position hold NaN or +inf or forbid every token (the message names sample and position).
         RuntimeError: if the backend asked for is not available.
     """
-    _check_tensor("logits", logits, 3, _LOGITS_DTYPES)
-    _check_tensor("tokens", tokens, 2, (torch.int64,), logits.device)
-    batch, num_positions, num_tokens = logits.shape
-    _check_shape("tokens", tokens, (batch, num_positions))
-    if num_tokens < 1:
-        raise ValueError(f"logits: expected at least one token in the last dimension, got shape {tuple(logits.shape)}")
-    if uncond_logits is not None:
-        _check_tensor("uncond_logits", uncond_logits, 3, (logits.dtype,), logits.device)
-        _check_shape("uncond_logits", uncond_logits, tuple(logits.shape))
-    _check_strides(logits, uncond_logits)
-    _check_range("guidance_scale", guidance_scale, -math.inf)
-    _check_range("noise_scale", noise_scale, 0)
-    _check_temperature(temperature)
-    seed = _check_seed(seed, batch, logits.device)
+    _check_draw(logits, tokens, uncond_logits, guidance_scale, noise_scale, temperature)
+    seed = _check_seed(seed, logits.shape[0], logits.device)
     step = _check_step(step, logits.device)
     return torch.ops.mgt_kernels.sample_tokens(
         logits, tokens, seed, step, mask_token_id, uncond_logits, guidance_scale, noise_scale, temperature,
         _check_backend(backend, logits.device),
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DifferentialState:
+    """What `differential_sample` remembers of one generation: a handle on tensors that each step updates in place.
+
+    Attributes:
+        history: (B, N, V) int16, the bits of 16-bit codes of -log q, q the distribution of the previous step; see
+            `mgt_kernels.reference.decode_history`. Rows that no step has read are never touched.
+        written: (B, N) bool, whether the row of history holds the previous step's distribution.
+        divergence: (B, N) float32, KL(p || q) in nats of the step that returned this handle, +inf where there is none.
+        seed: (B,) int64.
+        step: 0-dimensional int64, the step that history belongs to.
+        variant, aliased_history, mask_token_id: as the generation was begun with.
+    """
+
+    history: Tensor
+    written: Tensor
+    divergence: Tensor
+    seed: Tensor
+    step: Tensor
+    variant: str
+    aliased_history: bool
+    mask_token_id: int
+
+
+def differential_sample(
+    logits: Tensor,
+    tokens: Tensor,
+    state: DifferentialState | None,
+    *,
+    mask_token_id: int,
+    seed: int | Tensor,
+    step: int | Tensor,
+    share: float = 0.75,
+    variant: str = "paper",
+    uncond_logits: Tensor | None = None,
+    guidance_scale: float = 1.0,
+    noise_scale: float = 0.0,
+    temperature: float = 1.0,
+    aliased_history: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, DifferentialState]:
+    r"""Draw like `sample_tokens`, but the share of positions that changed least from what changed since the last step.
+
+    With l as in `sample_tokens`, p = softmax(l), q the previous step's p, and g ~ Gumbel(0, 1), for each position::
+
+        D        = sum_j p_j (log p_j - log q_j)            nats; log q_j >= -1047.9375, so D is finite
+        w_j      = |p_j - q_j|                              variant "paper"
+        w_j      = max(p_j - q_j, 1e-6)                     variant "official"
+        token    = argmax_j (log w_j + g_j)                 if selected, else argmax_j (l_j + g_j); ties: the lowest id
+        logprob  = log(w_token / sum_j w_j)                 if selected, else l_token - logsumexp(l)
+
+    "paper" ranks the M masked positions by D and selects the round(share M) smallest (halves away from zero).
+    "official", as the published code, ranks all N positions, so that the logits of known ones are read too, and selects
+    the floor(share N) smallest. Ties: the lower position. A forbidden token (-inf in either half, or mask_token_id) has
+    w = 0, whatever its q. In "paper", w = p where the sum of |p_j - q_j| is below 2^-11, which rounding the history can
+    make of p = q. Tokens with w < 2^-100 are not drawn. Positions that are not selected get the bits that
+    `sample_tokens` gives. Temperature 0 takes the argmax of w (or of l) without g; logprob is that of temperature 1.
+
+    The history is rounded to 16 bits per token: q is relatively exact to 2^-12 down to exp(-24), to 2^-5 below. A row
+    is compared with the step before, so a position that was known then (and is masked again now) has D = +inf: it ranks
+    last and is drawn from p.
+
+    Args:
+        logits: (B, N, V), as for `sample_tokens`.
+        tokens: (B, N) int64; positions that hold mask_token_id are drawn.
+        state: None begins a generation with a plain step, whose results are `sample_tokens`'; then what the last call
+            returned, whose tensors this call updates. After an error no row of it counts as written. On CUDA, where
+            looking would wait for the device, its seed and step go unchecked.
+        mask_token_id: marks masked positions; may lie outside [0, V).
+        seed: one seed for the whole batch, or (B,) int64; the same at all steps of a generation.
+        step: index of the decoding step, within [0, 2^32), one more than the state's; an int or a 0-dimensional int64
+            tensor.
+        share: of the positions that are drawn from w, within [0, 1]; 0 gives `sample_tokens`' results.
+        variant: "paper" or "official".
+        uncond_logits: (B, N, V) of the same dtype and device, or None for no guidance.
+        guidance_scale: finite.
+        noise_scale: standard deviation of the Gaussian logit noise, >= 0.
+        temperature: 0, or at least 1e-30.
+        aliased_history: variant "official" only: selected rows leave w (not normalised) behind as the next step's q, as
+            the published code does, whose stored tensor is the one it edits. Reads the logits twice.
+        backend: as for `sample_tokens`; there is no Triton kernel yet.
+
+    Returns:
+        token_ids (B, N) int64, logprob (B, N) float32, known positions as in `sample_tokens`; and the state that the
+        next step takes.
+
+    Raises:
+        TypeError: if an argument has the wrong type or dtype.
+        ValueError: if a shape, stride, device or range is wrong; the state belongs to another batch, device, seed,
+            setting or step; a known token is outside [0, V); or the logits of a position that is read hold NaN or +inf
+            or forbid every token.
+        RuntimeError: if the backend asked for is not available.
+
+    Source: differential sampling, arXiv 2411.10781; its authors' code for variant "official".
+    """
+    _check_draw(logits, tokens, uncond_logits, guidance_scale, noise_scale, temperature)
+    _check_range("share", share, 0)
+    if share > 1:
+        raise ValueError(f"share: expected a number within [0, 1], got {share}")
+    if variant not in cpu.DIFFERENTIAL_VARIANTS:
+        raise ValueError(f"variant: expected one of {cpu.DIFFERENTIAL_VARIANTS}, got {variant!r}")
+    if not isinstance(aliased_history, bool):
+        raise TypeError(f"aliased_history: expected a bool, got {type(aliased_history).__name__}")
+    if aliased_history and variant != "official":
+        raise ValueError(f"aliased_history: expected False with variant {variant!r}; it is a switch of 'official'")
+    backend = _check_backend(backend, logits.device)
+    batch, num_positions, num_tokens = logits.shape
+    seed = _check_seed(seed, batch, logits.device)
+    step = _check_step(step, logits.device)
+    settings = dict(variant=variant, aliased_history=aliased_history, mask_token_id=mask_token_id)
+    if state is None:
+        history = torch.empty(batch, num_positions, num_tokens, dtype=torch.int16, device=logits.device)
+        written = torch.zeros(batch, num_positions, dtype=torch.bool, device=logits.device)
+        history_step = torch.full_like(step, -1)
+        # the caller may change its tensor; the generation's seeds stay
+        history_seed = seed.clone()
+    else:
+        _check_state(state, logits, settings)
+        history, written, history_seed, history_step = state.history, state.written, state.seed, state.step
+    token_ids, logprob, divergence = torch.ops.mgt_kernels.differential_sample(
+        logits, tokens, history, written, history_step, history_seed, state is not None, seed, step, mask_token_id,
+        uncond_logits, guidance_scale, noise_scale, temperature, share, variant, aliased_history, backend,
+    )  # fmt: skip
+    return (
+        token_ids,
+        logprob,
+        DifferentialState(
+            history, written, divergence, history_seed, history_step, variant, aliased_history, mask_token_id
+        ),
+    )
 
 
 def mask_by_confidence(
@@ -145,6 +266,61 @@ def mask_by_confidence(
         temperature,
         _check_backend(backend, token_ids.device),
     )
+
+
+def _check_draw(
+    logits: Tensor,
+    tokens: Tensor,
+    uncond_logits: Tensor | None,
+    guidance_scale: float,
+    noise_scale: float,
+    temperature: float,
+) -> None:
+    _check_tensor("logits", logits, 3, _LOGITS_DTYPES)
+    _check_tensor("tokens", tokens, 2, (torch.int64,), logits.device)
+    batch, num_positions, num_tokens = logits.shape
+    _check_shape("tokens", tokens, (batch, num_positions))
+    if num_tokens < 1:
+        raise ValueError(f"logits: expected at least one token in the last dimension, got shape {tuple(logits.shape)}")
+    if uncond_logits is not None:
+        _check_tensor("uncond_logits", uncond_logits, 3, (logits.dtype,), logits.device)
+        _check_shape("uncond_logits", uncond_logits, tuple(logits.shape))
+    _check_strides(logits, uncond_logits)
+    _check_range("guidance_scale", guidance_scale, -math.inf)
+    _check_range("noise_scale", noise_scale, 0)
+    _check_temperature(temperature)
+
+
+def _check_state(state: DifferentialState, logits: Tensor, settings: dict[str, object]) -> None:
+    if not isinstance(state, DifferentialState):
+        raise TypeError(f"state: expected a DifferentialState or None, got {type(state).__name__}")
+    if tuple(state.history.shape) != tuple(logits.shape):
+        raise ValueError(
+            f"state: expected one of shape {tuple(logits.shape)} like logits, got {tuple(state.history.shape)}"
+        )
+    if state.history.device != logits.device:
+        raise ValueError(f"state: expected device {logits.device} like logits, got {state.history.device}")
+    for name, value in settings.items():
+        begun = getattr(state, name)
+        if begun != value:
+            raise ValueError(f"state: expected one begun with {name}={value!r}, got {name}={begun!r}")
+
+
+def _check_generation(
+    has_history: bool, history_step: Tensor, history_seed: Tensor, seed: Tensor, step: Tensor
+) -> None:
+    if not has_history:
+        return
+    before, now = int(history_step), _step_value(step)
+    if now == 0:
+        raise ValueError(f"state: expected None at step 0, which begins a generation, got a state of step {before}")
+    if before != now - 1:
+        raise ValueError(f"state: expected one of step {now - 1} at step {now}, got one of step {before}")
+    if not torch.equal(history_seed, seed):
+        sample = int((history_seed != seed).nonzero()[0])
+        raise ValueError(
+            f"seed: expected {int(history_seed[sample])} for sample {sample} as in the state, got {int(seed[sample])}"
+        )
 
 
 def _check_tensor(
@@ -287,8 +463,54 @@ def _reference_mask_by_confidence(
     )  # fmt: skip
 
 
+def _reference_differential_sample(
+    logits: Tensor,
+    tokens: Tensor,
+    history: Tensor,
+    written: Tensor,
+    history_step: Tensor,
+    history_seed: Tensor,
+    has_history: bool,
+    seed: Tensor,
+    step: Tensor,
+    mask_token_id: int,
+    uncond_logits: Tensor | None,
+    guidance_scale: float,
+    noise_scale: float,
+    temperature: float,
+    share: float,
+    variant: str,
+    aliased_history: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_generation(has_history, history_step, history_seed, seed, step)
+    token_ids, logprob, divergence, new_history, new_written, bad_row = reference.differential_sample(
+        logits, tokens, history, written & has_history, mask_token_id=mask_token_id, seed=seed, step=_step_value(step),
+        share=share, variant=variant, aliased_history=aliased_history, uncond_logits=uncond_logits,
+        guidance_scale=guidance_scale, noise_scale=noise_scale, temperature=temperature,
+    )  # fmt: skip
+    known = tokens != mask_token_id
+    outside = (known & ((tokens < 0) | (tokens >= logits.shape[-1]))).flatten().nonzero()
+    if len(outside) or bad_row >= 0:
+        # as the kernels leave it
+        written.zero_()
+    if len(outside):
+        raise cpu.bad_token(tokens, int(outside[0]), logits.shape[-1], mask_token_id)
+    if bad_row >= 0:
+        raise cpu.bad_logits(bad_row, tokens.shape[1], any_position=variant == "official")
+    history.copy_(new_history)
+    written.copy_(new_written)
+    history_step.copy_(step)
+    return token_ids.contiguous(), logprob.float().contiguous(), divergence.float().contiguous()
+
+
 # any device runs the reference; what is registered below are the kernels of a device
 _sample_tokens = torch.library.custom_op("mgt_kernels::sample_tokens", _reference_sample_tokens, mutates_args=())
+_differential_sample = torch.library.custom_op(
+    "mgt_kernels::differential_sample",
+    _reference_differential_sample,
+    mutates_args=("history", "written", "history_step"),
+)
 _mask_by_confidence = torch.library.custom_op(
     "mgt_kernels::mask_by_confidence", _reference_mask_by_confidence, mutates_args=()
 )
@@ -313,6 +535,31 @@ def _(*arguments):  # type: ignore[no-untyped-def]
     from mgt_kernels import triton
 
     return triton.sample_tokens(*arguments[:-1])
+
+
+@_differential_sample.register_fake
+def _(logits, tokens, *_):  # type: ignore[no-untyped-def]
+    logprob, divergence = (tokens.new_empty(tokens.shape, dtype=torch.float32) for _ in range(2))
+    return tokens.new_empty(tokens.shape), logprob, divergence
+
+
+@_differential_sample.register_kernel("cpu")
+def _(logits, tokens, history, written, history_step, history_seed, has_history, seed, step, *options):  # type: ignore[no-untyped-def]
+    if options[-1] == "reference":
+        return _reference_differential_sample(
+            logits, tokens, history, written, history_step, history_seed, has_history, seed, step, *options
+        )
+    _check_generation(has_history, history_step, history_seed, seed, step)
+    outputs = cpu.differential_sample(logits, tokens, history, written, has_history, seed, _step_value(step), *options)
+    history_step.copy_(step)
+    return outputs
+
+
+@_differential_sample.register_kernel("cuda")
+def _(*arguments):  # type: ignore[no-untyped-def]
+    if arguments[-1] == "reference":
+        return _reference_differential_sample(*arguments)
+    raise NotImplementedError("differential_sample: there is no Triton kernel yet; on CUDA use backend='reference'")
 
 
 @_mask_by_confidence.register_fake

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import mgt_kernels
+from mgt_kernels import reference
 
 ROOT = Path(__file__).parent.parent
 SAMPLE = (torch.randn(2, 5, 40), torch.full((2, 5), 40), torch.tensor([1, 2]), torch.tensor(3), 40)
@@ -27,6 +28,30 @@ def test_sample_tokens_passes_opcheck(uncond):
 
 def test_mask_by_confidence_passes_opcheck():
     torch.library.opcheck(torch.ops.mgt_kernels.mask_by_confidence, (*MASK, 1.0, "auto"))
+
+
+@pytest.mark.parametrize("has_history, variant, aliased", [(False, "paper", False), (True, "official", True)])
+def test_differential_sample_passes_opcheck(has_history, variant, aliased, backend):
+    logits, tokens, seed, step, mask_token_id = SAMPLE
+    history = reference.encode_history(torch.randn(2, 5, 40).log_softmax(-1))
+    before = torch.tensor(2 if has_history else -1)
+    arguments = (logits, tokens, history, torch.ones(2, 5, dtype=torch.bool), before, seed, has_history, seed, step)
+    options = (mask_token_id, torch.randn(2, 5, 40), 2.0, 0.5, 1.0, 0.75, variant, aliased, backend)
+    torch.library.opcheck(torch.ops.mgt_kernels.differential_sample, (*arguments, *options))
+
+
+def test_a_generation_with_history_compiles_without_a_graph_break():
+    def two_steps(logits, tokens, seed, step):
+        state = None
+        for i in range(2):
+            token_ids, logprob, state = mgt_kernels.differential_sample(
+                logits[i], tokens, state, mask_token_id=40, seed=seed, step=step + i
+            )
+        return token_ids, logprob, state.divergence, state.step
+
+    inputs = (torch.randn(2, 2, 6, 40), torch.full((2, 6), 40), torch.tensor([5, 6]), torch.tensor(0))
+    compiled = torch.compile(two_steps, fullgraph=True, backend="aot_eager")
+    assert all(map(torch.equal, compiled(*inputs), two_steps(*inputs)))
 
 
 def test_a_step_compiles_without_a_graph_break():

@@ -7,6 +7,7 @@ MGT_TARGET_AVX2_BEGIN
 #include "simd_avx2.h"
 #include "philox.h"
 #include "elementary.h"
+#include "select.h"
 #include "mask_by_confidence/body.h"
 
 namespace mgt {

@@ -7,6 +7,7 @@ MGT_TARGET_AVX512_BEGIN
 #include "simd_avx512.h"
 #include "philox.h"
 #include "elementary.h"
+#include "select.h"
 #include "mask_by_confidence/body.h"
 
 namespace mgt {

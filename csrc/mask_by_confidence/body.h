@@ -7,13 +7,6 @@
 namespace mgt {
 namespace {
 
-// unsigned order of the keys = order of the floats; known positions (+inf) come last of all
-MGT_INLINE uint32_t ordered_key(float confidence) {
-  // -0 and 0 are one confidence
-  const uint32_t bits = Lane1::bits(confidence + 0.0f);
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-
 template <class S>
 void mask_by_confidence(const mgt_mask_by_confidence_args& args, int64_t sample, int64_t* tokens) {
   const int64_t num_positions = args.num_positions;
@@ -39,25 +32,15 @@ void mask_by_confidence(const mgt_mask_by_confidence_args& args, int64_t sample,
     for (int64_t i = 0; i < count; ++i) tokens[first + i] = ordered_key(confidence[i]);
   }
 
-  // the key of rank mask_len, eight bits at a time from the top; rank ends as the number of equal keys to take
+  // known positions (+inf) take no part
   const uint32_t known = ordered_key(std::numeric_limits<float>::infinity());
-  uint32_t threshold = 0;
-  int64_t rank = mask_len;
-  for (int shift = 24; shift >= 0; shift -= 8) {
-    int64_t histogram[256] = {};
-    const uint32_t fixed = shift == 24 ? 0u : ~0u << (shift + 8);
-    for (int64_t i = 0; i < num_positions; ++i) {
-      const auto key = static_cast<uint32_t>(tokens[i]);
-      if ((key & fixed) == threshold && key != known) ++histogram[key >> shift & 0xffu];
-    }
-    uint32_t digit = 0;
-    for (; rank > histogram[digit]; ++digit) rank -= histogram[digit];
-    threshold |= digit << shift;
-  }
+  const auto key_at = [&](int64_t i) { return static_cast<uint32_t>(tokens[i]); };
+  const auto takes_part = [&](int64_t i) { return key_at(i) != known; };
+  auto [threshold, num_tied] = threshold_of_rank(num_positions, mask_len, key_at, takes_part);
   for (int64_t i = 0; i < num_positions; ++i) {
-    const auto key = static_cast<uint32_t>(tokens[i]);
-    const bool tied = key == threshold && rank > 0;
-    rank -= tied;
+    const uint32_t key = key_at(i);
+    const bool tied = key == threshold && num_tied > 0;
+    num_tied -= tied;
     tokens[i] = key < threshold || tied ? args.mask_token_id : token_ids[i];
   }
 }

@@ -4,6 +4,7 @@
 #include "simd_scalar.h"
 #include "philox.h"
 #include "elementary.h"
+#include "select.h"
 #include "mask_by_confidence/body.h"
 
 namespace mgt {

@@ -222,6 +222,17 @@ struct Source {
   float guidance_scale;
 };
 
+inline Source source_of(const mgt_sample_tokens_args& args, int64_t sample) {
+  const auto half = [&](const mgt_logits& logits) {
+    const int64_t size = args.dtype == MGT_FLOAT32 ? 4 : 2;
+    return Half{static_cast<const char*>(logits.data) + sample * logits.stride_sample * size, logits.stride_position,
+                logits.stride_token};
+  };
+  Source source{half(args.logits), {}, args.uncond_logits.data != nullptr, args.dtype, args.guidance_scale};
+  source.uncond = source.guided ? half(args.uncond_logits) : source.cond;
+  return source;
+}
+
 // one element by the rules: -inf in either half forbids the token, whatever guidance would make of it
 MGT_INLINE float guided_element(const Source& source, int64_t position, int64_t column) {
   const auto at = [&](const Half& half) {
@@ -305,6 +316,30 @@ float finish_tile(const mgt_sample_tokens_args& args, const PhiloxKey& noise_key
   return noisy || tempered || holds_mask || max != max ? tile_max<S>(tile, width) : max;
 }
 
+// Takes one staged tile of a row into the row's state; false where its logits are bad.
+template <class S>
+bool take_tile(const mgt_sample_tokens_args& args, const Source& source, uint64_t seed, int64_t position,
+               int64_t first_column, int64_t width, float staged_max, bool greedy, const Prefetch& prefetch,
+               float* tile, RowState& row) {
+  const auto position32 = static_cast<uint32_t>(position), step = static_cast<uint32_t>(args.step);
+  const PhiloxKey noise_key(seed, position32, step, kStreamNoise), token_key(seed, position32, step, kStreamToken);
+  const auto take = [&](float max) {
+    max = finish_tile<S>(args, noise_key, first_column, width, tile, max);
+    return consume_tile<S>(tile, width, max, first_column, token_key, greedy, prefetch, row);
+  };
+  if (take(staged_max)) return true;
+  // NaN or +inf: of forbidden tokens (then the rules give -inf, at the price of a slow reading) or of bad logits
+  stage_by_element(source, position, first_column, width, tile);
+  return take(std::numeric_limits<float>::quiet_NaN());
+}
+
+// what the lanes hold together, added in one fixed tree
+MGT_INLINE float sum_of_lanes(float lane[16]) {
+  for (int half_lanes = 8; half_lanes; half_lanes /= 2)
+    for (int i = 0; i < half_lanes; ++i) lane[i] += lane[i + half_lanes];
+  return lane[0];
+}
+
 // the tile that this row, or the next position where it is masked too, reads next: fetched while the current one
 // computes
 template <mgt_dtype dtype>
@@ -349,13 +384,7 @@ int64_t sample_groups(const mgt_sample_tokens_args& args, int64_t begin, int64_t
     }
     if (!any_masked) continue;
 
-    const auto half = [&](const mgt_logits& logits) {
-      const int64_t size = dtype == MGT_FLOAT32 ? 4 : 2;
-      return Half{static_cast<const char*>(logits.data) + sample * logits.stride_sample * size, logits.stride_position,
-                  logits.stride_token};
-    };
-    Source source{half(args.logits), {}, args.uncond_logits.data != nullptr, dtype, args.guidance_scale};
-    source.uncond = source.guided ? half(args.uncond_logits) : source.cond;
+    const Source source = source_of(args, sample);
     const auto seed = static_cast<uint64_t>(args.seeds[sample]);
     std::fill(rows, rows + count, RowState{});
     std::fill(good, good + count, true);
@@ -372,17 +401,8 @@ int64_t sample_groups(const mgt_sample_tokens_args& args, int64_t begin, int64_t
                                        : Prefetch{{nullptr, nullptr}, 0};
       for (int64_t i = 0; i < count; ++i) {
         if (!masked[i] || !good[i]) continue;
-        const auto position = static_cast<uint32_t>(first + i);
-        const auto step = static_cast<uint32_t>(args.step);
-        const PhiloxKey noise_key(seed, position, step, kStreamNoise), token_key(seed, position, step, kStreamToken);
-        const auto take = [&](float max) {
-          max = finish_tile<S>(args, noise_key, first_column, width, tiles[i], max);
-          return consume_tile<S>(tiles[i], width, max, first_column, token_key, greedy, prefetch, rows[i]);
-        };
-        if (take(staged_max)) continue;
-        // NaN or +inf: of forbidden tokens (then the rules give -inf, at the price of a slow reading) or of bad logits
-        stage_by_element(source, first + i, first_column, width, tiles[i]);
-        good[i] = take(std::numeric_limits<float>::quiet_NaN());
+        good[i] = take_tile<S>(args, source, seed, first + i, first_column, width, staged_max, greedy, prefetch,
+                               tiles[i], rows[i]);
       }
     }
 
@@ -392,11 +412,8 @@ int64_t sample_groups(const mgt_sample_tokens_args& args, int64_t begin, int64_t
         if (bad_row < 0) bad_row = first_row + i;
         continue;
       }
-      float* sum = rows[i].sum;
-      for (int half_lanes = 8; half_lanes; half_lanes /= 2)
-        for (int lane = 0; lane < half_lanes; ++lane) sum[lane] += sum[lane + half_lanes];
       token_ids[first_row + i] = rows[i].best_token;
-      logprob[first_row + i] = (rows[i].best_logit - rows[i].max) - log_f32<Lane1>(sum[0]);
+      logprob[first_row + i] = (rows[i].best_logit - rows[i].max) - log_f32<Lane1>(sum_of_lanes(rows[i].sum));
     }
   }
   return bad_row;

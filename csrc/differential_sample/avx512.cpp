@@ -1,0 +1,25 @@
+#include "isa.h"
+#include "differential_sample/op.h"
+#include "sample_tokens/op.h"
+
+#if MGT_X86
+MGT_TARGET_AVX512_BEGIN
+#include "simd_scalar.h"
+#include "simd_avx512.h"
+#include "philox.h"
+#include "elementary.h"
+#include "noise.h"
+#include "sample_tokens/body.h"
+#include "differential_sample/body.h"
+
+namespace mgt {
+
+int64_t differential_sample_avx512(const DifferentialCall& call, DifferentialPass pass, int64_t begin, int64_t end,
+                                   float* tiles) {
+  return differential_sample<Avx512>(call, pass, begin, end, tiles);
+}
+
+}  // namespace mgt
+
+MGT_TARGET_END
+#endif
