@@ -141,8 +141,8 @@ def differential_sample(
         logits: (B, N, V), as for `sample_tokens`.
         tokens: (B, N) int64; positions that hold mask_token_id are drawn.
         state: None begins a generation with a plain step, whose results are `sample_tokens`'; then what the last call
-            returned, whose tensors this call updates. After an error no row of it counts as written. On CUDA, where
-            looking would wait for the device, its seed and step go unchecked.
+            returned, whose tensors this call updates. After an error in the logits or tokens no row of it counts as
+            written.
         mask_token_id: marks masked positions; may lie outside [0, V).
         seed: one seed for the whole batch, or (B,) int64; the same at all steps of a generation.
         step: index of the decoding step, within [0, 2^32), one more than the state's; an int or a 0-dimensional int64
@@ -155,7 +155,7 @@ def differential_sample(
         temperature: 0, or at least 1e-30.
         aliased_history: variant "official" only: selected rows leave w (not normalised) behind as the next step's q, as
             the published code does, whose stored tensor is the one it edits. Reads the logits twice.
-        backend: as for `sample_tokens`; there is no Triton kernel yet.
+        backend: as for `sample_tokens`, but without a Triton kernel: on CUDA only "reference" runs.
 
     Returns:
         token_ids (B, N) int64, logprob (B, N) float32, known positions as in `sample_tokens`; and the state that the
@@ -167,6 +167,7 @@ def differential_sample(
             setting or step; a known token is outside [0, V); or the logits of a position that is read hold NaN or +inf
             or forbid every token.
         RuntimeError: if the backend asked for is not available.
+        NotImplementedError: on CUDA, with any backend but "reference".
 
     Source: differential sampling, arXiv 2411.10781; its authors' code for variant "official".
     """

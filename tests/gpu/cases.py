@@ -214,7 +214,7 @@ def too_many_to_mask_case() -> Case:
     return Case("mask_by_confidence", "more than is masked, and NaN", make_arguments, expected, check)
 
 
-FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+FP32, FP16 = torch.float32, torch.float16
 MANY_ROWS: dict[str, Any] = dict(batch=1, num_positions=5000, known_share=0.0, check=check_ids)
 
 CASES = [

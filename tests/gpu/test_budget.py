@@ -1,7 +1,6 @@
 # ruff: noqa: N803 (Triton's names for compile-time constants)
 """The budget: kept by the kernels on every architecture, and red for each thing that it is there to catch."""
 
-import os
 from dataclasses import replace
 
 import pytest
@@ -15,7 +14,6 @@ import triton.language as tl
 from budget import Record
 from configurations import CONFIGURATIONS, Case, Configuration, compile_for, loads, never
 
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile")
 # counts are those of one ptxas
 of_the_same_triton = pytest.mark.skipif(
     triton.__version__ != budget.triton_version(), reason=f"budget.json holds for Triton {budget.triton_version()}"

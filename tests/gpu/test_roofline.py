@@ -1,6 +1,5 @@
 """The static lower bounds: their arithmetic by hand, the table, and what is aimed at."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,13 +7,13 @@ import pytest
 
 pytest.importorskip("triton")
 
+import budget
 import roofline
+import triton
 from configurations import CONFIGURATIONS, compile_for
 from gpus import GPUS, Gpu, Occupancy
 from roofline import Row, Work
 from sass import Pipe
-
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile")
 
 A100, H100, RTX4090 = GPUS
 # one multiprocessor at 1 GHz: a clock is a nanosecond
@@ -93,6 +92,9 @@ def test_table_of_the_kernels() -> None:
     assert sum(line.startswith("| ") for line in table.splitlines()) == len(rows) + 1
     for word in ("measured", "speed"):
         assert word not in table
+    if triton.__version__ == budget.triton_version():
+        page = Path(__file__).parents[2] / "docs" / "gpu.md"
+        assert f"{roofline.BEGIN}\n{table}\n{roofline.END}" in page.read_text(), "roofline.py --update docs/gpu.md"
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 # ruff: noqa: N803 (Triton's names for compile-time constants)
 """The counts of machine code: on text with known answers, and on tiny kernels whose loads are known."""
 
-import os
 from collections.abc import Callable
 
 import pytest
@@ -15,8 +14,6 @@ import triton
 import triton.language as tl
 from gpus import LIMITS, occupancy
 from sass import Loop, Pipe
-
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile")
 
 OPTIONS = {"enable_fp_fusion": False}
 
