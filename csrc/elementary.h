@@ -41,17 +41,17 @@ MGT_INLINE typename S::F log_f32(typename S::F x) {
   return S::fma(e, S::set(kLn2), log1p_polynomial<S>(r));
 }
 
-constexpr float kLog2E = 1.44269502162933349609375f;
-// log2(e) - kLog2E
-constexpr float kLog2ERest = 1.9259629911266175e-08f;
-
-// adding 1.5 * 2^23 leaves the nearest integer in the low bits of the mantissa
-constexpr float kRoundToInteger = 12582912.0f;
-
-// 2^r 2^n for r in [-1/2, 1/2], n the integer in the low bits of shifted
+// exp(d) for d <= 0; the one-step reduction loses precision with |d|, as the weight of exp(d) in a sum falls. Below -87
+// it stays at exp(-87). NaN in, NaN out.
 template <class S>
-MGT_INLINE typename S::F exp2_polynomial(typename S::F r, typename S::F shifted) {
+MGT_INLINE typename S::F exp_nonpositive(typename S::F d) {
   using F = typename S::F;
+  d = S::max(S::set(-87.0f), d);
+  const F log2e = S::set(1.44269502162933349609375f);
+  // adding 1.5 * 2^23 leaves the nearest integer in the low bits of the mantissa
+  const F magic = S::set(12582912.0f);
+  const F shifted = S::fma(d, log2e, magic);
+  const F r = S::fms(d, log2e, S::sub(shifted, magic));
   F p = S::set(0.0013264729641377926f);
   p = S::fma(p, r, S::set(0.009671512991189957f));
   p = S::fma(p, r, S::set(0.05550733581185341f));
@@ -59,26 +59,6 @@ MGT_INLINE typename S::F exp2_polynomial(typename S::F r, typename S::F shifted)
   p = S::fma(p, r, S::set(0.6931470036506653f));
   p = S::fma(p, r, S::set(1.0f));
   return S::scale_by_power_of_two(p, shifted);
-}
-
-// exp(d) for d <= 0; the one-step reduction loses precision with |d|, as the weight of exp(d) in a sum falls. Below -87
-// it stays at exp(-87). NaN in, NaN out.
-template <class S>
-MGT_INLINE typename S::F exp_nonpositive(typename S::F d) {
-  using F = typename S::F;
-  d = S::max(S::set(-87.0f), d);
-  const F shifted = S::fma(d, S::set(kLog2E), S::set(kRoundToInteger));
-  const F r = S::fms(d, S::set(kLog2E), S::sub(shifted, S::set(kRoundToInteger)));
-  return exp2_polynomial<S>(r, shifted);
-}
-
-// exp(d) for d in [-87, 0], as precise for large |d| as for small ones: for differences of probabilities
-template <class S>
-MGT_INLINE typename S::F exp_precise(typename S::F d) {
-  using F = typename S::F;
-  const F shifted = S::fma(d, S::set(kLog2E), S::set(kRoundToInteger));
-  const F r = S::fms(d, S::set(kLog2E), S::sub(shifted, S::set(kRoundToInteger)));
-  return exp2_polynomial<S>(S::fma(d, S::set(kLog2ERest), r), shifted);
 }
 
 constexpr float kTwoPow32 = 4294967296.0f;

@@ -108,7 +108,7 @@ constexpr float kLowestLog = -70.0f;
 template <class S>
 MGT_INLINE typename S::F clamped_exp(typename S::F& log) {
   log = S::max(S::set(kLowestLog), log);
-  return exp_precise<S>(log);
+  return exp_nonpositive<S>(log);
 }
 
 template <class S, int num_words>
