@@ -168,6 +168,17 @@ def generate(
 
     predictor = _Predictor(model, condition, (batch_size, model.num_tokens, model.codebook_size))
     extrapolation = Extrapolation() if skipped or any(momenta) else None
+
+    def guided(k: int, tokens: Tensor) -> tuple[Tensor, Tensor | None, float]:
+        """The logits of step k, the unconditional ones and the guidance scale that is still to be applied."""
+        scale = guidance_scales[k]
+        if extrapolation is None:
+            logits, uncond_logits = predictor(tokens, scale)
+            return logits, uncond_logits, 1.0 if uncond_logits is None else scale
+        if k not in skipped:
+            extrapolation.observe(guided_logits(*predictor(tokens, scale), scale))
+        return extrapolation.logits(momenta[k]), None, 1.0
+
     sampler = TokenSampler(mask_token_id, differential, backend)
     keep = tokens != mask_token_id
     num_masked_at_start = (~keep).sum(-1).float()
@@ -188,20 +199,14 @@ def generate(
                     backend=backend,
                 )
                 num_masked = (tokens == mask_token_id).sum(-1)
-            scale = guidance_scales[k]
-            if extrapolation is None:
-                logits, uncond_logits = predictor(tokens, scale)
-            else:
-                if k not in skipped:
-                    extrapolation.observe(guided_logits(*predictor(tokens, scale), scale))
-                logits, uncond_logits = extrapolation.logits(momenta[k]), None
+            logits, uncond_logits, scale = guided(k, tokens)
             token_ids, logprob, divergence = sampler.draw(
                 logits,
                 tokens,
                 seed=seeds,
                 step=num_draws,
                 uncond_logits=uncond_logits,
-                guidance_scale=1.0 if uncond_logits is None else scale,
+                guidance_scale=scale,
                 noise_scale=noise_scales[k],
                 temperature=token_temperatures[k],
             )

@@ -16,9 +16,9 @@ _MOST_STATES = 2**20
 class MarkovModel:
     """A `MaskedModel` of sequences x_1 .. x_N with p(x) = initial[x_1] prod_i transition[x_{i-1}, x_i].
 
-    Its logits are log p(x_i | the other known tokens), by the forward-backward recursion in float64: exact for any set of
-    known tokens, and all that a masked generative transformer could learn. At a known position they say how likely its
-    token is beside the others, which the inverse pass of Z-Sampling asks for.
+    Its logits are log p(x_i | the other known tokens), by the forward-backward recursion in float64: exact for any set
+    of known tokens, and all that a masked generative transformer could learn. At a known position they say how likely
+    its token is beside the others, which the inverse pass of Z-Sampling asks for.
 
     Args:
         num_tokens: N, at least 1.
