@@ -55,13 +55,18 @@ class Configuration:
     def generate_arguments(self) -> dict[str, Any]:
         """The keyword arguments of `generate`."""
         arguments = dict(self.arguments)
-        kinds = {"differential": sampling.Differential, "z_sampling": sampling.ZSampling}
-        for key in kinds.keys() & arguments.keys():
-            if not isinstance(arguments[key], Mapping):
-                raise TypeError(f"{self.name}: {key}: expected a table, got {arguments[key]!r}")
-            _check_keys(f"{self.name}: {key}", arguments[key], [field.name for field in fields(kinds[key])])
-            arguments[key] = kinds[key](**arguments[key])
+        if "differential" in arguments:
+            arguments["differential"] = self._of_table("differential", sampling.Differential)
+        if "z_sampling" in arguments:
+            arguments["z_sampling"] = self._of_table("z_sampling", sampling.ZSampling)
         return arguments
+
+    def _of_table(self, key: str, kind: Any) -> Any:
+        table = self.arguments[key]
+        if not isinstance(table, Mapping):
+            raise TypeError(f"{self.name}: {key}: expected a table, got {table!r}")
+        _check_keys(f"{self.name}: {key}", table, [field.name for field in fields(kind)])
+        return kind(**table)
 
 
 def load_configurations(path: str | Path) -> list[Configuration]:
@@ -94,6 +99,8 @@ def load_configurations(path: str | Path) -> list[Configuration]:
         name = arguments.pop("name", None)
         if not isinstance(name, str) or not name.strip():
             raise ValueError(f"{path}: configuration {i + 1}: expected a name, got {name!r}")
+        if any(name.casefold() == other.name.casefold() for other in configurations):
+            raise ValueError(f"{path}: configuration {i + 1}: expected different names, got {name!r} again")
         try:
             configurations.append(Configuration(name, arguments))
         except (TypeError, ValueError) as error:

@@ -11,18 +11,10 @@ from tqdm.auto import tqdm
 
 from .. import sampling
 from ..models.markov import MarkovModel, total_variation
-from .configurations import Configuration
+from .configurations import Configuration, load_configurations
 from .intervals import Estimate, jackknife
 from .run import Metric, aligned, shown
 
-TECHNIQUES = (
-    # so much noise on the confidences that the order of the positions does not depend on what was drawn
-    Configuration("random order", {"temperature": 1e6}),
-    Configuration("vanilla", {}),
-    Configuration("noise abs_cos:1", {"noise_scale": "abs_cos:1"}),
-    Configuration("differential paper 0.75", {"differential": {"share": 0.75}}),
-    Configuration("z paper", {"z_sampling": {"variant": "paper"}}),
-)
 STEPS = (1, 2, 3, 6)
 _DISTANCE = Metric("total variation", "lower", digits=3)
 
@@ -37,7 +29,7 @@ class ExactResult:
 
 
 def judge_exactly(
-    techniques: Sequence[Configuration] = TECHNIQUES,
+    techniques: Sequence[Configuration] | None = None,
     *,
     steps: Sequence[int] = STEPS,
     num_samples: int = 10_000,
@@ -51,7 +43,8 @@ def judge_exactly(
     is then the noise of the samples.
 
     Args:
-        techniques: arguments of `generate`, without the number of steps and the mask schedule.
+        techniques: arguments of `generate`, without the number of steps and the mask schedule; the shipped list
+            "exact" by default.
         steps: numbers of steps that divide the 6 tokens of the chain.
         num_samples: sequences for each seed, technique and number of steps.
         num_seeds: over which the intervals are, two at least.
@@ -61,6 +54,7 @@ def judge_exactly(
     Returns:
         The results, and the distance that exact samples have by their noise alone.
     """
+    techniques = techniques or load_configurations("exact")
     model = MarkovModel()
     results, noise = [], 0.0
     with tqdm(total=len(techniques) * len(steps) * num_seeds, disable=not progress) as bar:

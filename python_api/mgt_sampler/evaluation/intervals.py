@@ -32,7 +32,8 @@ def jackknife(statistic: Callable[[list[int]], dict[str, Tensor]], num_groups: i
         num_groups: S, two at least.
 
     Returns:
-        The statistics of all groups with their intervals. Source: Efron and Stein, "The Jackknife Estimate of Variance".
+        The statistics of all groups with their intervals. Source: Efron and Stein, "The Jackknife Estimate of Variance"
+        (1981), with groups for single observations.
 
     Raises:
         ValueError: fewer than two groups.

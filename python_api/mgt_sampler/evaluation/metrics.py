@@ -129,28 +129,33 @@ def frechet_distance(mean_a: Tensor, covariance_a: Tensor, mean_b: Tensor, covar
     return max(0.0, float(distance - 2 * eigenvalues.sqrt().sum()))
 
 
-def kernel_distance(features: Tensor, real: Tensor) -> float:
+def kernel_distance(features: Tensor, real: Tensor, *, real_similarity: float | None = None) -> float:
     """Kernel distance ("KID"): the unbiased squared maximum mean discrepancy under k(x, y) = (x.y / F + 1)^3.
 
         d = mean_{i != j} k(x_i, x_j) + mean_{i != j} k(y_i, y_j) - 2 mean_{i, j} k(x_i, y_j)
 
     Args:
-        features: (n, F), two at least.
-        real: (m, F), two at least.
+        features: x, (n, F), two at least.
+        real: y, (m, F), two at least.
+        real_similarity: `mean_similarity(real)`, where it is known.
 
     Returns:
-        The distance: 0 in expectation where both have one distribution, so it may be negative. Source: arXiv 1801.01401.
+        The distance: 0 in expectation where both have one distribution, so it may be negative. Source:
+        arXiv 1801.01401, section 4.
     """
-    x, y = features.double(), real.double()
+    if real_similarity is None:
+        real_similarity = mean_similarity(real)
+    return mean_similarity(features) + real_similarity - 2 * float(_kernel(features, real).mean())
 
-    def kernel(a: Tensor, b: Tensor) -> Tensor:
-        return (a @ b.T / a.shape[1] + 1) ** 3
 
-    def mean_of_pairs(a: Tensor) -> Tensor:
-        values = kernel(a, a)
-        return (values.sum() - values.trace()) / (len(a) * (len(a) - 1))
+def mean_similarity(features: Tensor) -> float:
+    """The kernel of `kernel_distance` of two different images, on average."""
+    values = _kernel(features, features)
+    return float((values.sum() - values.trace()) / (len(values) * (len(values) - 1)))
 
-    return float(mean_of_pairs(x) + mean_of_pairs(y) - 2 * kernel(x, y).mean())
+
+def _kernel(a: Tensor, b: Tensor) -> Tensor:
+    return (a.double() @ b.double().T / a.shape[1] + 1) ** 3
 
 
 def density_coverage(features: Tensor, real: Tensor, num_neighbours: int = 5) -> tuple[float, float]:

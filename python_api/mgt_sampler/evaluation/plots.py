@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -105,13 +106,17 @@ def _winning_rates(results: Sequence[Result]) -> Figure:
             share, half_width = _numbers(result.estimates[name], METRICS[name])
             ax.barh(row, share, left=left, color=colour, height=0.75, label=name if row == 0 else None)
             left += share
-            # the borders of the bars that have an error: where winning ends, and where losing begins
             if name != "loss":
-                edge = half_width if name == "win" else _numbers(result.estimates["loss"], METRICS["loss"])[1]
-                ax.errorbar(left, row, xerr=edge, color="black", capsize=2, lw=1)
+                # the borders of the middle bar: where winning ends, and below it where losing begins
+                edge, offset = (
+                    (half_width, -0.15)
+                    if name == "win"
+                    else (_numbers(result.estimates["loss"], METRICS["loss"])[1], 0.15)
+                )
+                ax.errorbar(left, row + offset, xerr=edge, color="black", capsize=1.5, lw=1)
     ax.axvline(50, color=_BASELINE, lw=0.8, ls=":")
     ax.set_yticks(range(len(others)), [result.configuration.name for result in others])
-    ax.invert_yaxis()
+    ax.set_ylim(len(others) - 0.5, -0.5)
     ax.set_xlim(0, 100)
     ax.set_xlabel(f"% of the prompts, against {results[0].configuration.name}, by the classifier's log-probability")
     ax.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
@@ -121,34 +126,24 @@ def _winning_rates(results: Sequence[Result]) -> Figure:
 def _calls(results: Sequence[Result]) -> Figure:
     figure = Figure(figsize=(11, 6.5), layout="constrained")
     ax = figure.subplots()
-    points = [
-        (*_numbers(r.estimates["model_calls"], METRICS["model_calls"]), *_numbers(r.estimates["frechet_distance"]))
-        for r in results
-    ]
+    calls = [_numbers(result.estimates["model_calls"])[0] for result in results]
+    distances = [_numbers(result.estimates["frechet_distance"]) for result in results]
     reference = sorted(
-        (p[0], p[2]) for p, r in zip(points, results, strict=True) if r.configuration.family == _family(results[0])
+        (x, distance)
+        for x, (distance, _), result in zip(calls, distances, results, strict=True)
+        if result.configuration.family == results[0].configuration.family
     )
     ax.plot(*zip(*reference, strict=True), color=_BASELINE, ls="--", lw=1)
-    for i, ((calls, _, distance, half_width), result) in enumerate(zip(points, results, strict=True)):
+    spacing = max(1.0, max(calls) - min(calls)) / 80
+    for i, (result, (distance, half_width)) in enumerate(zip(results, distances, strict=True)):
+        # those of equal cost stand side by side
+        column = [j for j, other in enumerate(calls) if other == calls[i]]
+        x = calls[i] + spacing * (column.index(i) - (len(column) - 1) / 2)
         label = f"{i + 1}  {result.configuration.name}"
-        ax.errorbar(
-            calls, distance, yerr=half_width, fmt="o", ms=5, capsize=2, color=_colours(results)[i], label=label
-        )
-    # of the points of one column every other number is on the left, so that close ones can be told apart
-    for i, (calls, _, distance, _) in enumerate(points):
-        rank = sum(p[0] == calls and (p[2], j) < (distance, i) for j, p in enumerate(points))
-        side = 1 if rank % 2 == 0 else -1
-        ax.annotate(
-            str(i + 1),
-            (calls, distance),
-            xytext=(side * (7 + 10 * (rank // 2 % 2)), 0),
-            textcoords="offset points",
-            ha="left" if side > 0 else "right",
-            va="center",
-            fontsize=8,
-        )
-    _log_axis(ax, "y", [point[2] for point in points])
-    ax.set_xlabel("model calls per image")
+        ax.errorbar(x, distance, yerr=half_width, fmt="o", ms=5, capsize=2, color=_colours(results)[i], label=label)
+        ax.annotate(str(i + 1), (x, distance + half_width), (0, 3), textcoords="offset points", ha="center", fontsize=8)
+    _log_axis(ax, "y", [distance for distance, _ in distances])
+    ax.set_xlabel("model calls per image (configurations of equal cost side by side)")
     ax.set_ylabel("Fréchet distance, classifier features")
     ax.grid(color="0.93")
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
@@ -172,8 +167,8 @@ def _grid(results: Sequence[Result]) -> Figure:
 
 def _curve(ax: Axes, result: Result, name: str, metric: Metric, **style: str) -> None:
     estimate = result.estimates[name]
-    value, half_width = estimate.value * metric.factor, estimate.half_width * metric.factor
-    done = torch.arange(1, len(value) + 1) / len(value)
+    value, half_width = ((x * metric.factor).numpy() for x in (estimate.value, estimate.half_width))
+    done = np.arange(1, len(value) + 1) / len(value)
     ax.plot(done, value, marker=".", ms=4, lw=1.2, label=result.configuration.name, **style)
     ax.fill_between(done, value - half_width, value + half_width, alpha=0.2, lw=0, color=style["color"])
 

@@ -33,6 +33,7 @@ from .metrics import (
     judge,
     kernel_distance,
     load_real_statistics,
+    mean_similarity,
     pixel_spread,
     token_entropy,
     winning_rate,
@@ -225,6 +226,8 @@ def measure(groups: Sequence[Group], baseline: Sequence[Group], real: RealStatis
     # as many real images as generated ones, as coverage wants it
     neighbours = real.features[: max(50, sum(len(group.labels) for group in groups))]
 
+    real_similarity = mean_similarity(real.features)
+
     def statistic(kept: list[int]) -> dict[str, Tensor]:
         ours, theirs = ({f.name: _pooled(g, kept, f.name) for f in fields(Group)} for g in (groups, baseline))
         features, labels, log_prob = ours["features"], ours["labels"], ours["log_prob"]
@@ -239,7 +242,7 @@ def measure(groups: Sequence[Group], baseline: Sequence[Group], real: RealStatis
             "frechet_distance": frechet_distance(
                 *feature_statistics(features), real.feature_mean, real.feature_covariance
             ),
-            "kernel_distance": kernel_distance(features, real.features),
+            "kernel_distance": kernel_distance(features, real.features, real_similarity=real_similarity),
             "density": density,
             "coverage": coverage,
             "win": win,
@@ -304,7 +307,9 @@ def results_table(results: Sequence[Result]) -> str:
         [name, *(shown(estimates[key], metric, c) for key, metric in CLASS_METRICS.items())]
         for c, name in enumerate(result.class_names)
     ]
-    lines.append(["mean", shown(estimates["accuracy"], METRICS["accuracy"]), shown(estimates["spread"], METRICS["spread"])])
+    lines.append(
+        ["mean", shown(estimates["accuracy"], METRICS["accuracy"]), shown(estimates["spread"], METRICS["spread"])]
+    )
     # against itself there is nothing to win
     names = [name for name in METRICS if name not in ("accuracy", "spread", "win", "tie", "loss")]
     totals = [[METRICS[name].label, shown(estimates[name], METRICS[name])] for name in names]
