@@ -99,7 +99,7 @@ class TestKernelDistance:
         # without bias, distances between samples of one distribution scatter around 0
         found = [kernel_distance(random_features(20, 2 * i), random_features(20, 2 * i + 1)) for i in range(400)]
         assert stats.ttest_1samp(found, 0).pvalue > 0.01
-        assert np.mean([kernel_distance(random_features(20, i), random_features(20, i, 0.5)) for i in range(20)]) > 0.5
+        assert np.mean([kernel_distance(random_features(20, i), random_features(20, i, 0.5)) for i in range(20)]) > 0.2
 
 
 class TestDensityCoverage:
@@ -115,7 +115,7 @@ class TestDensityCoverage:
     def test_real_images_score_one(self) -> None:
         density, coverage = density_coverage(random_features(1000, 0), random_features(1000, 1))
         assert density == pytest.approx(1, abs=0.1)
-        # arXiv 2002.09797, equation 9, for equal numbers that are large
+        # 1 - 2^-k for equal numbers that are large
         assert coverage == pytest.approx(1 - 2**-5, abs=0.02)
 
     def test_collapse(self) -> None:

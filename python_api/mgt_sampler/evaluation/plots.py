@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -165,7 +166,7 @@ def _grid(results: Sequence[Result]) -> Figure:
     return figure
 
 
-def _curve(ax: Axes, result: Result, name: str, metric: Metric, **style: str) -> None:
+def _curve(ax: Axes, result: Result, name: str, metric: Metric, **style: Any) -> None:
     estimate = result.estimates[name]
     value, half_width = ((x * metric.factor).numpy() for x in (estimate.value, estimate.half_width))
     done = np.arange(1, len(value) + 1) / len(value)
