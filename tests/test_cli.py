@@ -170,30 +170,44 @@ def test_info():
 
 
 def test_evaluate(model, monkeypatch):
-    from mgt_sampler import evaluate
+    from mgt_sampler.evaluation import run
 
     seen = []
-    monkeypatch.setattr(evaluate, "evaluate_model", lambda *args, **kwargs: seen.append((args, kwargs)) or "a report")
+    monkeypatch.setattr(run, "evaluate", lambda *args, **kwargs: seen.append((args, kwargs)) or ["a result"])
+    monkeypatch.setattr(run, "results_table", lambda results: f"a table of {results}")
     flags = (
-        "-n 50 --steps 3 --guidance-scale 2 --seed 4 --batch-size 5 --temperature 1 --token-temperature 0.5 "
+        "-n 50 --groups 5 --steps 3 --guidance-scale 2 --seed 4 --batch-size 5 --temperature 1 --token-temperature 0.5 "
         "--noise-scale abs_cos:1 --mask-schedule linear --backend scalar --no-progress"
     )
     result = mgt("evaluate", *flags.split())
-    assert result.exit_code == 0 and result.stdout == "a report\n"
-    assert seen[0][0] == (model,)
-    assert seen[0][1] == {
+    assert result.exit_code == 0 and result.stdout == "a table of ['a result']\n"
+    (network, (configuration,)), options = seen[0]
+    assert network is model
+    assert options == {
         "num_images": 50,
-        "num_inference_steps": 3,
-        "guidance_scale": 2.0,
+        "num_groups": 5,
         "seed": 4,
         "batch_size": 5,
+        "backend": "scalar",
+        "out": None,
         "progress": False,
+    }
+    assert configuration.arguments == {
+        "num_inference_steps": 3,
+        "guidance_scale": 2.0,
         "temperature": 1.0,
         "token_temperature": 0.5,
         "noise_scale": "abs_cos:1",
         "mask_schedule": "linear",
-        "backend": "scalar",
     }
+
+
+def test_evaluate_says_what_is_missing(model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    monkeypatch.delitem(sys.modules, "mgt_sampler.evaluation.run", raising=False)
+    monkeypatch.delitem(sys.modules, "mgt_sampler.evaluation.intervals", raising=False)
+    result = mgt("evaluate")
+    assert result.exit_code == 2 and "pip install mgt-kernels[evaluate]" in result.stderr
 
 
 @pytest.mark.parametrize(

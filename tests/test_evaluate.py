@@ -1,24 +1,41 @@
-"""The evaluation figures against values worked out by hand or by another route."""
+"""The evaluation: metrics by hand or by another route, intervals, lists of configurations, runs that go on."""
 
 from __future__ import annotations
 
+import csv
+import dataclasses
+import itertools
 import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from PIL import Image
+from scipy import stats
+from scipy.spatial import distance
+from typer.testing import CliRunner
 
-from mgt_sampler import evaluate as evaluation
-from mgt_sampler.evaluate import (
+from mgt_sampler import cli, sampling
+from mgt_sampler.evaluation import exact, run
+from mgt_sampler.evaluation.configurations import Configuration, load_configurations
+from mgt_sampler.evaluation.intervals import jackknife
+from mgt_sampler.evaluation.metrics import (
     class_accuracy,
-    evaluate,
-    evaluate_model,
+    density_coverage,
     feature_statistics,
     frechet_distance,
+    judge,
+    kernel_distance,
     load_real_statistics,
     pixel_spread,
+    token_entropy,
+    winning_rate,
 )
+from mgt_sampler.evaluation.plots import save_plots
 from mgt_sampler.models import load_classifier, load_model
 
 
@@ -26,6 +43,10 @@ def random_gaussian(seed: int, num_features: int = 6) -> tuple[torch.Tensor, tor
     generator = torch.Generator().manual_seed(seed)
     root = torch.randn(num_features, num_features, generator=generator, dtype=torch.float64)
     return torch.randn(num_features, generator=generator, dtype=torch.float64), root @ root.T
+
+
+def random_features(num_images: int, seed: int, shift: float = 0.0) -> torch.Tensor:
+    return torch.randn(num_images, 4, generator=torch.Generator().manual_seed(seed)) + shift
 
 
 class TestFrechet:
@@ -53,6 +74,65 @@ class TestFrechet:
         covariance[0, 0] = 4
         assert frechet_distance(torch.zeros(6), covariance, torch.zeros(6), 0 * covariance) == pytest.approx(4)
 
+    def test_feature_statistics(self) -> None:
+        features = random_features(30, 0)
+        mean, covariance = feature_statistics(features)
+        np.testing.assert_allclose(mean, features.double().mean(0), rtol=1e-9)
+        np.testing.assert_allclose(covariance, np.cov(features.double().numpy().T), rtol=1e-9, atol=1e-12)
+        with pytest.raises(ValueError, match="two images at least, got 1"):
+            feature_statistics(features[:1])
+
+
+class TestKernelDistance:
+    def test_by_brute_force(self) -> None:
+        x, y = random_features(5, 0).double().numpy(), random_features(7, 1, 0.5).double().numpy()
+
+        def kernel(a: np.ndarray, b: np.ndarray) -> float:
+            return float(sum(p * q for p, q in zip(a, b, strict=True)) / 4 + 1) ** 3
+
+        within = [np.mean([kernel(a, b) for a, b in itertools.permutations(z, 2)]) for z in (x, y)]
+        between = np.mean([kernel(a, b) for a, b in itertools.product(x, y)])
+        got = kernel_distance(torch.tensor(x), torch.tensor(y))
+        assert got == pytest.approx(sum(within) - 2 * between, rel=1e-9)
+
+    def test_unbiased(self) -> None:
+        # without bias, distances between samples of one distribution scatter around 0
+        found = [kernel_distance(random_features(20, 2 * i), random_features(20, 2 * i + 1)) for i in range(400)]
+        assert stats.ttest_1samp(found, 0).pvalue > 0.01
+        assert np.mean([kernel_distance(random_features(20, i), random_features(20, i, 0.5)) for i in range(20)]) > 0.2
+
+
+class TestDensityCoverage:
+    def test_by_brute_force(self) -> None:
+        real, features, k = random_features(40, 0).double(), random_features(25, 1, 0.7).double(), 5
+        between = distance.cdist(real.numpy(), features.numpy())
+        radius = np.sort(distance.cdist(real.numpy(), real.numpy()), axis=1)[:, k]
+        inside = [[between[i, j] <= radius[i] for j in range(25)] for i in range(40)]
+        assert density_coverage(features, real) == pytest.approx(
+            (sum(map(sum, inside)) / (k * 25), sum(map(any, inside)) / 40)
+        )
+
+    def test_real_images_score_one(self) -> None:
+        density, coverage = density_coverage(random_features(1000, 0), random_features(1000, 1))
+        assert density == pytest.approx(1, abs=0.1)
+        # 1 - 2^-k for equal numbers that are large
+        assert coverage == pytest.approx(1 - 2**-5, abs=0.02)
+
+    def test_collapse(self) -> None:
+        real = random_features(500, 0)
+        density, coverage = density_coverage(real[:1].expand(500, -1), real)
+        assert density >= 1 and coverage < 0.1
+        assert density_coverage(real + 100, real) == (0, 0)
+
+
+class TestTokens:
+    def test_by_hand(self) -> None:
+        tokens = torch.tensor([[0, 0, 0, 0], [0, 1, 2, 3], [5, 5, 1, 1], [7, 7, 7, 0]])
+        entropy, unique = token_entropy(tokens, 8)
+        expected = [stats.entropy(np.bincount(row), base=2) for row in tokens.numpy()]
+        np.testing.assert_allclose(entropy, expected, atol=1e-6)
+        assert unique.tolist() == [0.25, 1.0, 0.5, 0.5]
+
 
 class TestSpread:
     def test_by_hand(self) -> None:
@@ -76,14 +156,19 @@ class TestSpread:
             pixel_spread(torch.zeros(2, 2, 2), torch.zeros(2).long(), num_classes=1)
 
 
-class TestReport:
-    def test_noise_is_bad(self) -> None:
-        images = torch.rand(40, 1, 28, 28, generator=torch.Generator().manual_seed(0))
-        report = evaluate(images, torch.arange(40) % 10)
-        assert report.num_images == 40
-        assert report.mean_accuracy < 0.4
-        assert report.frechet_distance > 10
-        assert report.min_spread_ratio <= report.mean_spread_ratio
+class TestJudge:
+    def test_accuracy_is_by_class(self) -> None:
+        log_prob, features = judge(torch.rand(30, 1, 28, 28), load_classifier())
+        torch.testing.assert_close(log_prob.exp().sum(1), torch.ones(30))
+        assert features.shape == (30, 64)
+        accuracy = class_accuracy(log_prob, log_prob.argmax(1))
+        assert ((accuracy == 1) | accuracy.isnan()).all()
+        assert class_accuracy(torch.eye(3)[[0, 1, 2, 2]], torch.tensor([0, 1, 1, 2])).tolist() == [1, 0.5, 1]
+
+    def test_winning_rate(self) -> None:
+        ours, theirs = torch.tensor([-1.0, -1.0, -1.0, -0.5, -2.0]), torch.tensor([-1.009, -1.02, -0.991, -0.6, -0.1])
+        assert winning_rate(ours, theirs) == pytest.approx((0.4, 0.4, 0.2))
+        assert winning_rate(theirs, ours) == pytest.approx((0.2, 0.4, 0.4))
 
     def test_bundled_statistics(self) -> None:
         real = load_real_statistics()
@@ -91,59 +176,301 @@ class TestReport:
         assert real.feature_mean.dtype == torch.float64
         assert real.accuracy >= 0.91
         assert ((real.pixel_spread > 0.1) & (real.pixel_spread < 0.4)).all()
+        assert real.features.shape == (2000, 64) and real.features.dtype == torch.float32
+        # of the images that the mean and the covariance are of
+        assert frechet_distance(*feature_statistics(real.features), real.feature_mean, real.feature_covariance) < 1
 
-    def test_table(self) -> None:
-        images = torch.rand(40, 1, 28, 28, generator=torch.Generator().manual_seed(0))
-        text = str(evaluate(images, torch.arange(40) % 10))
-        assert "sneaker" in text and "Fréchet distance" in text and "spread" in text
-        assert "sampling" not in text
+
+class TestJackknife:
+    def test_the_mean_has_its_textbook_interval(self) -> None:
+        values = torch.tensor([0.3, 1.0, -0.4, 2.0, 0.7])
+        estimate = jackknife(lambda kept: {"mean": values[kept].mean()}, 5)["mean"]
+        expected = stats.t.ppf(0.975, 4) * stats.sem(values.numpy())
+        assert float(estimate.value) == pytest.approx(float(values.mean()))
+        assert float(estimate.half_width) == pytest.approx(expected, rel=1e-6)
+
+    def test_it_covers(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        samples = torch.randn(500, 10, 20, generator=generator, dtype=torch.float64)
+        hits = 0
+        for groups in samples:
+            estimate = jackknife(lambda kept, groups=groups: {"deviation": groups[kept].std()}, 10)["deviation"]
+            hits += int(abs(float(estimate.value) - 1) <= float(estimate.half_width))
+        assert 0.92 <= hits / 500 <= 0.98
+
+    def test_one_group_is_none(self) -> None:
+        with pytest.raises(ValueError, match="num_groups: an interval needs two at least, got 1"):
+            jackknife(lambda kept: {}, 1)
+
+
+class TestConfigurations:
+    @pytest.fixture(autouse=True)
+    def _interface(self, drawn: list[Any]) -> None:
+        pass
+
+    def read(self, tmp_path: Path, text: str) -> list[Configuration]:
+        path = tmp_path / "list.toml"
+        path.write_text(text)
+        return load_configurations(path)
+
+    def test_defaults_and_tables(self, tmp_path: Path) -> None:
+        first, second = self.read(
+            tmp_path,
+            """
+            [defaults]
+            num_inference_steps = 3
+            [[configuration]]
+            name = "plain"
+            [[configuration]]
+            name = "both of them"
+            num_inference_steps = 5
+            noise_scale = "abs_cos:1"
+            differential = { share = 0.5 }
+            z_sampling = { steps = [1] }
+            """,
+        )
+        assert first.generate_arguments() == {"num_inference_steps": 3}
+        assert second.generate_arguments() == {
+            "num_inference_steps": 5,
+            "noise_scale": "abs_cos:1",
+            "differential": sampling.Differential(share=0.5),
+            "z_sampling": sampling.ZSampling(steps=[1]),
+        }
+        assert second.family == "both"
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("", "expected a table"),
+            ("[[configuration]]\nsteps = 3\n", r"configuration 1: expected a name, got None"),
+            ("[[configuration]]\nname = ' '\n", "expected a name, got ' '"),
+            ("[[configuration]]\nname = 'a'\nsteps = 3\n", "a: expected keys among num_inference_steps, .*'steps'"),
+            ("[[configuration]]\nname = 'a'\n[[configuration]]\nname = 'A'\n", "expected different names, got 'A'"),
+            ("[default]\ntemperature = 1\n", "expected keys among defaults, configuration, got 'default'"),
+            ("[[configuration]]\nname = 'a'\ndifferential = {z = 1}\n", "a: differential: expected keys .*'z'"),
+            ("name = \n", "line 1"),
+        ],
+    )
+    def test_errors_are_kind(self, tmp_path: Path, text: str, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            self.read(tmp_path, text)
+
+    def test_a_table_is_no_number(self, tmp_path: Path) -> None:
+        with pytest.raises(TypeError, match=r"a: differential: expected a table, got 0\.5"):
+            self.read(tmp_path, "[[configuration]]\nname = 'a'\ndifferential = 0.5\n")
+
+    def test_the_shipped_list(self) -> None:
+        techniques = load_configurations("techniques")
+        assert techniques[0].name == "vanilla" and len(techniques) > 20
+        with pytest.raises(FileNotFoundError, match="technique"):
+            load_configurations("technique")
+
+
+@dataclasses.dataclass(frozen=True)
+class Differential:
+    share: float = 0.75
+    variant: str = "paper"
+    aliased_history: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class ZSampling:
+    inversion_guidance_scale: float = 0.0
+    variant: str = "paper"
+    steps: Any = None
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """A sampler that draws images of real ones' brightness at random, and the calls that it got."""
+    calls: list[Any] = []
+
+    def generate(model: Any, *, callback: Any = None, **arguments: Any) -> SimpleNamespace:
+        seeds, num_steps = arguments.get("seed", torch.zeros(0).long()), arguments.get("num_inference_steps", 12)
+        if arguments.get("temperature") == -1:
+            raise ValueError("temperature: expected a finite number of at least 0")
+        if len(arguments.get("labels", seeds)):
+            calls.append(arguments)
+        tokens = torch.zeros(0, model.num_tokens).long()
+        for seed in seeds.tolist():
+            generator = torch.Generator().manual_seed(seed + num_steps)
+            tokens = torch.cat([tokens, torch.randint(model.codebook_size, (1, model.num_tokens), generator=generator)])
+        for k in range(num_steps if len(tokens) else 0):
+            divergence = torch.full(tokens.shape, math.inf)
+            divergence[:, ::2] = math.inf if k == 0 else 1 / k
+            recorded = divergence if arguments.get("differential") else None
+            # a Z-Sampling step draws twice; the second draw is the one that counts
+            for shown in (torch.zeros_like(tokens), tokens):
+                callback(SimpleNamespace(step=k, tokens=shown, divergence=recorded))
+        return SimpleNamespace(tokens=tokens, images=model.decode(tokens), model_calls=2 * num_steps)
+
+    for name, value in (("Differential", Differential), ("ZSampling", ZSampling), ("generate", generate)):
+        monkeypatch.setattr(sampling, name, value, raising=False)
+    return calls
+
+
+TWO = (Configuration("base", {"num_inference_steps": 2}), Configuration("more steps", {"num_inference_steps": 3}))
+
+
+def evaluate(configurations: Any = TWO, **options: Any) -> list[run.Result]:
+    return run.evaluate(
+        load_model(), configurations, **{"num_images": 60, "num_groups": 3, "progress": False, **options}
+    )
+
+
+class TestRun:
+    def test_figures(self, drawn: list[Any]) -> None:
+        base, more = evaluate()
+        assert base.num_images == more.num_images == 60
+        assert all(call["differential"] == Differential(share=0.0) for call in drawn)
+        values = {name: float(base.estimates[name].value) for name in run.METRICS}
+        assert values["model_calls"] == 4 and float(more.estimates["model_calls"].value) == 6
+        assert 6 < values["entropy"] < 7 and values["divergence"] == 1
+        assert values["frechet_distance"] > 10 and values["kernel_distance"] > 1 and values["coverage"] < 1
+        assert values["seconds"] > 0 and base.estimates["seconds"].half_width.isnan()
+        assert (values["win"], values["tie"], values["loss"]) == (0, 1, 0)
+        shares = [more.estimates[name] for name in ("win", "tie", "loss")]
+        assert sum(float(share.value) for share in shares) == pytest.approx(1)
+        assert float(shares[0].half_width) > 0
+        divergence = more.estimates["step_divergence"].value
+        assert divergence[0].isnan() and divergence[1:].tolist() == [1, 0.5]
+        assert torch.equal(base.estimates["step_entropy"].value[0], base.estimates["step_entropy"].value[1])
+        assert base.estimates["class_accuracy"].value.shape == (10,)
+        assert base.examples.shape == (10, 1, 28, 28)
+
+    def test_every_configuration_has_the_same_seeds(self, drawn: list[Any]) -> None:
+        evaluate(batch_size=7, seed=3)
+        seeds = {steps: [c["seed"] for c in drawn if c["num_inference_steps"] == steps] for steps in (2, 3)}
+        for given in seeds.values():
+            assert torch.equal(torch.cat(given), sampling.sample_seeds(3, 60))
+        assert torch.cat([call["labels"] for call in drawn])[:20].tolist() == [*range(10)] * 2
+
+    def test_the_batch_size_changes_nothing(self, drawn: list[Any]) -> None:
+        (whole,), (cut,) = (evaluate(TWO[:1], batch_size=size) for size in (100, 7))
+        for name in run.METRICS.keys() - {"seconds"}:
+            assert float(whole.estimates[name].value) == pytest.approx(float(cut.estimates[name].value), rel=1e-3), name
+
+    def test_an_interrupted_run_goes_on(
+        self, drawn: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        whole = evaluate()
+        drawn.clear()
+        generate = sampling.generate
+
+        def broken(model: Any, **arguments: Any) -> Any:
+            if len(drawn) == 3:
+                raise KeyboardInterrupt
+            return generate(model, **arguments)
+
+        monkeypatch.setattr(sampling, "generate", broken)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(out=tmp_path)
+        assert len(drawn) == 3
+        monkeypatch.setattr(sampling, "generate", generate)
+        resumed = evaluate(out=tmp_path)
+        assert len(drawn) == 6
+        for a, b in zip(whole, resumed, strict=True):
+            for name in a.estimates.keys() - {"seconds"}:
+                torch.testing.assert_close(a.estimates[name].value, b.estimates[name].value, equal_nan=True)
+        evaluate(out=tmp_path)
+        assert len(drawn) == 6
+
+    def test_other_images_are_refused(self, drawn: list[Any], tmp_path: Path) -> None:
+        evaluate(out=tmp_path)
+        for changed in (
+            {"seed": 1},
+            {"num_images": 90},
+            {"configurations": [Configuration("base", {"num_inference_steps": 4})]},
+        ):
+            with pytest.raises(ValueError, match=r"base/00.safetensors: expected images of this configuration.*delete"):
+                evaluate(out=tmp_path, **changed)
+
+    def test_other_weights_are_refused(self, drawn: list[Any], tmp_path: Path) -> None:
+        evaluate(out=tmp_path)
+        model = load_model()
+        model.transformer.head.bias[0] += 1
+        with pytest.raises(ValueError, match="expected images of this configuration, these seeds and weights"):
+            run.evaluate(model, TWO, num_images=60, num_groups=3, out=tmp_path, progress=False)
+
+    def test_bad_arguments(self, drawn: list[Any]) -> None:
+        with pytest.raises(ValueError, match="num_groups: an interval needs two at least, got 1"):
+            evaluate(num_groups=1)
+        with pytest.raises(ValueError, match="num_images, batch_size: expected 1 at least, got 60, 0"):
+            evaluate(batch_size=0)
+        with pytest.raises(ValueError, match="expected names that make different folders, got 'base!'"):
+            evaluate([TWO[0], Configuration("base!", {})])
+        # before anything is drawn
+        with pytest.raises(ValueError, match="cold: temperature: expected"):
+            evaluate([TWO[0], Configuration("cold", {"temperature": -1})])
+        assert not drawn
+
+
+class TestReport:
+    def test_tables_and_plots(self, drawn: list[Any], tmp_path: Path) -> None:
+        results = evaluate()
+        tables, plots = run.save_results(results, tmp_path), save_plots(results, tmp_path)
+        rows = {path.name: list(csv.DictReader(path.open())) for path in tables}
+        assert [row["name"] for row in rows["results.csv"]] == ["base", "more steps"]
+        assert {*run.METRICS, *(f"{name}_interval" for name in run.METRICS)} <= rows["results.csv"][0].keys()
+        assert rows["results.csv"][0]["seconds_interval"] == ""
+        assert float(rows["results.csv"][1]["model_calls"]) == 6
+        assert [row["step"] for row in rows["steps.csv"]] == ["0", "1", "0", "1", "2"]
+        assert rows["steps.csv"][0]["divergence"] == "" and float(rows["steps.csv"][1]["divergence"]) == 1
+        assert len(rows["classes.csv"]) == 20
+        for path in plots:
+            image = np.asarray(Image.open(path).convert("L"))
+            assert image.std() > 5, path
+        assert len(plots) == 5
+
+    def test_the_table_of_a_list(self, drawn: list[Any]) -> None:
+        header, base, more = run.results_table(evaluate()).splitlines()
+        assert header.startswith("configuration") and "Fréchet" in header
+        assert base.startswith("base ") and "±" in base and more.startswith("more steps ")
+
+    def test_the_table_of_one(self, drawn: list[Any]) -> None:
+        text = run.results_table(evaluate(TWO[:1]))
+        assert "sneaker" in text and "mean" in text and "Fréchet" in text and "win" not in text
         assert len(set(map(len, text.splitlines()[:12]))) == 1
 
-    def test_every_class_is_needed(self) -> None:
-        with pytest.raises(ValueError, match="two images at least of each of 10 classes"):
-            evaluate(torch.rand(4, 1, 28, 28), torch.zeros(4).long())
-        with pytest.raises(ValueError, match="two images at least of each of 10 classes"):
-            evaluate(torch.rand(22, 1, 28, 28), torch.arange(22) % 11)
 
-    def test_accuracy_is_by_class(self) -> None:
-        classifier = load_classifier()
-        images = torch.rand(30, 1, 28, 28, generator=torch.Generator().manual_seed(0))
-        predicted = classifier(images).argmax(1)
-        accuracy = class_accuracy(images, predicted, classifier)
-        assert ((accuracy == 1) | accuracy.isnan()).all()
+class TestCommands:
+    def mgt(self, *args: str) -> Any:
+        return CliRunner().invoke(cli.app, [*args], catch_exceptions=False)
 
-    def test_feature_statistics(self) -> None:
-        classifier = load_classifier()
-        images = torch.rand(30, 1, 28, 28, generator=torch.Generator().manual_seed(0))
-        mean, covariance = feature_statistics(images, classifier)
-        features = classifier.features(images).double().numpy()
-        np.testing.assert_allclose(mean, features.mean(0), rtol=1e-9)
-        np.testing.assert_allclose(covariance, np.cov(features.T), rtol=1e-9, atol=1e-12)
-        with pytest.raises(ValueError, match="two at least, got 1"):
-            feature_statistics(images[:1], classifier)
+    def test_a_list(self, drawn: list[Any], tmp_path: Path) -> None:
+        path = tmp_path / "list.toml"
+        path.write_text("[[configuration]]\nname = 'a'\n[[configuration]]\nname = 'b'\nnum_inference_steps = 2\n")
+        out = tmp_path / "out"
+        result = self.mgt("evaluate", str(path), "--out", str(out), "-n", "20", "--groups", "2", "--no-progress")
+        assert result.exit_code == 0, result.output
+        assert result.stdout.startswith("configuration") and "winning_rates.png" in result.stdout
+        assert len(list(out.glob("*.png"))) == 5 and len(list(out.glob("groups/*/*.safetensors"))) == 4
 
+    def test_quick(self, drawn: list[Any]) -> None:
+        assert self.mgt("evaluate", "--quick", "--no-progress").exit_code == 0
+        assert sum(len(call["seed"]) for call in drawn) == 80
 
-class TestModel:
-    def test_generates_and_judges(self) -> None:
-        report = evaluate_model(load_model(), num_images=20, num_inference_steps=2, batch_size=8, progress=False)
-        assert report.num_images == 20
-        assert report.seconds is not None and report.seconds > 0
-        assert "images a second" in report.to_table()
-
-    def test_the_batch_size_changes_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        seen = []
-        monkeypatch.setattr(evaluation, "evaluate", lambda images, labels, **_: seen.append(images) or _report())
-        for batch_size in (7, 20):
-            evaluate_model(load_model(), num_images=20, num_inference_steps=2, batch_size=batch_size, progress=False)
-        # how the batch is cut may change the last bits of the logits, and so a token here and there
-        assert ((seen[0] - seen[1]).abs() < 1e-3).float().mean() > 0.98
-
-    def test_bad_arguments(self) -> None:
-        with pytest.raises(ValueError, match="num_images: expected 20 at least"):
-            evaluate_model(load_model(), num_images=19)
-        with pytest.raises(ValueError, match="batch_size: expected 1 at least, got 0"):
-            evaluate_model(load_model(), batch_size=0)
+    def test_errors(self, drawn: list[Any], tmp_path: Path) -> None:
+        result = self.mgt("evaluate", "techniques", "--steps", "3")
+        assert result.exit_code == 2 and "--steps: expected in techniques" in result.stderr
+        result = self.mgt("evaluate", str(tmp_path / "none.toml"))
+        assert result.exit_code == 2 and "none.toml" in result.stderr
 
 
-def _report() -> evaluation.EvaluationReport:
-    return evaluation.EvaluationReport(20, ("bag",), (1.0,), (1.0,), 0.0, 0.9)
+class TestExact:
+    def test_one_token_a_step_in_random_order_is_exact(self) -> None:
+        techniques = [Configuration("random order", {"temperature": 1e6}), Configuration("vanilla", {})]
+        results, noise = exact.judge_exactly(techniques, steps=(1, 6), num_samples=2000, num_seeds=3, progress=False)
+        random, vanilla = results
+        assert float(random.distances[1].value) < 1.05 * noise < float(vanilla.distances[1].value)
+        assert float(random.distances[0].value) > 2 * noise
+        text = exact.exact_table(results, noise, (1, 6))
+        assert "random order" in text and "±" in text and f"{noise:.3f}" in text
+
+    def test_the_command(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(exact, "load_configurations", lambda name: [Configuration("vanilla", {})])
+        out = tmp_path / "exact.png"
+        args = ["exact", "-n", "50", "--seeds", "2", "--out", str(out), "--no-progress"]
+        result = CliRunner().invoke(cli.app, args, catch_exceptions=False)
+        assert result.exit_code == 0 and "exact samples" in result.stdout
+        assert np.asarray(Image.open(out).convert("L")).std() > 5

@@ -133,7 +133,7 @@ FLOORS = {
     "mgt_sampler.models": 4,
     "mgt_sampler.scheduler": 4,
     "mgt_sampler.images": 4,
-    "mgt_sampler.evaluate": 5,
+    "mgt_sampler.evaluation": 5,
     "mgt_sampler.cli": 6,
     "mgt_sampler.models.train_fashion": 6,
 }

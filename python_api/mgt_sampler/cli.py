@@ -1,4 +1,4 @@
-"""The command `mgt`: sample images, show what is installed, evaluate a bundled model, export the CUDA kernels."""
+"""The command `mgt`: sample images, show what is installed, evaluate sampling techniques, export the CUDA kernels."""
 
 from __future__ import annotations
 
@@ -164,9 +164,36 @@ def info() -> None:
 
 @app.command(epilog=_EPILOG)
 def evaluate(
+    context: typer.Context,
+    configurations: Annotated[
+        str | None,
+        typer.Argument(
+            help="A TOML file with a list of configurations, or 'techniques', the list that is shipped; "
+            "without it, the one that the options describe.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="A folder for tables, plots, and what is drawn, so that an interrupted run goes on. "
+            "[default for a list: evaluation]",
+        ),
+    ] = None,
     num_images: Annotated[
-        int, typer.Option("--num-images", "-n", min=1, help="Images, of all classes together.")
-    ] = 2000,
+        int | None,
+        typer.Option(
+            "--num-images",
+            "-n",
+            min=1,
+            help="For each configuration, rounded up to as many of each class in each group. [default: 2000]",
+        ),
+    ] = None,
+    groups: Annotated[
+        int | None, typer.Option(min=2, help="Groups of seeds, over which the intervals are. [default: 10]")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="By default 80 images in 8 groups.")] = False,
     steps: Steps = 12,
     guidance_scale: Guidance = "1,3",
     temperature: Temperature = "8,0",
@@ -180,29 +207,67 @@ def evaluate(
     backend: Backend = "auto",
     progress: Progress = True,
 ) -> None:
-    """Draw images of every class of a bundled model and print how good they are."""
-    from .evaluate import evaluate_model
+    """Draw images of every class and measure them, with one configuration or with a list of them."""
+    with _errors_of_users(), _extra():
+        from .evaluation.configurations import Configuration, load_configurations
+        from .evaluation.run import evaluate, results_table, save_results
 
-    with _errors_of_users():
-        network = load_model(model, device=_device(device, backend))
-        options: dict[str, Any] = {
+        sampling_options: dict[str, Any] = {
+            "num_inference_steps": steps,
+            "guidance_scale": _values(guidance_scale),
             "temperature": _values(temperature),
             "token_temperature": _values(token_temperature),
             "noise_scale": _values(noise_scale),
             "mask_schedule": _ratios(mask_schedule),
-            "backend": backend,
         }
-        report = evaluate_model(
-            network,
-            num_images=num_images,
-            num_inference_steps=steps,
-            guidance_scale=_values(guidance_scale),
+        if configurations is None:
+            chosen = [Configuration("options", sampling_options)]
+        else:
+            for name in ("steps", *sampling_options):
+                given = context.get_parameter_source(name)
+                if given is not None and given.name == "COMMANDLINE":
+                    raise ValueError(f"--{name.replace('_', '-')}: expected in {configurations}, got it as an option")
+            chosen = load_configurations(configurations)
+            out = out or Path("evaluation")
+        results = evaluate(
+            load_model(model, device=_device(device, backend)),
+            chosen,
+            num_images=num_images or (80 if quick else 2000),
+            num_groups=groups or (8 if quick else 10),
             seed=seed,
             batch_size=batch_size,
+            backend=backend,
+            out=out,
             progress=progress,
-            **options,
         )
-    typer.echo(str(report))
+        typer.echo(results_table(results))
+        if out is not None:
+            from .evaluation.plots import save_plots
+
+            for path in (*save_results(results, out), *save_plots(results, out)):
+                typer.echo(path)
+
+
+@app.command()
+def exact(
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Also a plot, a PNG file.")] = None,
+    num_samples: Annotated[
+        int, typer.Option("--num-samples", "-n", min=1, help="Sequences for each seed, technique and number of steps.")
+    ] = 10_000,
+    seeds: Annotated[int, typer.Option(min=2, help="Over which the intervals are.")] = 10,
+    progress: Progress = True,
+) -> None:
+    """Compare sampling techniques with the truth: a Markov chain whose every conditional is known."""
+    with _errors_of_users(), _extra():
+        from .evaluation.exact import exact_table, judge_exactly, save_exact_plot
+
+        if out is not None:
+            check_suffix("--out", out, (".png",))
+        results, noise = judge_exactly(num_samples=num_samples, num_seeds=seeds, progress=progress)
+        typer.echo(exact_table(results, noise))
+        if out is not None:
+            save_exact_plot(results, noise, out)
+            typer.echo(out)
 
 
 @app.command()
@@ -246,8 +311,17 @@ def _errors_of_users() -> Iterator[None]:
     """Turn a bad argument, or a file that cannot be read or written, into a message."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (TypeError, ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
+
+
+@contextmanager
+def _extra() -> Iterator[None]:
+    """Say how to install what an evaluation needs beside the sampler."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise typer.BadParameter(f"{error.name} is missing: pip install mgt-kernels[evaluate]") from error
 
 
 def _ratios(text: str) -> str | list[float]:

@@ -6,6 +6,8 @@ Three stages, each of which writes a safetensors file to --out and resumes from 
     classifier    the judge of generated images, and the statistics of the real test images
     transformer   masked code prediction; needs the tokenizer
 
+`--stage statistics` writes the statistics of the real test images alone, for the classifier in --out.
+
 Everything random is a function of (--seed, step), so that a run that was stopped and resumed ends with the
 very weights of one that was not, on the same machine and number of threads.
 """
@@ -353,7 +355,7 @@ def encode_images(tokenizer: Tokenizer, images: Tensor, batch_size: int = 500) -
 
 
 def real_statistics(classifier: FashionClassifier, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """What `mgt_sampler.evaluate` compares generated images with, of real images.
+    """What `mgt evaluate` compares generated images with, of real images.
 
     Args:
         classifier: gives the features.
@@ -361,18 +363,25 @@ def real_statistics(classifier: FashionClassifier, images: Tensor, labels: Tenso
         labels: (num_images,) int64.
 
     Returns:
-        feature_mean (F,) and feature_covariance (F, F), float64; pixel_spread (num_classes,), float32;
-        accuracy, a float32 scalar: the share that the classifier recognises.
+        feature_mean (F,) and feature_covariance (F, F), float64; features (M, F), float16, of the first M / 10 images
+        of every class, the classes in turn, M at most 2,000; pixel_spread (num_classes,), float32; accuracy, a
+        float32 scalar: the share that the classifier recognises.
     """
-    from ..evaluate import class_accuracy, feature_statistics, pixel_spread
+    from ..evaluation.metrics import class_accuracy, feature_statistics, judge, pixel_spread
 
     float_images = to_float_images(images)
-    mean, covariance = feature_statistics(float_images, classifier)
+    log_prob, features = judge(float_images, classifier)
+    mean, covariance = feature_statistics(features)
+    num_classes = len(CLASS_NAMES)
+    num_each = min(200, int(torch.bincount(labels, minlength=num_classes).min()))
+    # the classes in turn, so that the first rows are a balanced choice too
+    chosen = torch.stack([(labels == c).nonzero().flatten()[:num_each] for c in range(num_classes)], dim=1)
     return {
         "feature_mean": mean,
         "feature_covariance": covariance,
-        "pixel_spread": pixel_spread(float_images, labels, num_classes=len(CLASS_NAMES)).float(),
-        "accuracy": class_accuracy(float_images, labels, classifier).mean().float(),
+        "features": features[chosen.flatten()].half(),
+        "pixel_spread": pixel_spread(float_images, labels, num_classes=num_classes).float(),
+        "accuracy": class_accuracy(log_prob, labels).mean().float(),
     }
 
 
@@ -384,7 +393,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the safetensors files")
     parser.add_argument("--checkpoints", type=Path, help="folder for checkpoints (default: OUT/checkpoints)")
     parser.add_argument("--checkpoint-every", type=int, default=250, help="steps between checkpoints")
-    parser.add_argument("--stage", choices=(*STAGES, "all"), default="all")
+    parser.add_argument("--stage", choices=(*STAGES, "statistics", "all"), default="all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="another number of steps than the recipe's")
     parser.add_argument("--stop-at", type=int, help="stop before this step, to be resumed later")
@@ -392,6 +401,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     stages = STAGES if options.stage == "all" else (options.stage,)
     options.out.mkdir(parents=True, exist_ok=True)
+    if options.stage == "statistics":
+        _save_statistics(options.data, options.out)
+        return
     images, labels = load_fashion_mnist(options.data, "train")
     for stage in stages:
         recipe = RECIPES[stage]
@@ -420,9 +432,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             return
         save_network(average, options.out / f"{stage}.safetensors")
         if stage == "classifier":
-            judge = FashionClassifier(load_network(Classifier, options.out / "classifier.safetensors"))
-            statistics = real_statistics(judge, *load_fashion_mnist(options.data, "test"))
-            save_file(statistics, options.out / "statistics.safetensors")
+            _save_statistics(options.data, options.out)
+
+
+def _save_statistics(data: Path, out: Path) -> None:
+    judge = FashionClassifier(load_network(Classifier, out / "classifier.safetensors"))
+    save_file(real_statistics(judge, *load_fashion_mnist(data, "test")), out / "statistics.safetensors")
 
 
 if __name__ == "__main__":

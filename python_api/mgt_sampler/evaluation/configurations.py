@@ -1,0 +1,116 @@
+"""Sampling configurations, and lists of them in TOML files."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from .. import sampling
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ARGUMENTS = (
+    "num_inference_steps",
+    "guidance_scale",
+    "temperature",
+    "token_temperature",
+    "noise_scale",
+    "mask_schedule",
+    "momentum",
+    "skip",
+    "differential",
+    "z_sampling",
+)
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """Arguments of `generate` under a name, whose first word is the family that plots show together.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: an argument that is not in ARGUMENTS, or a key that Differential or ZSampling does not have.
+    """
+
+    name: str
+    arguments: Mapping[str, Any]
+    """As in a TOML file: differential and z_sampling are tables."""
+
+    def __post_init__(self) -> None:
+        """Check the names of the arguments."""
+        _check_keys(self.name, self.arguments, ARGUMENTS)
+        self.generate_arguments()
+
+    @property
+    def family(self) -> str:
+        """The name's first word."""
+        return self.name.split()[0]
+
+    def generate_arguments(self) -> dict[str, Any]:
+        """The keyword arguments of `generate`."""
+        arguments = dict(self.arguments)
+        if "differential" in arguments:
+            arguments["differential"] = self._of_table("differential", sampling.Differential)
+        if "z_sampling" in arguments:
+            arguments["z_sampling"] = self._of_table("z_sampling", sampling.ZSampling)
+        return arguments
+
+    def _of_table(self, key: str, kind: Any) -> Any:
+        table = self.arguments[key]
+        if not isinstance(table, Mapping):
+            raise TypeError(f"{self.name}: {key}: expected a table, got {table!r}")
+        _check_keys(f"{self.name}: {key}", table, [field.name for field in fields(kind)])
+        return kind(**table)
+
+
+def load_configurations(path: str | Path) -> list[Configuration]:
+    """Read a list of configurations.
+
+    The file has a table `[[configuration]]` for each, with a `name` and arguments of `generate`, and perhaps a table
+    `[defaults]` of arguments for all of them. The first is the baseline of the winning rates.
+
+    Args:
+        path: a TOML file, or the name of a shipped list: "techniques".
+
+    Returns:
+        The configurations in the order of the file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        TypeError: an argument of the wrong type.
+        ValueError: no TOML, an unknown key, no configuration, or a name that is missing or there twice.
+    """
+    shipped = Path(__file__).parent / f"{path}.toml"
+    path = shipped if shipped.is_file() and not Path(path).is_file() else Path(path)
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path}: {error}") from error
+    _check_keys(str(path), table, ("defaults", "configuration"))
+    configurations: list[Configuration] = []
+    for i, given in enumerate(table.get("configuration", [])):
+        arguments = {**table.get("defaults", {}), **given}
+        name = arguments.pop("name", None)
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(f"{path}: configuration {i + 1}: expected a name, got {name!r}")
+        if any(name.casefold() == other.name.casefold() for other in configurations):
+            raise ValueError(f"{path}: configuration {i + 1}: expected different names, got {name!r} again")
+        try:
+            configurations.append(Configuration(name, arguments))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{path}: {error}") from error
+    if not configurations:
+        raise ValueError(f"{path}: expected a table [[configuration]] at least, got none")
+    return configurations
+
+
+def _check_keys(where: str, table: Mapping[str, Any], known: tuple[str, ...] | list[str]) -> None:
+    unknown = [key for key in table if key not in known]
+    if unknown:
+        raise ValueError(f"{where}: expected keys among {', '.join(known)}, got {', '.join(map(repr, unknown))}")

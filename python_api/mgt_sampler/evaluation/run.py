@@ -1,0 +1,468 @@
+"""Evaluation of sampling configurations: images drawn group by group, kept in a folder, and measured."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .. import sampling
+from ..models import FashionClassifier, FashionModel, load_classifier
+from .configurations import Configuration
+from .intervals import Estimate, jackknife
+from .metrics import (
+    RealStatistics,
+    class_accuracy,
+    density_coverage,
+    feature_statistics,
+    frechet_distance,
+    judge,
+    kernel_distance,
+    load_real_statistics,
+    mean_similarity,
+    pixel_spread,
+    token_entropy,
+    winning_rate,
+)
+
+if TYPE_CHECKING:
+    from ..sampling import SamplerStep
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a metric is shown: value times `factor`, with `digits` after the point."""
+
+    label: str
+    better: str = ""
+    """"higher", "lower", or neither."""
+
+    factor: float = 1.0
+    digits: int = 2
+
+
+METRICS = {
+    "accuracy": Metric("accuracy, %", "higher", 100, 1),
+    "frechet_distance": Metric("Fréchet", "lower"),
+    "kernel_distance": Metric("kernel", "lower", digits=3),
+    "density": Metric("density", "higher"),
+    "coverage": Metric("coverage", "higher"),
+    "spread": Metric("spread, %", "higher", 100, 1),
+    "entropy": Metric("entropy, bits", digits=2),
+    "unique": Metric("unique, %", "", 100, 1),
+    "divergence": Metric("KL, nats", digits=3),
+    "model_calls": Metric("calls", "lower", digits=0),
+    "seconds": Metric("seconds", "lower", digits=3),
+    "win": Metric("win, %", "higher", 100, 0),
+    "tie": Metric("tie, %", "", 100, 0),
+    "loss": Metric("loss, %", "lower", 100, 0),
+}
+STEP_METRICS = {
+    "step_entropy": Metric("token entropy, bits"),
+    "step_unique": Metric("different tokens, %", factor=100),
+    "step_divergence": Metric("KL to the step before, nats"),
+}
+CLASS_METRICS = {
+    "class_accuracy": Metric("accuracy, %", "higher", 100, 1),
+    "class_spread": Metric("spread, %", "higher", 100, 1),
+}
+
+
+@dataclass(frozen=True)
+class Group:
+    """What is kept of n images of one configuration, one group of seeds: enough to work out every metric."""
+
+    images: Tensor
+    """(n, C, H, W) uint8."""
+
+    labels: Tensor
+    """(n,) int64, the class asked for."""
+
+    log_prob: Tensor
+    """(n, num_classes) float32, the classifier's, in nats."""
+
+    features: Tensor
+    """(n, F) float32, the classifier's."""
+
+    step_entropy: Tensor
+    """(n, T) float32, of the tokens known after each step, in bits."""
+
+    step_unique: Tensor
+    """(n, T) float32, the number of different tokens over N."""
+
+    step_divergence: Tensor
+    """(n, T) float32, KL(p_k || p_{k-1}) of a position on average, in nats; NaN where there is none."""
+
+    model_calls: Tensor
+    """An int64 scalar, for each image."""
+
+    seconds: Tensor
+    """A float64 scalar, for each image."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was found of one configuration."""
+
+    configuration: Configuration
+    num_images: int
+    class_names: tuple[str, ...]
+    estimates: dict[str, Estimate]
+    """Scalars by the names of METRICS, (T,) by STEP_METRICS, (num_classes,) by CLASS_METRICS."""
+
+    examples: Tensor
+    """(num_classes, C, H, W) in [0, 1], the first image of each class; of the same seed in each configuration."""
+
+
+def evaluate(
+    model: FashionModel,
+    configurations: Sequence[Configuration],
+    *,
+    num_images: int = 2000,
+    num_groups: int = 10,
+    seed: int = 0,
+    batch_size: int = 100,
+    backend: str = "auto",
+    out: str | Path | None = None,
+    progress: bool = True,
+    classifier: FashionClassifier | None = None,
+    real: RealStatistics | None = None,
+) -> list[Result]:
+    """Draw images of every class under each configuration and measure them.
+
+    Image i has class i % num_classes and the i-th seed of `sample_seeds(seed)`, under every configuration; groups are
+    runs of images. What is drawn is kept in `out`, and not drawn again when an interrupted evaluation is repeated.
+
+    Args:
+        model: what draws the images.
+        configurations: the first is the baseline of the winning rates.
+        num_images: for each configuration, rounded up to as many of each class in each group.
+        num_groups: of seeds, over which the intervals are; two at least.
+        seed: of all images.
+        batch_size: images drawn at once, at least 1.
+        backend: as in `generate`.
+        out: a folder for what is drawn; None: nothing is kept.
+        progress: show a progress bar.
+        classifier: the judge; the bundled one by default.
+        real: what to compare with; the bundled statistics by default. They belong to the classifier.
+
+    Returns:
+        A result for each configuration.
+
+    Raises:
+        TypeError, ValueError: an argument out of range, a configuration that `generate` refuses, two names that make
+            one file name, or a folder with other images; the message names it.
+    """
+    if num_groups < 2:
+        raise ValueError(f"num_groups: an interval needs two at least, got {num_groups}")
+    if min(num_images, batch_size) < 1:
+        raise ValueError(f"num_images, batch_size: expected 1 at least, got {num_images}, {batch_size}")
+    classifier = classifier or load_classifier(device=model.device)
+    real = real or load_real_statistics()
+    paths = _paths(configurations, None if out is None else Path(out))
+    for configuration in configurations:
+        _check(model, configuration, backend)
+
+    group_size = math.ceil(num_images / (num_groups * model.num_classes)) * model.num_classes
+    labels = torch.arange(group_size) % model.num_classes
+    seeds = sampling.sample_seeds(seed, num_groups * group_size).split(group_size)
+    weights = _digest_of_weights(model, classifier)
+    groups: list[list[Group]] = [[] for _ in configurations]
+    with tqdm(total=num_groups * group_size * len(configurations), unit="image", disable=not progress) as bar:
+        # configurations in turn, so that a machine that slows down slows all of them
+        for g in range(num_groups):
+            for configuration, folder, done in zip(configurations, paths, groups, strict=True):
+                bar.set_description(f"{configuration.name}, group {g + 1} of {num_groups}")
+                digest = _digest(configuration, labels, seeds[g], weights)
+                path = None if folder is None else folder / f"{g:02}.safetensors"
+                group = _load(path, digest)
+                if group is None:
+                    group = _draw(model, configuration, labels, seeds[g], batch_size, backend, classifier)
+                    _save(group, path, digest)
+                    bar.update(group_size)
+                else:
+                    bar.total -= group_size
+                done.append(group)
+
+    results = []
+    for configuration, done in zip(configurations, groups, strict=True):
+        results.append(
+            Result(
+                configuration,
+                num_groups * group_size,
+                model.class_names,
+                measure(done, groups[0], real),
+                done[0].images[: model.num_classes].float() / 255,
+            )
+        )
+    return results
+
+
+def measure(groups: Sequence[Group], baseline: Sequence[Group], real: RealStatistics) -> dict[str, Estimate]:
+    """Every metric of the images of some groups, with its interval.
+
+    Args:
+        groups: of one configuration.
+        baseline: of the configuration to win against, the same seeds.
+        real: of the classifier that judged the images.
+
+    Returns:
+        Estimates by the names of METRICS, STEP_METRICS and CLASS_METRICS.
+    """
+    # as many real images as generated ones, as coverage wants it
+    neighbours = real.features[: max(50, sum(len(group.labels) for group in groups))]
+
+    real_similarity = mean_similarity(real.features)
+
+    def statistic(kept: list[int]) -> dict[str, Tensor]:
+        ours, theirs = ({f.name: _pooled(g, kept, f.name) for f in fields(Group)} for g in (groups, baseline))
+        features, labels, log_prob = ours["features"], ours["labels"], ours["log_prob"]
+        num_classes = log_prob.shape[1]
+        accuracy = class_accuracy(log_prob, labels)
+        spread = pixel_spread(ours["images"].float() / 255, labels, num_classes=num_classes) / real.pixel_spread
+        density, coverage = density_coverage(features, neighbours)
+        asked, asked_theirs = (x["log_prob"].gather(1, labels[:, None])[:, 0] for x in (ours, theirs))
+        win, tie, loss = winning_rate(asked, asked_theirs)
+        steps = {name: ours[name].double().nanmean(0) for name in STEP_METRICS}
+        scalars = {
+            "frechet_distance": frechet_distance(
+                *feature_statistics(features), real.feature_mean, real.feature_covariance
+            ),
+            "kernel_distance": kernel_distance(features, real.features, real_similarity=real_similarity),
+            "density": density,
+            "coverage": coverage,
+            "win": win,
+            "tie": tie,
+            "loss": loss,
+        }
+        return {
+            **{name: torch.tensor(value, dtype=torch.float64) for name, value in scalars.items()},
+            "accuracy": accuracy.mean(),
+            "spread": spread.mean(),
+            "entropy": steps["step_entropy"][-1],
+            "unique": steps["step_unique"][-1],
+            "divergence": steps["step_divergence"].nanmean(),
+            "model_calls": ours["model_calls"].double().mean(),
+            "class_accuracy": accuracy,
+            "class_spread": spread,
+            **steps,
+        }
+
+    estimates = jackknife(statistic, len(groups))
+    # the median forgives a busy machine, but the jackknife of a median tells nothing of its error
+    seconds = torch.stack([group.seconds for group in groups]).median()
+    estimates["seconds"] = Estimate(seconds, torch.tensor(math.nan, dtype=torch.float64))
+    return estimates
+
+
+def save_results(results: Sequence[Result], out: str | Path) -> list[Path]:
+    """Write results.csv, a row for each configuration, steps.csv and classes.csv; return their paths.
+
+    Every metric has a column of its name and one of half its 95 % interval, `<name>_interval`; empty where there is
+    none. Shares are 0 to 1, divergences in nats, entropies in bits.
+    """
+    Path(out).mkdir(parents=True, exist_ok=True)
+    tables: dict[str, list[dict[str, Any]]] = {"results": [], "steps": [], "classes": []}
+    for result in results:
+        name, estimates = result.configuration.name, result.estimates
+        tables["results"].append({"name": name, "num_images": result.num_images, **_cells(estimates, METRICS)})
+        for k in range(len(estimates["step_entropy"].value)):
+            tables["steps"].append({"name": name, "step": k, **_cells(estimates, STEP_METRICS, k)})
+        for c, class_name in enumerate(result.class_names):
+            tables["classes"].append({"name": name, "class": class_name, **_cells(estimates, CLASS_METRICS, c)})
+    paths = []
+    for table, rows in tables.items():
+        paths.append(Path(out) / f"{table}.csv")
+        with open(paths[-1], "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    return paths
+
+
+def results_table(results: Sequence[Result]) -> str:
+    """Lay results out as text: a line for each configuration, or for each class and metric of a single one."""
+    if len(results) > 1:
+        header = ["configuration", *(metric.label for metric in METRICS.values())]
+        lines = [[r.configuration.name, *(shown(r.estimates[name], m) for name, m in METRICS.items())] for r in results]
+        return aligned([header, *lines])
+    (result,) = results
+    estimates = result.estimates
+    header = ["class", *(metric.label for metric in CLASS_METRICS.values())]
+    lines = [
+        [name, *(shown(estimates[key], metric, c) for key, metric in CLASS_METRICS.items())]
+        for c, name in enumerate(result.class_names)
+    ]
+    lines.append(
+        ["mean", shown(estimates["accuracy"], METRICS["accuracy"]), shown(estimates["spread"], METRICS["spread"])]
+    )
+    # against itself there is nothing to win
+    names = [name for name in METRICS if name not in ("accuracy", "spread", "win", "tie", "loss")]
+    totals = [[METRICS[name].label, shown(estimates[name], METRICS[name])] for name in names]
+    return "\n\n".join([aligned([header, *lines]), aligned([*totals, ["images", f"{result.num_images}"]])])
+
+
+def shown(estimate: Estimate, metric: Metric, index: int | None = None) -> str:
+    """One value with its interval, as text."""
+    value, half_width = (
+        float(x if index is None else x[index]) * metric.factor for x in (estimate.value, estimate.half_width)
+    )
+    if math.isnan(value):
+        return "-"
+    if math.isnan(half_width) or half_width == 0:
+        return f"{value:.{metric.digits}f}"
+    return f"{value:.{metric.digits}f} ±{half_width:.{metric.digits}f}"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as text: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *others in rows:
+        cells = [f"{first:<{widths[0]}}", *(f"{x:>{w}}" for x, w in zip(others, widths[1:], strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def _draw(
+    model: FashionModel,
+    configuration: Configuration,
+    labels: Tensor,
+    seeds: Tensor,
+    batch_size: int,
+    backend: str,
+    classifier: FashionClassifier,
+) -> Group:
+    arguments = _arguments(model, configuration, backend)
+    images, curves, model_calls, seconds = [], [], 0, 0.0
+    for batch_labels, batch_seeds in zip(labels.split(batch_size), seeds.split(batch_size), strict=True):
+        steps: dict[int, Tensor] = {}
+
+        def record(step: SamplerStep, steps: dict[int, Tensor] = steps) -> None:
+            # of the draws of one step the last one stays
+            steps[step.step] = _curves(step, model.codebook_size).cpu()
+
+        start = time.perf_counter()
+        output = sampling.generate(model, labels=batch_labels, seed=batch_seeds, callback=record, **arguments)
+        images.append(output.images.cpu())
+        seconds += time.perf_counter() - start
+        curves.append(torch.stack([steps[k] for k in sorted(steps)], dim=-1))
+        model_calls = output.model_calls
+    drawn = torch.cat(images)
+    log_prob, features = judge(drawn, classifier)
+    entropy, unique, divergence = torch.cat(curves, dim=1)
+    return Group(
+        images=(drawn * 255).round().to(torch.uint8),
+        labels=labels,
+        log_prob=log_prob,
+        features=features,
+        step_entropy=entropy,
+        step_unique=unique,
+        step_divergence=divergence,
+        model_calls=torch.tensor(model_calls),
+        seconds=torch.tensor(seconds / len(labels), dtype=torch.float64),
+    )
+
+
+def _curves(step: SamplerStep, codebook_size: int) -> Tensor:
+    """Entropy, share of different tokens and mean divergence of each image after a step: (3, B) float32."""
+    entropy, unique = token_entropy(step.tokens, codebook_size)
+    divergence = torch.full_like(entropy, math.nan)
+    if step.divergence is not None:
+        # +inf where there is none
+        divergence = step.divergence.where(step.divergence.isfinite(), math.nan).nanmean(1)
+    return torch.stack([entropy, unique, divergence])
+
+
+def _arguments(model: FashionModel, configuration: Configuration, backend: str) -> dict[str, Any]:
+    arguments = configuration.generate_arguments()
+    # a share of 0 draws what no differential sampling draws, and tells the divergence; it runs on the CPU
+    if model.device.type == "cpu" and backend != "triton":
+        arguments.setdefault("differential", sampling.Differential(share=0.0))
+    return {**arguments, "backend": backend, "progress": False}
+
+
+def _check(model: FashionModel, configuration: Configuration, backend: str) -> None:
+    """Let `generate` look at the arguments before hours are spent on the configurations before this one."""
+    try:
+        sampling.generate(model, labels=[], **_arguments(model, configuration, backend))
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{configuration.name}: {error}") from error
+
+
+def _paths(configurations: Sequence[Configuration], out: Path | None) -> Sequence[Path | None]:
+    """A folder for each configuration, named after it."""
+    names = [re.sub(r"[^\w.]+", "-", configuration.name).strip("-.").lower() for configuration in configurations]
+    for i, name in enumerate(names):
+        if not name or name in names[:i]:
+            raise ValueError(f"name: expected names that make different folders, got {configurations[i].name!r} twice")
+    return [None if out is None else out / "groups" / name for name in names]
+
+
+def _digest(configuration: Configuration, labels: Tensor, seeds: Tensor, weights: str) -> str:
+    """What an image depends on; neither the batch nor the backend."""
+    facts = [dict(configuration.arguments), labels.tolist(), seeds.tolist(), weights]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _digest_of_weights(*holders: object) -> str:
+    digest = hashlib.sha256()
+    networks = (value for holder in holders for value in vars(holder).values() if isinstance(value, nn.Module))
+    for network in networks:
+        for name, tensor in network.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _load(path: Path | None, digest: str) -> Group | None:
+    if path is None or not path.is_file():
+        return None
+    with safe_open(path, "pt") as file:
+        if (file.metadata() or {}).get("digest") != digest:
+            raise ValueError(
+                f"{path}: expected images of this configuration, these seeds and weights, got those of others; "
+                f"delete {path.parent} to draw them again, or choose another folder"
+            )
+        return Group(**{name: file.get_tensor(name) for name in file.keys()})
+
+
+def _save(group: Group, path: Path | None, digest: str) -> None:
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # written beside and renamed, so that an interruption leaves no half of a file
+    partial = path.with_suffix(".partial")
+    save_file({name: tensor.contiguous() for name, tensor in vars(group).items()}, partial, {"digest": digest})
+    os.replace(partial, path)
+
+
+def _pooled(groups: Sequence[Group], kept: Sequence[int], name: str) -> Tensor:
+    tensors = [getattr(groups[i], name) for i in kept]
+    return torch.cat(tensors) if tensors[0].ndim else torch.stack(tensors)
+
+
+def _cells(estimates: dict[str, Estimate], metrics: dict[str, Metric], index: int | None = None) -> dict[str, Any]:
+    def cells() -> Iterator[tuple[str, Any]]:
+        for name in metrics:
+            estimate = estimates[name]
+            for column, tensor in ((name, estimate.value), (f"{name}_interval", estimate.half_width)):
+                number = float(tensor if index is None else tensor[index])
+                # the table tells of what its metrics are
+                yield re.sub("^(step|class)_", "", column), "" if math.isnan(number) else f"{number:.6g}"
+
+    return dict(cells())
