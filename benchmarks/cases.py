@@ -1,6 +1,7 @@
 """The cases: op, real model shape, peers, bytes moved, and the target each is held to."""
 
 import importlib.util
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -32,7 +33,7 @@ class Target:
         return ratios[self.peer] >= self.figure if self.peer else median_ms <= self.figure
 
     def __str__(self) -> str:
-        return f">= {self.figure:g}x {self.peer}" if self.peer else f"<= {self.figure:g} ms"
+        return f">= {self.figure:.3g}x {self.peer}" if self.peer else f"<= {self.figure:g} ms"
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class Case:
     bytes_moved: int
     num_positions: int
     targets: tuple[Target, ...] = field(default=())
+    bytes_per_position: float = 64
+    """What a call may allocate, its outputs included."""
 
 
 @cache
@@ -314,6 +317,108 @@ def differential_case(name: str, *, guidance_scale: float = 3.0, share: float = 
     return Case(name, run, {"pytorch": peer}, check, bytes_moved, num_positions, (Target(25, "pytorch"),))
 
 
+def remask_case(name: str, *, guidance_scale: float = 9.0) -> Case:
+    """The re-masking of Z-Sampling at B=1 with every position known, as in its last steps."""
+    pair = logits_pair(1, 64, CODEBOOK_SIZE, torch.float32)
+    cond, uncond = map(as_rows, pair)
+    num_positions = cond.shape[1]
+    tokens = torch.randint(CODEBOOK_SIZE, (1, num_positions), generator=torch.Generator().manual_seed(3))
+    remask_len = num_positions // 10
+
+    def run() -> tuple[Tensor, Tensor]:
+        return mgt_kernels.remask_tokens(
+            cond, tokens, remask_len, uncond_logits=uncond, guidance_scale=guidance_scale,
+            mask_token_id=MASK_TOKEN_ID, seed=0, step=0,
+        )  # fmt: skip
+
+    def pytorch() -> Tensor:
+        logits = uncond + guidance_scale * (cond - uncond)
+        score = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+        return tokens.scatter(1, score.topk(remask_len, largest=False).indices, MASK_TOKEN_ID)
+
+    def check() -> None:
+        remasked, score = run()
+        some = slice(0, 16)
+        truth = reference.remask_score(
+            cond[:, some], tokens[:, some], variant="paper", mask_token_id=MASK_TOKEN_ID, step=0,
+            seed=torch.zeros(1, dtype=torch.int64), uncond_logits=uncond[:, some], guidance_scale=guidance_scale,
+        )  # fmt: skip
+        if not torch.allclose(score[:, some].double(), truth, atol=1e-4, rtol=0):
+            raise AssertionError("scores differ from the oracle's")
+        lowest = score[0].topk(remask_len, largest=False).indices.sort().values
+        if not torch.equal((remasked == MASK_TOKEN_ID)[0].nonzero()[:, 0], lowest):
+            raise AssertionError("other positions than the lowest are masked")
+
+    parts = [part for half in pair for part in half.permute(0, 2, 3, 1).flatten().view(torch.int64).chunk(32)]
+
+    def one_read() -> None:
+        # as `run.read_bandwidth` reads
+        for part in parts:
+            part.amax()
+
+    bytes_moved = 2 * num_positions * CODEBOOK_SIZE * 4
+    peers: dict[str, Run] = {"pytorch": pytorch, "one read": one_read}
+    return Case(name, run, peers, check, bytes_moved, num_positions, (Target(1 / 1.5, "one read"),), 256)
+
+
+class RecordedModel:
+    """The bundled model, which notes what it is asked and does not decode."""
+
+    def __init__(self) -> None:
+        from mgt_sampler import load_model
+
+        model = load_model()
+        self.num_tokens, self.codebook_size = model.num_tokens, model.codebook_size
+        self.mask_token_id = model.mask_token_id
+        self.predict = model.predict_logits
+        self.calls: list[tuple[Tensor, Tensor | None]] = []
+
+    def predict_logits(self, tokens: Tensor, condition: Tensor | None) -> Tensor:
+        self.calls.append((tokens, condition))
+        return self.predict(tokens, condition)
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        return torch.zeros(len(tokens), 1, 1, 1)
+
+
+def z_sampling_case(name: str, *, batch: int = 8) -> Case:
+    """Steps of Z-Sampling of the bundled model, guided, against its model calls alone."""
+    from mgt_sampler import ZSampling, generate
+
+    model = RecordedModel()
+
+    def run() -> Tensor:
+        model.calls.clear()
+        output = generate(
+            model, labels=list(range(batch)), num_inference_steps=3, guidance_scale=3.0, z_sampling=ZSampling(),
+            progress=False,
+        )  # fmt: skip
+        return output.tokens
+
+    def check() -> None:
+        counts = [int((tokens[0] == model.mask_token_id).sum()) for tokens, _ in (run(), model.calls)[1]]
+        # conditional and unconditional, the inverse pass, then both again; the last step is plain
+        if len(counts) != 12 or counts[3] != counts[0] - 1 or counts[8] != counts[5] - 1:
+            raise AssertionError(f"masked positions at the model calls are {counts}")
+
+    def model_calls() -> None:
+        for tokens, condition in list(model.calls):
+            with torch.no_grad():
+                model.predict(tokens, condition)
+
+    logits_bytes = batch * model.num_tokens * model.codebook_size * 4
+    return Case(
+        name,
+        run,
+        {"its model calls": model_calls},
+        check,
+        12 * logits_bytes,
+        batch * model.num_tokens,
+        (Target(0.95, "its model calls"),),
+        math.inf,
+    )
+
+
 def ours_fp32(guidance_scale: float) -> Run:
     """Our own step with every position masked, as the yardstick of the other cases."""
     inputs = (*logits_pair(1, 64, CODEBOOK_SIZE, torch.float32), masked_tokens(1, 64, 1.0))
@@ -337,6 +442,8 @@ def builders() -> dict[str, Callable[[str], Case]]:
             step_case, share=share, against={"ours all masked": 9.0}, targets=(Target(0.7 / share, "ours all masked"),)
         )
     cases[f"differential_sample fp32 guided, {big}"] = differential_case
+    cases[f"remask_tokens fp32 guided, {big}"] = remask_case
+    cases["Z-Sampling, bundled model, B=8"] = z_sampling_case
     for isa in cpu.available_isas():
         if isa != cpu.resolve_isa():
             targets = (Target(1 / 2.5, "ours"),) if isa == "avx2" else ()

@@ -1,7 +1,7 @@
 """Fused sampling kernels for masked generative transformers: exact, seeded, independent of the batch."""
 
 from mgt_kernels.info import __version__, info
-from mgt_kernels.ops import DifferentialState, differential_sample, mask_by_confidence, sample_tokens
+from mgt_kernels.ops import DifferentialState, differential_sample, mask_by_confidence, remask_tokens, sample_tokens
 
 __all__ = [
     "DifferentialState",
@@ -9,5 +9,6 @@ __all__ = [
     "differential_sample",
     "info",
     "mask_by_confidence",
+    "remask_tokens",
     "sample_tokens",
 ]

@@ -146,7 +146,7 @@ def differential_sample(
     if status == 2:
         _raise_unavailable(isa)
     if status == 3:
-        raise bad_logits(index, tokens.shape[1], any_position=variant == "official")
+        raise bad_logits(index, tokens.shape[1])
     if status == 4:
         raise bad_token(tokens, index, logits.shape[-1], mask_token_id)
     if status:
@@ -154,11 +154,11 @@ def differential_sample(
     return token_ids, logprob, divergence
 
 
-def bad_logits(row: int, num_positions: int, any_position: bool = False) -> ValueError:
-    """Return the error for logits from which nothing can be drawn; any_position: known positions are read too."""
+def bad_logits(row: int, num_positions: int) -> ValueError:
+    """Return the error for logits from which nothing can be drawn."""
     return ValueError(
-        f"logits: {_where(row, num_positions)} {'' if any_position else 'is masked and '}holds NaN or +inf, or forbids "
-        "every token; expected finite values or -inf, and at least one finite value"
+        f"logits: {_where(row, num_positions)} holds NaN or +inf, or forbids every token; "
+        "expected finite values or -inf, and at least one finite value"
     )
 
 

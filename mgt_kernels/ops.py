@@ -10,6 +10,8 @@ from mgt_kernels import cpu, reference
 
 BACKENDS = ("auto", "reference", "scalar", "avx2", "avx512", "triton")
 
+REMASK_VARIANTS = ("paper", "official", "random")
+
 _LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 # its inverse is still far from the largest float32
@@ -269,6 +271,81 @@ def mask_by_confidence(
     )
 
 
+def remask_tokens(
+    logits: Tensor | None,
+    tokens: Tensor,
+    remask_len: int | Tensor,
+    *,
+    mask_token_id: int,
+    seed: int | Tensor,
+    step: int | Tensor,
+    variant: str = "paper",
+    uncond_logits: Tensor | None = None,
+    guidance_scale: float = 1.0,
+    keep: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    r"""Mask known tokens again, those that the model thinks least of: the inverse pass of masked Z-Sampling.
+
+    With l the guided logits of `sample_tokens` (no noise, temperature 1) and g ~ Gumbel(0, 1), a function of
+    (seed, step, position) alone, for each known position i::
+
+        score_i  = l_token - logsumexp(l)                   variant "paper": log-probability of its own token, nats
+        score_i  = -(max_j l_j - logsumexp(l))              variant "official", as the published code
+        score_i  = g_i                                      variant "random", which reads no logits
+
+    and the remask_len lowest become mask_token_id; among ties lower positions are masked first. Exactly remask_len,
+    always. The logits are read once, in one draw of `sample_tokens` at temperature 0, which needs no random numbers and
+    gives the largest logit with its log-probability.
+
+    Args:
+        logits: (B, N, V), as for `sample_tokens`; None with variant "random".
+        tokens: (B, N) int64, mask_token_id where masked; the logits there are not read.
+        remask_len: how many known positions are masked again, within [0, known positions]; an int for all samples or
+            (B,) int64. (On CUDA, where checking would wait for the device, a larger value masks every such position,
+            and a bad row ranks lowest.)
+        mask_token_id: what masked positions hold.
+        seed: one seed for the whole batch, or (B,) int64; variant "random" alone draws.
+        step: index of the decoding step, within [0, 2^32); an int or a 0-dimensional int64 tensor.
+        variant: "paper", "official" or "random".
+        uncond_logits: (B, N, V) of the same dtype and device, or None for no guidance.
+        guidance_scale: finite; the paper's inversion guidance.
+        keep: (B, N) bool, known positions that are never masked again, such as those of a picture that is painted in;
+            they are no longer counted as known.
+        backend: as for `sample_tokens`.
+
+    Returns:
+        tokens (B, N) int64, and score (B, N) float32, +inf where masked before or kept.
+
+    Raises:
+        TypeError: if an argument has the wrong type or dtype.
+        ValueError: if a shape, stride, device or range is wrong, a known token is outside [0, V), remask_len is out of
+            range, or the logits of a known position hold NaN or +inf or forbid every token.
+        RuntimeError: if the backend asked for is not available.
+
+    Source: masked Z-Sampling, arXiv 2411.10781; its authors' code for variant "official".
+    """
+    if variant not in REMASK_VARIANTS:
+        raise ValueError(f"variant: expected one of {REMASK_VARIANTS}, got {variant!r}")
+    if variant == "random":
+        _check_tensor("tokens", tokens, 2, (torch.int64,))
+        logits = uncond_logits = None
+    elif logits is None:
+        raise ValueError(f"logits: expected a tensor with variant {variant!r}, got None")
+    else:
+        _check_draw(logits, tokens, uncond_logits, guidance_scale, 0.0, 0.0)
+    if keep is not None:
+        _check_tensor("keep", keep, 2, (torch.bool,), tokens.device)
+        _check_shape("keep", keep, tuple(tokens.shape))
+    batch, device = tokens.shape[0], tokens.device
+    remask_len = _per_sample("remask_len", remask_len, batch, device)
+    seed, step = _check_seed(seed, batch, device), _check_step(step, device)
+    backend = _check_backend(backend, device)
+    return torch.ops.mgt_kernels.remask_tokens(
+        logits, tokens, remask_len, seed, step, mask_token_id, variant, uncond_logits, guidance_scale, keep, backend
+    )
+
+
 def _check_draw(
     logits: Tensor,
     tokens: Tensor,
@@ -498,11 +575,68 @@ def _reference_differential_sample(
     if len(outside):
         raise cpu.bad_token(tokens, int(outside[0]), logits.shape[-1], mask_token_id)
     if bad_row >= 0:
-        raise cpu.bad_logits(bad_row, tokens.shape[1], any_position=variant == "official")
+        raise cpu.bad_logits(bad_row, tokens.shape[1])
     history.copy_(new_history)
     written.copy_(new_written)
     history_step.copy_(step)
     return token_ids.contiguous(), logprob.float().contiguous(), divergence.float().contiguous()
+
+
+def _remask_tokens(
+    logits: Tensor | None,
+    tokens: Tensor,
+    remask_len: Tensor,
+    seed: Tensor,
+    step: Tensor,
+    mask_token_id: int,
+    variant: str,
+    uncond_logits: Tensor | None,
+    guidance_scale: float,
+    keep: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    eligible = tokens != mask_token_id
+    if keep is not None:
+        eligible = eligible & ~keep
+    checked = tokens.device.type == "cpu"
+    if checked:
+        num_eligible = eligible.sum(-1)
+        outside = ((remask_len < 0) | (remask_len > num_eligible)).nonzero()
+        if len(outside):
+            sample = int(outside[0])
+            raise ValueError(
+                f"remask_len: sample {sample} is {int(remask_len[sample])}; expected a value within "
+                f"[0, {int(num_eligible[sample])}], the known positions that are not kept"
+            )
+    if logits is None:
+        score = reference.remask_gumbel(seed, tokens.shape[1], step).float()
+    else:
+        num_tokens = logits.shape[2]
+        if checked:
+            bad = (eligible & ((tokens < 0) | (tokens >= num_tokens))).flatten().nonzero()
+            if len(bad):
+                raise cpu.bad_token(tokens, int(bad[0]), num_tokens, mask_token_id)
+        # the eligible take the place of the masked, which are what is drawn; any other id makes the rest known
+        other = 0 if mask_token_id != 0 else min(1, num_tokens - 1)
+        likeliest, logprob = sample_tokens(
+            logits, torch.where(eligible, mask_token_id, other), mask_token_id=mask_token_id, seed=seed, step=step,
+            uncond_logits=uncond_logits, guidance_scale=guidance_scale, temperature=0.0, backend=backend,
+        )  # fmt: skip
+        score = -logprob
+        if variant == "paper":
+            index = torch.stack([tokens, likeliest], dim=-1).clamp(0, num_tokens - 1)
+            own, best = logits.gather(-1, index).double().unbind(-1)
+            if uncond_logits is not None:
+                uncond_own, uncond_best = uncond_logits.gather(-1, index).double().unbind(-1)
+                forbidden = (own == -math.inf) | (uncond_own == -math.inf)
+                own = (uncond_own + guidance_scale * (own - uncond_own)).masked_fill(forbidden, -math.inf)
+                best = uncond_best + guidance_scale * (best - uncond_best)
+            score = (logprob + (own - best)).float()
+    score = torch.where(eligible, score, torch.inf)
+    remasked = mask_by_confidence(
+        tokens, score, remask_len, mask_token_id=mask_token_id, temperature=0.0, seed=seed, step=step, backend=backend
+    )
+    return remasked, score
 
 
 # any device runs the reference; what is registered below are the kernels of a device
@@ -515,6 +649,14 @@ _differential_sample = torch.library.custom_op(
 _mask_by_confidence = torch.library.custom_op(
     "mgt_kernels::mask_by_confidence", _reference_mask_by_confidence, mutates_args=()
 )
+
+# the same on every device: what differs is in the ops it is made of
+_remask = torch.library.custom_op("mgt_kernels::remask_tokens", _remask_tokens, mutates_args=())
+
+
+@_remask.register_fake
+def _(logits, tokens, *_):  # type: ignore[no-untyped-def]
+    return tokens.new_empty(tokens.shape), tokens.new_empty(tokens.shape, dtype=torch.float32)
 
 
 @_sample_tokens.register_fake

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from mgt_sampler import cli
+from mgt_sampler import Differential, ZSampling, cli
 from mgt_sampler.images import image_grid
 from mgt_sampler.models.fashion import WEIGHTS_DIR
 
@@ -93,6 +93,10 @@ def test_defaults(model, calls):
         "token_temperature": 1.0,
         "noise_scale": 0.0,
         "mask_schedule": "cosine",
+        "differential": None,
+        "z_sampling": None,
+        "momentum": 0.0,
+        "skip": (),
         "seed": 0,
         "callback": None,
         "progress": True,
@@ -113,6 +117,12 @@ def test_defaults(model, calls):
         ("--noise-scale", "abs_cos:2", "noise_scale", "abs_cos:2"),
         ("--mask-schedule", "pow0.6", "mask_schedule", "pow0.6"),
         ("--mask-schedule", ",".join(["0.5"] * 12), "mask_schedule", [0.5] * 12),
+        ("--differential", "paper", "differential", Differential()),
+        ("--differential", "official:0.5", "differential", Differential(0.5, "official")),
+        ("--z-sampling", "official", "z_sampling", ZSampling(variant="official")),
+        ("--z-sampling", "paper:1.5", "z_sampling", ZSampling(1.5)),
+        ("--momentum", "0.3,0", "momentum", [0.3, 0.0]),
+        ("--skip", "2", "skip", [2]),
         ("--seed", "-7", "seed", -7),
         ("--backend", "reference", "backend", "reference"),
         ("--no-progress", None, "progress", False),
@@ -141,7 +151,7 @@ def test_the_same_seed_gives_the_same_file(model, tmp_path):
 @pytest.mark.parametrize("name", ["run.gif", "run.webp", "run.apng"])
 def test_an_animation_of_the_tokens(model, name):
     result = mgt("sample", "-n", "2", "--steps", "4", "--trajectory", name)
-    assert result.exit_code == 0 and f"{name}: 4 steps" in result.stdout
+    assert result.exit_code == 0 and f"{name}: 4 draws" in result.stdout
     assert Image.open(name).n_frames == 5
     assert Image.open(name).size == Image.open("grid.png").size
 
@@ -205,6 +215,10 @@ def test_evaluate_says_what_is_missing(model, monkeypatch):
     [
         (("--class", "sneakr"), "--class: expected all or one of t-shirt, sneaker, boot, got 'sneakr'"),
         (("--steps", "0"), "--steps"),
+        (("--differential", "paper:2"), "differential.share: expected a number in [0, 1], got 2.0"),
+        (("--differential", "best"), "differential.variant: expected one of"),
+        (("--z-sampling", "paper:much"), "inversion_guidance_scale: expected a number after the colon"),
+        (("--skip", "0"), "skip: expected steps within"),
         (("--num-images", "0"), "--num-images"),
         (("--guidance-scale", "much"), "guidance_scale: expected a number, "),
         (("--temperature", "-1"), "temperature: expected a finite number of at least 0"),

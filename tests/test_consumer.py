@@ -24,8 +24,13 @@ def test_a_c_program_draws_the_same(tmp_path):
     run = subprocess.run([tmp_path / "main"], check=True, capture_output=True, text=True)
     token_ids, logprob = zip(*(line.split() for line in run.stdout.splitlines()), strict=True)
 
-    logits = (torch.arange(200) % 7 * 0.5).view(1, 5, 40)
     tokens = torch.tensor([[40, 40, 11, 40, 40]])
-    expected = mgt_kernels.sample_tokens(logits, tokens, mask_token_id=40, seed=7, step=3)
-    assert [int(token) for token in token_ids] == expected[0][0].tolist()
-    assert [float.fromhex(value) if value != "inf" else torch.inf for value in logprob] == expected[1][0].tolist()
+    plain, first, second = ((torch.arange(200) % every * 0.5).view(1, 5, 40) for every in (7, 7, 6))
+    draws = [mgt_kernels.sample_tokens(plain, tokens, mask_token_id=40, seed=7, step=3)]
+    state = None
+    for step, logits in enumerate((first, second)):
+        *draw, state = mgt_kernels.differential_sample(logits, tokens, state, mask_token_id=40, seed=7, step=step)
+        draws.append(draw)
+    expected_ids, expected_logprob = (torch.cat([draw[i][0] for draw in draws]).tolist() for i in range(2))
+    assert [int(token) for token in token_ids] == expected_ids
+    assert [float.fromhex(value) if value != "inf" else torch.inf for value in logprob] == expected_logprob

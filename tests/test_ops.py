@@ -30,6 +30,15 @@ def test_mask_by_confidence_passes_opcheck():
     torch.library.opcheck(torch.ops.mgt_kernels.mask_by_confidence, (*MASK, 1.0, "auto"))
 
 
+@pytest.mark.parametrize("variant", ["paper", "official", "random"])
+def test_remask_tokens_passes_opcheck(variant, backend):
+    logits = None if variant == "random" else torch.randn(2, 5, 40)
+    arguments = (logits, torch.arange(10).view(2, 5), torch.tensor([1, 2]), torch.tensor([3, 4]), torch.tensor(5), 40)
+    uncond = None if logits is None else torch.randn(2, 5, 40)
+    keep = torch.tensor([[True] + 4 * [False]]).expand(2, -1)
+    torch.library.opcheck(torch.ops.mgt_kernels.remask_tokens, (*arguments, variant, uncond, 2.0, keep, backend))
+
+
 @pytest.mark.parametrize("has_history, variant, aliased", [(False, "paper", False), (True, "official", True)])
 def test_differential_sample_passes_opcheck(has_history, variant, aliased, backend):
     logits, tokens, seed, step, mask_token_id = SAMPLE

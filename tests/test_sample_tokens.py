@@ -365,9 +365,9 @@ def test_bad_logits_are_named(backend, value, layout):
     if layout == "position_major":
         logits = position_major(logits)
     args = dict(mask_token_id=5000, seed=0, step=0, backend=backend)
-    with pytest.raises(ValueError, match="logits: sample 1, position 33 is masked and holds NaN or"):
+    with pytest.raises(ValueError, match="logits: sample 1, position 33 holds NaN or"):
         mgt_kernels.sample_tokens(logits, tokens, **args)
-    with pytest.raises(ValueError, match="logits: sample 1, position 33 is masked and holds NaN or"):
+    with pytest.raises(ValueError, match="logits: sample 1, position 33 holds NaN or"):
         mgt_kernels.sample_tokens(logits, tokens, uncond_logits=torch.zeros_like(logits), guidance_scale=3.0, **args)
     tokens[1, 33] = 0
     tokens[2, 5] = 0

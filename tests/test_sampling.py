@@ -75,7 +75,7 @@ def test_masked_counts(model, num_inference_steps, schedule):
         model,
         num_inference_steps=num_inference_steps,
         mask_schedule=schedule,
-        callback=lambda step, tokens, logprob, mask: counts.append(mask.sum(1).tolist()),
+        callback=lambda step: counts.append(step.mask.sum(1).tolist()),
     )
     expected = mask_lens(schedule, num_inference_steps, N)
     assert counts == [[count] * 3 for count in expected]
@@ -83,9 +83,10 @@ def test_masked_counts(model, num_inference_steps, schedule):
 
 def test_callback_sees_every_step(model):
     seen, known = [], torch.zeros(3, N, dtype=torch.bool)
-    output = sample(model, temperature=0.0, callback=lambda *step: seen.append(step))
-    assert [step for step, *_ in seen] == [0, 1, 2, 3, 4]
-    for _, tokens, logprob, mask in seen:
+    output = sample(model, temperature=0.0, callback=seen.append)
+    assert [step.step for step in seen] == [step.draw for step in seen] == [0, 1, 2, 3, 4]
+    for step in seen:
+        tokens, logprob, mask = step.tokens, step.logprob, step.mask
         assert tokens.dtype == torch.int64 and logprob.dtype == torch.float32 and mask.dtype == torch.bool
         assert tokens.max() < V
         assert (logprob[known] == math.inf).all() and (logprob[~known] <= 0).all()
@@ -93,19 +94,19 @@ def test_callback_sees_every_step(model):
         for row, masked in zip(logprob, mask, strict=True):
             assert not masked.any() or row[masked].max() <= row[~masked].min()
         known = ~mask
-    assert torch.equal(seen[-1][1], output.tokens) and known.all()
+    assert torch.equal(seen[-1].tokens, output.tokens) and known.all()
 
 
 def test_a_token_stays_once_it_is_known(model):
     seen = []
-    output = sample(model, callback=lambda *step: seen.append(step))
-    for _, tokens, _, mask in seen:
-        assert torch.equal(tokens[~mask], output.tokens[~mask])
+    output = sample(model, callback=seen.append)
+    for step in seen:
+        assert torch.equal(step.tokens[~step.mask], output.tokens[~step.mask])
 
 
 def test_known_tokens_are_kept_and_counts_start_from_the_masked(model):
     start, counts = half_known(), []
-    output = sample(model, tokens=start, callback=lambda k, tokens, logprob, mask: counts.append(mask.sum(1)))
+    output = sample(model, tokens=start, callback=lambda step: counts.append(step.mask.sum(1)))
     known = start != MASK
     assert torch.equal(output.tokens[known], start[known]) and (output.tokens != MASK).all()
     assert torch.stack(counts, 1).tolist() == [mask_lens("cosine", 5, n) for n in (4, 9, 16)]
@@ -188,7 +189,7 @@ def test_guidance_1_makes_no_unconditional_pass(model):
     assert len(model.calls) == 5 and all(condition is not None for condition in model.calls)
     model.calls.clear()
     sample(model, guidance_scale=[1, 2, 1, 0, 1])
-    assert [condition is None for condition in model.calls] == [False, False, True, False, False, True, False]
+    assert [condition is None for condition in model.calls] == [False, False, True, False, True, False]
 
 
 def test_guidance_formula(model):
@@ -308,15 +309,15 @@ def test_logits_of_another_shape_are_named(model):
 
 
 def test_what_a_gpu_kernel_could_not_draw_is_named_with_its_place(model, monkeypatch):
-    from mgt_sampler import sampling
+    from mgt_sampler import techniques
 
     def draw(*args, **kwargs):
         token_ids, logprob = original(*args, **kwargs)
         token_ids[2, 7] = MASK
         return token_ids, logprob
 
-    original = sampling.sample_tokens
-    monkeypatch.setattr(sampling, "sample_tokens", draw)
+    original = techniques.sample_tokens
+    monkeypatch.setattr(techniques, "sample_tokens", draw)
     with pytest.raises(ValueError, match=r"^model.predict_logits: .* sample 2, position 7"):
         sample(model, num_inference_steps=1)
 

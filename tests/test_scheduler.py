@@ -1,6 +1,7 @@
 """`MGTScheduler`: rng="torch" is `AmusedScheduler` bit for bit, rng="philox" has a law of its own."""
 
 import copy
+import functools
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ diffusers = pytest.importorskip("diffusers")
 
 from diffusers import AmusedScheduler  # noqa: E402
 
-from mgt_sampler import MGTScheduler, MGTSchedulerOutput  # noqa: E402
+from mgt_sampler import MGTScheduler, MGTSchedulerOutput, ZSampling, z_sample  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -222,7 +223,7 @@ class TestPhilox:
 
     @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
     def test_logits_go_in_without_a_copy(self, memory_format, monkeypatch):
-        from mgt_sampler import scheduler as module
+        from mgt_sampler import techniques as module
 
         seen = []
 
@@ -535,6 +536,7 @@ def pipeline(kind, parts, scheduler):
 
 
 def call(pipe, generator, batch_size=2, **kwargs):
+    """The latents of a pipeline, or of z_sample with one."""
     embeddings = {
         "prompt_embeds": randn(batch_size, 8),
         "encoder_hidden_states": randn(batch_size, 5, 8),
@@ -641,3 +643,182 @@ class TestPipelines:
         pipe.save_pretrained(tmp_path)
         loaded = diffusers.AmusedPipeline.from_pretrained(tmp_path, tokenizer=None, text_encoder=None)
         assert isinstance(loaded.scheduler, MGTScheduler) and loaded.scheduler.config.noise_scale == "abs_cos:2"
+
+
+SIZE = {"height": 16, "width": 16}
+
+
+class TestTechniques:
+    """Differential sampling and momentum in the scheduler, Z-Sampling through `z_sample`."""
+
+    @pytest.mark.parametrize(
+        "techniques",
+        [
+            {"differential": {"share": 0.75}},
+            {"momentum": 0.4},
+            {"differential": {"variant": "official"}, "momentum": 0.2},
+        ],
+    )
+    def test_the_scheduler_draws_what_generate_draws(self, techniques):
+        from mgt_sampler import Differential, generate
+
+        class Model:
+            num_tokens, codebook_size, mask_token_id = 16, 8, MASK
+
+            def __init__(self):
+                self.table = randn(10, 16, 8)
+
+            def predict_logits(self, tokens, condition):
+                return (
+                    self.table[(tokens == MASK).sum(1) % 10] + randn(1, 16, 8) * (tokens == MASK).sum(1)[:, None, None]
+                )
+
+            def decode(self, tokens):
+                return tokens.view(-1, 1, 4, 4).float()
+
+        model, scheduler = Model(), MGTScheduler(MASK, **techniques)
+        scheduler.set_timesteps(5, temperature=(2, 0))
+        tokens, generator = torch.full((2, 16), MASK), seeded(3)
+        for timestep in scheduler.timesteps:
+            tokens = scheduler.step(
+                model.predict_logits(tokens, None), timestep, tokens, generator=generator
+            ).prev_sample
+        seed = torch.randint(2**63 - 1, (2,), generator=seeded(3))
+        arguments = dict(techniques)
+        if "differential" in arguments:
+            arguments["differential"] = Differential(**arguments["differential"])
+        expected = generate(
+            model, num_inference_steps=5, temperature=(2.0, 0.0), seed=seed, progress=False, **arguments
+        )
+        assert torch.equal(tokens, expected.tokens)
+        plain = generate(model, num_inference_steps=5, temperature=(2.0, 0.0), seed=seed, progress=False)
+        assert not torch.equal(tokens, plain.tokens)
+
+    def test_runs_do_not_know_of_each_other(self, parts):
+        techniques = {"differential": {"share": 0.75}, "momentum": 0.3, "noise_scale": "abs_cos:1"}
+        pipe = pipeline("AmusedPipeline", parts, MGTScheduler(mask_token_id=31, **techniques))
+        first, second = (call(pipe, seeded(seed), **SIZE) for seed in (0, 1))
+        other = pipeline("AmusedPipeline", parts, MGTScheduler(mask_token_id=31, **techniques))
+        assert torch.equal(call(other, seeded(1), **SIZE), second)
+        assert torch.equal(call(other, seeded(0), **SIZE), first)
+
+    def test_the_config_keeps_them(self, tmp_path):
+        scheduler = MGTScheduler(MASK, differential={"share": 0.5, "variant": "official"}, momentum=0.1)
+        scheduler.save_pretrained(tmp_path)
+        loaded = MGTScheduler.from_pretrained(tmp_path)
+        assert loaded.config.differential == {"share": 0.5, "variant": "official"} and loaded.config.momentum == 0.1
+
+    @pytest.mark.parametrize(
+        ("kwargs", "error", "message"),
+        [
+            ({"differential": {"share": 2}}, ValueError, "^differential.share: expected"),
+            ({"differential": {"z": 1}}, TypeError, "'z'"),
+            ({"differential": {}, "rng": "torch"}, ValueError, "^rng: expected 'philox' with differential or momentum"),
+            ({"momentum": 0.1, "rng": "torch"}, ValueError, "^rng: expected 'philox' with differential or momentum"),
+        ],
+    )
+    def test_bad_arguments(self, kwargs, error, message):
+        with pytest.raises(error, match=message):
+            MGTScheduler(MASK, **kwargs)
+
+    def z_call(self, pipe, z_sampling=None, **kwargs):
+        return call(functools.partial(z_sample, pipe, z_sampling=z_sampling), seeded(0), **{**SIZE, **kwargs})
+
+    @pytest.mark.parametrize("variant", ["paper", "official", "random"])
+    def test_z_sampling(self, parts, variant):
+        pipe, counts = pipeline("AmusedPipeline", parts, MGTScheduler(mask_token_id=31)), []
+        hook = parts["transformer"].register_forward_pre_hook(
+            lambda module, args: counts.append((args[0] == 31).sum((1, 2)).tolist())
+        )
+        latents = self.z_call(pipe, ZSampling(variant=variant), num_inference_steps=5)
+        hook.remove()
+        assert latents.max() < 8
+        expected = [256, 243, 255, 243, 207, 242, 207, 150, 206, 150, 79, 149, 79]
+        if variant == "random":
+            # no inverse pass
+            del expected[1::3]
+        assert counts == [[count] * 4 for count in expected]
+
+    def test_z_sampling_at_no_step_is_a_plain_run(self, parts):
+        pipe = pipeline("AmusedPipeline", parts, MGTScheduler(mask_token_id=31))
+        plain = call(pipe, seeded(0), **SIZE)
+        assert torch.equal(self.z_call(pipe, ZSampling(steps=[])), plain)
+        assert not torch.equal(self.z_call(pipe), plain)
+        # and nothing of it stays behind
+        assert torch.equal(call(pipe, seeded(0), **SIZE), plain)
+        assert "step" not in vars(pipe.scheduler) and not parts["transformer"]._forward_hooks
+
+    def test_z_sampling_in_a_batch_and_with_everything(self, parts):
+        pipe = pipeline(
+            "AmusedPipeline",
+            parts,
+            MGTScheduler(mask_token_id=31, noise_scale="abs_cos:1", differential={"share": 0.75}, momentum=0.2),
+        )
+        arguments = {"z_sampling": ZSampling(0.5), **SIZE}
+        run = functools.partial(z_sample, pipe, **arguments)
+        batch = call(run, [seeded(0), seeded(1)])
+        again = call(run, [seeded(0), seeded(2)])
+        assert torch.equal(batch[0], again[0]) and not torch.equal(batch[1], again[1])
+
+    def test_z_sampling_keeps_what_is_not_painted(self, parts):
+        pipe = pipeline("AmusedInpaintPipeline", parts, MGTScheduler(mask_token_id=31))
+        tokens = parts["vqvae"].quantize(parts["vqvae"].encode(IMAGES).latents)[2][2].reshape(2, 16, 16)
+        mask_image = PAINT.expand(2, -1, -1, -1)
+        painted = call(functools.partial(z_sample, pipe), seeded(0), image=IMAGES, mask_image=mask_image, strength=1.0)
+        keep = PAINT[0].bool().logical_not().expand(2, -1, -1)
+        assert torch.equal(painted[keep], tokens[keep]) and painted.max() < 8
+
+    def test_z_sampling_of_image_to_image(self, parts):
+        pipe = pipeline("AmusedImg2ImgPipeline", parts, MGTScheduler(mask_token_id=31))
+        assert call(functools.partial(z_sample, pipe), seeded(0), image=IMAGES, strength=0.5).max() < 8
+
+    def test_the_inverse_pass_sees_the_next_timestep_and_its_own_guidance(self):
+        """A pipeline of Meissonic's shape: keywords, and a timestep that the transformer is told."""
+        calls = []
+
+        class Transformer(torch.nn.Module):
+            def forward(self, hidden_states, timestep):
+                calls.append((len(hidden_states), int(timestep), int((hidden_states[0] == MASK).sum())))
+                half = randn(len(hidden_states) // 2, V, H, W, seed=int(timestep))
+                return torch.cat([half, -half]) if uncond_is_other else torch.cat([half, half])
+
+        class Pipeline:
+            transformer, scheduler = Transformer(), MGTScheduler(MASK)
+
+            def __call__(self, guidance_scale=9.0, steps=3):
+                self.scheduler.set_timesteps(steps)
+                tokens, generator = all_masked(1), seeded(0)
+                for timestep in self.scheduler.timesteps:
+                    output = self.transformer(hidden_states=torch.cat([tokens] * 2), timestep=timestep[None])
+                    uncond, cond = output.chunk(2)
+                    logits = uncond + guidance_scale * (cond - uncond)
+                    tokens = self.scheduler.step(logits, timestep, tokens, generator=generator).prev_sample
+                return tokens
+
+        results = {}
+        for uncond_is_other in (False, True):
+            for scale in (0.0, 1.0, 0.5):
+                calls.clear()
+                results[uncond_is_other, scale] = z_sample(Pipeline(), z_sampling=ZSampling(scale))
+                first, second = mask_lens("cosine", 3, N)[:2]
+                assert [timestep for _, timestep, _ in calls] == [2, 1, 2, 1, 0, 1, 0]
+                assert [count for *_, count in calls] == [N, first, N - 1, first, second, first - 1, second]
+                assert {size for size, *_ in calls} == {2}
+        assert torch.equal(results[False, 0.0], results[False, 1.0])
+        assert not torch.equal(results[True, 0.0], results[True, 1.0])
+        assert not torch.equal(results[True, 0.5], results[True, 1.0])
+
+    def test_z_sampling_of_what_it_cannot_drive(self, parts):
+        pipe = pipeline("AmusedPipeline", parts, AmusedScheduler(mask_token_id=31))
+        with pytest.raises(TypeError, match=r"^pipe: expected one with an MGTScheduler, got AmusedScheduler"):
+            self.z_call(pipe)
+        pipe.scheduler = MGTScheduler(mask_token_id=31, rng="torch")
+        with pytest.raises(ValueError, match=r"^pipe: expected an MGTScheduler with rng 'philox', got 'torch'"):
+            self.z_call(pipe)
+        pipe.scheduler = MGTScheduler(mask_token_id=31)
+        with pytest.raises(ValueError, match=r"^z_sampling.inversion_guidance_scale: expected 1 where the pipeline"):
+            self.z_call(pipe, ZSampling(0.0), guidance_scale=1.0)
+        with pytest.raises(ValueError, match=r"^z_sampling.steps: expected steps within \[0, 4\], got 7"):
+            self.z_call(pipe, ZSampling(steps=[7]))
+        assert "step" not in vars(pipe.scheduler) and not parts["transformer"]._forward_hooks
+        assert self.z_call(pipe, ZSampling(1.0), guidance_scale=1.0).max() < 8

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-STREAM_TOKEN, STREAM_NOISE, STREAM_CONFIDENCE = 0, 1, 2
+STREAM_TOKEN, STREAM_NOISE, STREAM_CONFIDENCE, STREAM_REMASK = range(4)
 PHILOX_ROUNDS = 7
 # column c takes word (c // 512) % 4 of block (c // 2048) * 512 + c % 512
 WORD_WIDTH = 512
@@ -21,15 +21,15 @@ def _mulhilo(a: Tensor, m: int) -> tuple[Tensor, Tensor]:
     return (product >> 32) & _LOW, product & _LOW
 
 
-def philox(seed: Tensor, block: Tensor, position: Tensor, step: int, stream: int) -> tuple[Tensor, ...]:
+def philox(seed: Tensor, block: Tensor, position: Tensor, step: int | Tensor, stream: int) -> tuple[Tensor, ...]:
     """Compute the four words of Philox4x32-7 for counters (block, position, step, stream) and 64-bit keys.
 
     Args:
         seed: int64, broadcastable; its two's complement halves are the key.
         block: int64 in [0, 2^32), broadcastable.
         position: int64 in [0, 2^32), broadcastable.
-        step: in [0, 2^32).
-        stream: 0 token Gumbel, 1 Gaussian logit noise, 2 confidence Gumbel.
+        step: in [0, 2^32), an int or a 0-dimensional int64 tensor.
+        stream: 0 token Gumbel, 1 Gaussian logit noise, 2 confidence Gumbel, 3 re-masking at random.
 
     Returns:
         Four int64 tensors with values in [0, 2^32).
@@ -38,7 +38,8 @@ def philox(seed: Tensor, block: Tensor, position: Tensor, step: int, stream: int
     """
     seed, c0, c1 = torch.broadcast_tensors(seed, block, position)
     key0, key1 = seed & _LOW, (seed >> 32) & _LOW
-    c2, c3 = torch.full_like(c0, step), torch.full_like(c0, stream)
+    # a sum, because a fill would wait for a step on a GPU
+    c2, c3 = torch.zeros_like(c0) + step, torch.full_like(c0, stream)
     for _ in range(PHILOX_ROUNDS):
         hi0, lo0 = _mulhilo(c0, _MUL0)
         hi1, lo1 = _mulhilo(c2, _MUL1)
@@ -76,10 +77,20 @@ def token_gumbel(seed: Tensor, num_positions: int, num_tokens: int, step: int) -
     return _gumbel(_to_columns(_column_words(seed, num_positions, num_tokens, step, STREAM_TOKEN), num_tokens))
 
 
+def _position_gumbel(seed: Tensor, num_positions: int, step: int | Tensor, stream: int) -> Tensor:
+    """Word 0 of block 0 of each position as Gumbel(0, 1) noise: (B, N) float64."""
+    position = torch.arange(num_positions, device=seed.device)
+    return _gumbel(philox(seed[:, None], torch.zeros_like(position), position, step, stream)[0])
+
+
 def confidence_gumbel(seed: Tensor, num_positions: int, step: int) -> Tensor:
     """Return the Gumbel(0, 1) noise of the confidences: (B, N) float64, word 0 of block 0 of each position."""
-    position = torch.arange(num_positions, device=seed.device)
-    return _gumbel(philox(seed[:, None], torch.zeros_like(position), position, step, STREAM_CONFIDENCE)[0])
+    return _position_gumbel(seed, num_positions, step, STREAM_CONFIDENCE)
+
+
+def remask_gumbel(seed: Tensor, num_positions: int, step: int | Tensor) -> Tensor:
+    """Return the Gumbel(0, 1) noise by which `remask_tokens` chooses at random: (B, N) float64."""
+    return _position_gumbel(seed, num_positions, step, STREAM_REMASK)
 
 
 def gaussian(seed: Tensor, num_positions: int, num_tokens: int, step: int) -> Tensor:

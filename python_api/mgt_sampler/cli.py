@@ -17,8 +17,9 @@ from mgt_kernels import sample_tokens
 
 from .images import ANIMATIONS, STILLS, check_suffix, save_grid, save_trajectory, trajectory_images
 from .models import load_model
-from .sampling import generate
+from .sampling import SamplerStep, generate
 from .schedules import MASK_SCHEDULES, VALUE_SCHEDULES
+from .techniques import Differential, ZSampling
 
 app = typer.Typer(
     help="Sample images from masked generative transformers.",
@@ -29,7 +30,7 @@ app = typer.Typer(
 )
 
 _EPILOG = (
-    f"Guidance scale, temperatures and noise scale each take {VALUE_SCHEDULES}; "
+    f"Guidance scale, temperatures, noise scale and momentum each take {VALUE_SCHEDULES}; "
     "numbers are separated by commas, as in --temperature 2,0."
 )
 
@@ -47,6 +48,24 @@ NoiseScale = Annotated[str, typer.Option("--noise-scale", help="Gaussian noise o
 Schedule = Annotated[
     str,
     typer.Option("--mask-schedule", help=f"How many tokens stay masked after each step: {MASK_SCHEDULES}."),
+]
+DifferentialOption = Annotated[
+    str | None,
+    typer.Option(
+        "--differential", metavar="VARIANT[:SHARE]", help="Differential sampling: paper or official, as in paper:0.75."
+    ),
+]
+ZOption = Annotated[
+    str | None,
+    typer.Option(
+        "--z-sampling",
+        metavar="VARIANT[:SCALE]",
+        help="Masked Z-Sampling: paper, official or random; with the inversion guidance scale, 0: unconditional.",
+    ),
+]
+Momentum = Annotated[str, typer.Option(help="Carries the logits on along their last change; 0: doesn't.")]
+Skip = Annotated[
+    list[int] | None, typer.Option(metavar="STEP", help="A step, from 0, that does without the model; repeat for more.")
 ]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same images.")]
 Backend = Annotated[str, typer.Option(help="Kernels: auto, reference, scalar, avx2, avx512 or triton.")]
@@ -80,6 +99,10 @@ def sample(
     token_temperature: TokenTemperature = "1",
     noise_scale: NoiseScale = "0",
     mask_schedule: Schedule = "cosine",
+    differential: DifferentialOption = None,
+    z_sampling: ZOption = None,
+    momentum: Momentum = "0",
+    skip: Skip = None,
     seed: Seed = 0,
     model: ModelName = "fashion",
     device: Device = "cpu",
@@ -89,8 +112,8 @@ def sample(
     """Draw images of one class, or a row of every class, and write them as a grid."""
     states: list[tuple[Tensor, Tensor]] = []
 
-    def record(step: int, tokens: Tensor, logprob: Tensor, mask: Tensor) -> None:
-        states.append((tokens, mask))
+    def record(step: SamplerStep) -> None:
+        states.append((step.tokens, step.mask))
 
     with _errors_of_users():
         check_suffix("--out", out, STILLS)
@@ -108,6 +131,10 @@ def sample(
             token_temperature=_values(token_temperature),
             noise_scale=_values(noise_scale),
             mask_schedule=_ratios(mask_schedule),
+            differential=None if differential is None else Differential(**_variant("share", differential)),
+            z_sampling=None if z_sampling is None else ZSampling(**_variant("inversion_guidance_scale", z_sampling)),
+            momentum=_values(momentum),
+            skip=skip or (),
             seed=seed,
             callback=None if trajectory is None else record,
             progress=progress,
@@ -119,7 +146,7 @@ def sample(
         typer.echo(f"{out}: {len(output.images)} images, {names if len(classes) == 1 else 'a row each of ' + names}")
         if trajectory is not None:
             save_trajectory(trajectory_images(network, states), trajectory, num_columns=num_columns)
-            typer.echo(f"{trajectory}: {steps} steps")
+            typer.echo(f"{trajectory}: {len(states)} draws")
 
 
 @app.command()
@@ -309,6 +336,15 @@ def _values(text: str) -> Any:
     """As `_ratios`, but a single number stands for itself."""
     values = _ratios(text)
     return values[0] if isinstance(values, list) and len(values) == 1 else values
+
+
+def _variant(name: str, text: str) -> dict[str, Any]:
+    """VARIANT or VARIANT:NUMBER as arguments, the number called `name`."""
+    variant, colon, number = text.partition(":")
+    try:
+        return {"variant": variant, **({name: float(number)} if colon else {})}
+    except ValueError:
+        raise ValueError(f"{name}: expected a number after the colon, got {text!r}") from None
 
 
 def _device(name: str, backend: str) -> torch.device:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -10,14 +11,38 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mgt_kernels import mask_by_confidence, sample_tokens
+from mgt_kernels import mask_by_confidence
 
 from .schedules import MaskSchedule, ValueSchedule, mask_len, mask_ratios, schedule_values
+from .techniques import Differential, Extrapolation, TokenSampler, ZSampling, check_steps, guided_logits, remask
 
 if TYPE_CHECKING:
     from .models import MaskedModel
 
-Callback: TypeAlias = Callable[[int, Tensor, Tensor, Tensor], object]
+
+@dataclass(frozen=True)
+class SamplerStep:
+    """What `generate` tells its callback after every draw; a step of Z-Sampling draws twice.
+
+    Attributes:
+        step: k.
+        draw: how many draws came before.
+        tokens: int64 (B, N), the tokens drawn and those known before.
+        logprob: float32 (B, N), their log-probability in nats, +inf where known before.
+        mask: bool (B, N), the positions that are masked again.
+        divergence: float32 (B, N), KL divergence to the previous draw's distribution in nats, +inf where there is none;
+            None without differential sampling.
+    """
+
+    step: int
+    draw: int
+    tokens: Tensor
+    logprob: Tensor
+    mask: Tensor
+    divergence: Tensor | None
+
+
+Callback: TypeAlias = Callable[[SamplerStep], object]
 
 
 @dataclass(frozen=True)
@@ -28,11 +53,13 @@ class GenerateOutput:
         tokens: int64 (B, N), no position masked.
         images: float32 (B, C, H, W) in [0, 1].
         seed: int64 (B,), each sample's own: `generate(..., seed=output.seed[i:i+1])` makes sample i alone.
+        model_calls: how often `predict_logits` was called; a step with guidance calls it twice.
     """
 
     tokens: Tensor
     images: Tensor
     seed: Tensor
+    model_calls: int
 
 
 @torch.no_grad()
@@ -47,6 +74,10 @@ def generate(
     token_temperature: ValueSchedule = 1.0,
     noise_scale: ValueSchedule = 0.0,
     mask_schedule: MaskSchedule = "cosine",
+    differential: Differential | None = None,
+    z_sampling: ZSampling | None = None,
+    momentum: ValueSchedule = 0.0,
+    skip: Collection[int] = (),
     seed: int | Tensor = 0,
     tokens: Tensor | None = None,
     callback: Callback | None = None,
@@ -66,7 +97,10 @@ def generate(
     What is drawn is a function of the logits, the sample's seed, the step and the position alone: as far as
     the model's logits do not depend on the batch, the image does not.
 
-    Guidance scale, both temperatures and noise scale each take a number, (start, end), T values, or a named
+    Noise, differential sampling, masked Z-Sampling and momentum (arXiv 2411.10781) compose. Draws are numbered from 0,
+    and a draw's number is the step that the kernels take: without Z-Sampling it is k.
+
+    Guidance scale, both temperatures, noise scale and momentum each take a number, (start, end), T values, or a named
     schedule such as "abs_cos:2" (`schedules.schedule_values`).
 
     Args:
@@ -77,86 +111,147 @@ def generate(
             one class for all of them, or any tensor (B, ...); None: unconditional.
         num_samples: B, where neither labels, tokens nor seed tell it; 1 by default.
         num_inference_steps: T, at least 1.
-        guidance_scale: s; 1 takes the conditional logits alone and spares the unconditional pass.
+        guidance_scale: s; 1 takes the conditional logits alone, 0 the unconditional ones, and spares the other pass.
         temperature: of the confidence that decides which tokens are masked again, at least 0.
         token_temperature: of the draw of a token, at least 0; 0 takes the likeliest.
         noise_scale: sigma, the Gaussian noise on the logits in nats, at least 0 (arXiv 2411.10781).
         mask_schedule: gamma: a name that `schedules.mask_ratio` knows, or T ratios in [0, 1].
+        differential: draw what changed least since the previous draw from what did change; None: don't.
+        z_sampling: take steps forward, backward and forward again; None: don't.
+        momentum: carry the guided logits on along their change since the previous model call, times this
+            (`techniques.Extrapolation`); 0: don't.
+        skip: steps k, of 1 to T - 1, that do without the model: they take the last call's logits, carried on by
+            momentum. A skipped step takes no part in Z-Sampling.
         seed: an int, from which `sample_seeds` makes one for each sample; or int64 (B,), one for each sample.
         tokens: int64 (B, N) to start from, mask_token_id where a token is wanted; None: all masked.
-        callback: called after every step with step, tokens, logprob, mask: the int k; int64 (B, N), the
-            tokens drawn and those known before; float32 (B, N), their log-probability in nats, +inf where
-            known before; bool (B, N), the positions that are masked again.
+        callback: called with a `SamplerStep` after every draw.
         progress: show a progress bar.
         backend: of `mgt_kernels`: "auto", "reference", "scalar", "avx2", "avx512" or "triton".
 
     Returns:
-        The tokens, the images and each sample's seed. Where nothing is masked at the start the model is not
-        called and the tokens come back as they are.
+        The tokens, the images, each sample's seed and the number of model calls. Where nothing is masked at the start
+        the model is not called and the tokens come back as they are.
 
     Raises:
         TypeError: an argument of the wrong type.
         ValueError: an argument out of range or sizes that disagree; the message names it.
     """
-    num_tokens, codebook_size, mask_token_id = model.num_tokens, model.codebook_size, model.mask_token_id
+    mask_token_id = model.mask_token_id
     device = _device(model, tokens, labels)
     batch_size = _batch_size(num_samples, tokens, labels, seed)
     condition = _condition(labels, batch_size, device)
     seeds = _seeds(seed, batch_size, device)
 
-    guidance_scales = schedule_values(guidance_scale, num_inference_steps, name="guidance_scale")
-    temperatures = schedule_values(temperature, num_inference_steps, name="temperature", minimum=0.0)
-    token_temperatures = schedule_values(token_temperature, num_inference_steps, name="token_temperature", minimum=0.0)
-    noise_scales = schedule_values(noise_scale, num_inference_steps, name="noise_scale", minimum=0.0)
-    ratios = mask_ratios(mask_schedule, num_inference_steps, num_tokens)
+    def values(name: str, value: ValueSchedule, minimum: float = -math.inf) -> list[float]:
+        return schedule_values(value, num_inference_steps, name=name, minimum=minimum)
+
+    guidance_scales = values("guidance_scale", guidance_scale)
+    temperatures = values("temperature", temperature, 0.0)
+    token_temperatures = values("token_temperature", token_temperature, 0.0)
+    noise_scales = values("noise_scale", noise_scale, 0.0)
+    momenta = values("momentum", momentum)
+    ratios = mask_ratios(mask_schedule, num_inference_steps, model.num_tokens)
+    skipped = check_steps("skip", skip, 1, num_inference_steps - 1)
+    zigzag = frozenset() if z_sampling is None else z_sampling.steps_of(num_inference_steps) - skipped
     if condition is None and any(s != 1 for s in guidance_scales):
         raise ValueError("guidance_scale: guidance needs labels, got a scale other than 1 and labels None")
+    if condition is None and z_sampling is not None and z_sampling.inversion_guidance_scale not in (0, 1):
+        scale = z_sampling.inversion_guidance_scale
+        raise ValueError(f"z_sampling.inversion_guidance_scale: guidance needs labels, got {scale} and labels None")
 
     if tokens is None:
-        tokens = torch.full((batch_size, num_tokens), mask_token_id, device=device)
+        tokens = torch.full((batch_size, model.num_tokens), mask_token_id, device=device)
         anything_masked = batch_size > 0
     else:
         tokens = _checked_tokens(tokens, model).to(device, copy=True)
         anything_masked = bool((tokens == mask_token_id).any())
 
-    num_masked_at_start = (tokens == mask_token_id).sum(-1).float()
+    predictor = _Predictor(model, condition, (batch_size, model.num_tokens, model.codebook_size))
+    extrapolation = Extrapolation() if skipped or any(momenta) else None
+
+    def guided(k: int, tokens: Tensor) -> tuple[Tensor, Tensor | None, float]:
+        """The logits of step k, the unconditional ones and the guidance scale that is still to be applied."""
+        scale = guidance_scales[k]
+        if extrapolation is None:
+            logits, uncond_logits = predictor(tokens, scale)
+            return logits, uncond_logits, 1.0 if uncond_logits is None else scale
+        if k not in skipped:
+            extrapolation.observe(guided_logits(*predictor(tokens, scale), scale))
+        return extrapolation.logits(momenta[k]), None, 1.0
+
+    sampler = TokenSampler(mask_token_id, differential, backend)
+    keep = tokens != mask_token_id
+    num_masked_at_start = (~keep).sum(-1).float()
+    num_draws = 0
     for k in tqdm(range(num_inference_steps if anything_masked else 0), desc="sampling", disable=not progress):
-        logits = model.predict_logits(tokens, condition)
-        expected = (batch_size, num_tokens, codebook_size)
-        if tuple(logits.shape) != expected:
-            raise ValueError(f"model.predict_logits: expected logits of shape {expected}, got {tuple(logits.shape)}")
-        uncond_logits = model.predict_logits(tokens, None) if guidance_scales[k] != 1 else None
-        token_ids, logprob = sample_tokens(
-            logits,
-            tokens,
-            mask_token_id=mask_token_id,
-            seed=seeds,
-            step=k,
-            uncond_logits=uncond_logits,
-            guidance_scale=guidance_scales[k],
-            noise_scale=noise_scales[k],
-            temperature=token_temperatures[k],
-            backend=backend,
-        )
-        if k == num_inference_steps - 1:
-            tokens = token_ids
-        else:
-            num_masked = (tokens == mask_token_id).sum(-1)
-            tokens = mask_by_confidence(
-                token_ids,
-                logprob,
-                mask_len(num_masked, ratios[k], num_masked_at_start),
-                mask_token_id=mask_token_id,
-                temperature=temperatures[k],
+        num_masked = (tokens == mask_token_id).sum(-1)
+        for second in (False, True) if k in zigzag else (False,):
+            if second and z_sampling is not None:
+                tokens = remask(
+                    z_sampling,
+                    tokens,
+                    num_masked,
+                    keep,
+                    predictor,
+                    mask_token_id=mask_token_id,
+                    seed=seeds,
+                    step=num_draws,
+                    backend=backend,
+                )
+                num_masked = (tokens == mask_token_id).sum(-1)
+            logits, uncond_logits, scale = guided(k, tokens)
+            token_ids, logprob, divergence = sampler.draw(
+                logits,
+                tokens,
                 seed=seeds,
-                step=k,
-                backend=backend,
+                step=num_draws,
+                uncond_logits=uncond_logits,
+                guidance_scale=scale,
+                noise_scale=noise_scales[k],
+                temperature=token_temperatures[k],
             )
-        if callback is not None:
-            callback(k, token_ids, logprob, tokens == mask_token_id)
+            if k == num_inference_steps - 1:
+                tokens = token_ids
+            else:
+                tokens = mask_by_confidence(
+                    token_ids,
+                    logprob,
+                    mask_len(num_masked, ratios[k], num_masked_at_start),
+                    mask_token_id=mask_token_id,
+                    temperature=temperatures[k],
+                    seed=seeds,
+                    step=num_draws,
+                    backend=backend,
+                )
+            if callback is not None:
+                callback(SamplerStep(k, num_draws, token_ids, logprob, tokens == mask_token_id, divergence))
+            num_draws += 1
     if anything_masked:
         _check_all_drawn(tokens, mask_token_id)
-    return GenerateOutput(tokens, model.decode(tokens).float().clamp(0, 1), seeds)
+    return GenerateOutput(tokens, model.decode(tokens).float().clamp(0, 1), seeds, predictor.num_calls)
+
+
+class _Predictor:
+    """Calls the model, as often as guidance needs it."""
+
+    def __init__(self, model: MaskedModel, condition: Tensor | None, shape: tuple[int, int, int]) -> None:
+        self.num_calls = 0
+        self._model, self._condition, self._shape = model, condition, shape
+
+    def __call__(self, tokens: Tensor, guidance_scale: float) -> tuple[Tensor, Tensor | None]:
+        """The logits and, where the scale makes a difference, the unconditional ones."""
+        if guidance_scale == 0:
+            return self._predict(tokens, None), None
+        logits = self._predict(tokens, self._condition)
+        guided = guidance_scale != 1 and self._condition is not None
+        return logits, self._predict(tokens, None) if guided else None
+
+    def _predict(self, tokens: Tensor, condition: Tensor | None) -> Tensor:
+        self.num_calls += 1
+        logits = self._model.predict_logits(tokens, condition)
+        if tuple(logits.shape) != self._shape:
+            raise ValueError(f"model.predict_logits: expected logits of shape {self._shape}, got {tuple(logits.shape)}")
+        return logits
 
 
 def sample_seeds(seed: int, num_samples: int) -> Tensor:

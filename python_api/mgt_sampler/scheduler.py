@@ -11,9 +11,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from mgt_kernels import mask_by_confidence, sample_tokens
+from mgt_kernels import mask_by_confidence
 
 from .schedules import check_num_inference_steps, mask_len, mask_ratios, schedule_values
+from .techniques import Differential, Extrapolation, TokenSampler, guided_logits
 
 try:
     from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -73,12 +74,18 @@ class MGTScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         noise_scale: sigma, Gaussian noise on the logits in nats, for noise regularization (arXiv 2411.10781):
             a number, [start, end], T values, or a name such as "abs_cos:2", the published one
             (`schedules.schedule_values`).
-        rng: "philox" or "torch".
+        differential: arguments of `Differential`, such as {"share": 0.75}, for differential sampling
+            (arXiv 2411.10781); None: don't. The previous step's distribution is forgotten when a run ends.
+        momentum: carries the logits on along their change since the last step, times this: a number, [start, end]
+            or T values (`techniques.Extrapolation`).
+        rng: "philox" or "torch"; the latter has neither differential sampling nor momentum.
         backend: of `mgt_kernels`, for rng "philox": "auto", "reference", "scalar", "avx2", "avx512" or
             "triton".
 
     Raises:
-        ValueError: rng is neither; a schedule that is unknown raises at `step`.
+        TypeError: differential has arguments that `Differential` does not know.
+        ValueError: rng is neither, or does not go with the other arguments; a schedule that is unknown raises at
+            `step`.
     """
 
     order = 1
@@ -93,18 +100,27 @@ class MGTScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         mask_token_id: int,
         masking_schedule: str | list[float] = "cosine",
         noise_scale: float | str | list[float] = 0.0,
+        differential: dict[str, Any] | None = None,
+        momentum: float | str | list[float] = 0.0,
         rng: str = "philox",
         backend: str = "auto",
     ) -> None:
         """See the class."""
         if rng not in ("philox", "torch"):
             raise ValueError(f"rng: expected 'philox' or 'torch', got {rng!r}")
+        if rng == "torch" and (differential is not None or momentum != 0):
+            raise ValueError("rng: expected 'philox' with differential or momentum, got 'torch'")
+        self._sampler = TokenSampler(
+            mask_token_id, None if differential is None else Differential(**differential), backend
+        )
+        self._extrapolation = Extrapolation()
         self.temperatures = None
         self.timesteps = None
         self._temperatures: list[float] = []
         self._seeds: Tensor | None = None
         self._generator: Generators = None
         self._last_index = -1
+        self._num_draws = 0
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -143,7 +159,7 @@ class MGTScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self._temperatures = temperatures.tolist()
         self.temperatures = temperatures.to(device)
         self.timesteps = torch.arange(num_inference_steps - 1, -1, -1, device=device)
-        self._seeds = None
+        self._forget()
 
     def step(
         self,
@@ -178,7 +194,7 @@ class MGTScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             ValueError: shapes that disagree, a timestep outside the run, or logits that hold NaN.
         """
         index = self._index(timestep)
-        logits, tokens = _flatten(model_output, sample)
+        logits, tokens = flatten_logits(model_output, sample)
         batch_size, num_positions, _ = logits.shape
         if isinstance(generator, (list, tuple)) and len(generator) != batch_size:
             raise ValueError(f"generator: expected one for each of {batch_size} samples, got {len(generator)}")
@@ -197,6 +213,20 @@ class MGTScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if not return_dict:
             return prev_sample, pred_original_sample
         return MGTSchedulerOutput(prev_sample, pred_original_sample)
+
+    @property
+    def num_inference_steps(self) -> int:
+        """T of the run that `set_timesteps` began; 0 before it."""
+        return len(self._temperatures)
+
+    @property
+    def next_draw(self) -> tuple[Tensor | None, int]:
+        """The samples' seeds, int64 (B,), and the number of the next draw: what the kernels take as seed and step."""
+        return self._seeds, self._num_draws
+
+    def rewind(self) -> None:
+        """Let the last step be taken once more in the same run, with draws of its own, as in Z-Sampling."""
+        self._last_index -= 1
 
     def add_noise(self, sample: Tensor, timesteps: int | Tensor, generator: Generators = None) -> Tensor:
         """Mask each token with the probability that a run has after the step of this timestep.
@@ -258,19 +288,16 @@ class MGTScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         noise_scale: float,
         generator: Generators,
     ) -> tuple[Tensor, Tensor]:
-        mask_token_id, backend = self.config.mask_token_id, self.config.backend
-        seeds = self._run_seeds(index, len(tokens), generator, tokens.device)
-        token_ids, logprob = sample_tokens(
-            logits,
-            tokens,
-            mask_token_id=mask_token_id,
-            seed=seeds,
-            step=index,
-            noise_scale=noise_scale,
-            backend=backend,
-        )
+        seeds, step = self._begin_draw(index, len(tokens), generator, tokens.device)
+        momentum = schedule_values(self.config.momentum, len(self._temperatures), name="momentum")
+        if any(momentum):
+            self._extrapolation.observe(guided_logits(logits, None, 1.0))
+            logits = self._extrapolation.logits(momentum[index])
+        token_ids, logprob, _ = self._sampler.draw(logits, tokens, seed=seeds, step=step, noise_scale=noise_scale)
         if ratio is None:
+            self._forget()
             return token_ids, token_ids
+        mask_token_id = self.config.mask_token_id
         num_masked = (tokens == mask_token_id).sum(-1)
         prev_tokens = mask_by_confidence(
             token_ids,
@@ -279,22 +306,38 @@ class MGTScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             mask_token_id=mask_token_id,
             temperature=self._temperatures[index],
             seed=seeds,
-            step=index,
-            backend=backend,
+            step=step,
+            backend=self.config.backend,
         )
         return prev_tokens, token_ids
 
-    def _run_seeds(self, index: int, batch_size: int, generator: Generators, device: torch.device) -> Tensor:
-        """One seed for each sample, int64 (B,), drawn from the generator where a run begins."""
-        seeds = self._seeds
-        if seeds is None or len(seeds) != batch_size or index <= self._last_index or not self._is_last(generator):
+    def _begin_draw(
+        self, index: int, batch_size: int, generator: Generators, device: torch.device
+    ) -> tuple[Tensor, int]:
+        """One seed for each sample, int64 (B,), drawn from the generator where a run begins; and the draw's number."""
+        if (
+            self._seeds is None
+            or len(self._seeds) != batch_size
+            or index <= self._last_index
+            or not self._is_last(generator)
+        ):
+            self._forget()
             if isinstance(generator, (list, tuple)):
                 drawn = [_draw_seeds(1, g).to(device) for g in generator]
                 seeds = torch.cat(drawn) if drawn else torch.zeros(0, dtype=torch.int64)
             else:
                 seeds = _draw_seeds(batch_size, generator)
-        self._seeds, self._generator, self._last_index = seeds.to(device), generator, index
-        return self._seeds
+            self._seeds, self._generator, self._num_draws = seeds.to(device), generator, index
+        self._last_index = index
+        self._num_draws += 1
+        return self._seeds.to(device), self._num_draws - 1
+
+    def _forget(self) -> None:
+        """End the run: the next step begins another."""
+        self._seeds = self._generator = None
+        self._last_index = -1
+        self._sampler.reset()
+        self._extrapolation.reset()
 
     def _is_last(self, generator: Generators) -> bool:
         last = self._generator
@@ -359,7 +402,7 @@ def _draw_seeds(count: int, generator: torch.Generator | None) -> Tensor:
     return torch.randint(2**63 - 1, (count,), device=device, generator=generator)
 
 
-def _flatten(model_output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
+def flatten_logits(model_output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
     """The logits as (B, N, V) and the sample as (B, N), without a copy where a kernel can read the logits."""
     for name, value in (("model_output", model_output), ("sample", sample)):
         if not isinstance(value, Tensor):

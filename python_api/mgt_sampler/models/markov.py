@@ -16,8 +16,9 @@ _MOST_STATES = 2**20
 class MarkovModel:
     """A `MaskedModel` of sequences x_1 .. x_N with p(x) = initial[x_1] prod_i transition[x_{i-1}, x_i].
 
-    Its logits are log p(x_i | the known tokens), by the forward-backward recursion in float64: exact for any set of
-    known tokens, and all that a masked generative transformer could learn.
+    Its logits are log p(x_i | the other known tokens), by the forward-backward recursion in float64: exact for any set
+    of known tokens, and all that a masked generative transformer could learn. At a known position they say how likely
+    its token is beside the others, which the inverse pass of Z-Sampling asks for.
 
     Args:
         num_tokens: N, at least 1.
@@ -46,7 +47,7 @@ class MarkovModel:
         self.initial, self.transition = logits[0].softmax(-1), logits[1:].softmax(-1)
 
     def predict_logits(self, tokens: Tensor, condition: Tensor | None) -> Tensor:
-        """Return log p(x_i = v | the tokens that are not masked): (B, N, V) float32.
+        """Return log p(x_i = v | the other tokens that are not masked): (B, N, V) float32.
 
         Args:
             tokens: (B, N) int64, mask_token_id where not known.
@@ -60,13 +61,13 @@ class MarkovModel:
         # the likelihood of the evidence at each position: 1 for every value where nothing is known
         known = torch.nn.functional.one_hot(tokens, self.codebook_size + 1)[..., :-1].double()
         evidence = torch.where((tokens == self.mask_token_id)[..., None], 1.0, known)
+        # what the tokens before a position, and those behind it, say of it
         forward, backward = torch.empty_like(evidence), torch.ones_like(evidence)
-        message = self.initial.expand(len(tokens), -1)
-        for i in range(self.num_tokens):
+        forward[:, 0] = self.initial
+        for i in range(self.num_tokens - 1):
             # normalised, so that long sequences do not underflow
-            forward[:, i] = message * evidence[:, i]
-            forward[:, i] /= forward[:, i].sum(-1, keepdim=True)
-            message = forward[:, i] @ self.transition
+            weighted = forward[:, i] * evidence[:, i]
+            forward[:, i + 1] = (weighted / weighted.sum(-1, keepdim=True)) @ self.transition
         for i in reversed(range(self.num_tokens - 1)):
             backward[:, i] = (evidence[:, i + 1] * backward[:, i + 1]) @ self.transition.T
             backward[:, i] /= backward[:, i].sum(-1, keepdim=True)

@@ -1,0 +1,235 @@
+"""The sampling techniques of arXiv 2411.10781 beside noise: differential sampling, masked Z-Sampling, momentum."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mgt_kernels import DifferentialState, differential_sample, remask_tokens, sample_tokens
+
+DIFFERENTIAL_VARIANTS = ("paper", "official")
+Z_SAMPLING_VARIANTS = ("paper", "official", "random")
+
+
+@dataclass(frozen=True)
+class Differential:
+    """Differential sampling: what changed least since the last step is drawn from what did change.
+
+    See `mgt_kernels.differential_sample`, which computes it.
+
+    Attributes:
+        share: z, of the positions that are drawn from the difference, in [0, 1]. 0 changes no draw, but measures the
+            divergence between steps.
+        variant: "paper", or "official" as the published code does it.
+        aliased_history: variant "official" only: compare with the edited distribution, as the published code does.
+
+    Raises:
+        TypeError: an attribute of the wrong type.
+        ValueError: share outside [0, 1], an unknown variant, or aliased_history with variant "paper".
+    """
+
+    share: float = 0.75
+    variant: str = "paper"
+    aliased_history: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the attributes."""
+        _check_number("differential.share", self.share)
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"differential.share: expected a number in [0, 1], got {self.share}")
+        _check_variant("differential.variant", self.variant, DIFFERENTIAL_VARIANTS)
+        if not isinstance(self.aliased_history, bool):
+            raise TypeError(f"differential.aliased_history: expected a bool, got {type(self.aliased_history).__name__}")
+        if self.aliased_history and self.variant != "official":
+            raise ValueError("differential.aliased_history: expected False with variant 'paper'")
+
+
+@dataclass(frozen=True)
+class ZSampling:
+    """Masked Z-Sampling: forward, inverse, forward in place of one step.
+
+    The tokens that the first forward pass revealed are looked at by the model once more, at the next timestep and with
+    the inversion guidance; n of the known ones are masked again, so that one position less than before the step is
+    masked; then the step is taken anew. Tokens that were known when the generation began stay.
+    See `mgt_kernels.remask_tokens`, which chooses the n.
+
+    Attributes:
+        inversion_guidance_scale: s of the inverse pass; 0 is unconditional and one model call.
+        variant: which are masked again: "paper", those with the lowest log-probability of their own token; "official",
+            those with the highest largest probability, as the published code does; "random", which spares
+            the inverse pass its model call.
+        steps: the steps k that are taken so; None: every step but the last. The last step can't be.
+
+    Raises:
+        TypeError: an attribute of the wrong type.
+        ValueError: inversion_guidance_scale not finite, an unknown variant, or a step below 0.
+    """
+
+    inversion_guidance_scale: float = 0.0
+    variant: str = "paper"
+    steps: Collection[int] | None = None
+
+    def __post_init__(self) -> None:
+        """Check the attributes."""
+        _check_number("z_sampling.inversion_guidance_scale", self.inversion_guidance_scale)
+        _check_variant("z_sampling.variant", self.variant, Z_SAMPLING_VARIANTS)
+        if self.steps is not None:
+            check_steps("z_sampling.steps", self.steps)
+
+    def steps_of(self, num_inference_steps: int) -> frozenset[int]:
+        """The steps of a run of T that are taken so.
+
+        Raises:
+            ValueError: a step that the run does not have, or its last one.
+        """
+        if self.steps is None:
+            return frozenset(range(num_inference_steps - 1))
+        return check_steps("z_sampling.steps", self.steps, 0, num_inference_steps - 2)
+
+
+@dataclass
+class TokenSampler:
+    """Draws tokens step by step, by `sample_tokens` or, with `differential`, by `differential_sample`.
+
+    Holds the state of one generation; `reset` begins another.
+    """
+
+    mask_token_id: int
+    differential: Differential | None = None
+    backend: str = "auto"
+    state: DifferentialState | None = field(default=None, init=False)
+
+    def reset(self) -> None:
+        """Forget the generation so far."""
+        self.state = None
+
+    def draw(self, logits: Tensor, tokens: Tensor, **arguments: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return token_ids, logprob and, with `differential`, the divergence to the previous draw: each (B, N).
+
+        Args:
+            logits: as for `sample_tokens`, as are the other arguments; step is the number of the draw.
+        """
+        arguments |= {"mask_token_id": self.mask_token_id, "backend": self.backend}
+        if self.differential is None:
+            return (*sample_tokens(logits, tokens, **arguments), None)
+        token_ids, logprob, self.state = differential_sample(
+            logits,
+            tokens,
+            self.state,
+            share=self.differential.share,
+            variant=self.differential.variant,
+            aliased_history=self.differential.aliased_history,
+            **arguments,
+        )
+        return token_ids, logprob, self.state.divergence
+
+
+@dataclass
+class Extrapolation:
+    """Momentum: guided logits carried on along their last change.
+
+        l_k <- l_k + momentum (l_k - l_{k-1})
+
+    l are the model's guided logits, not the extrapolated ones: multistep extrapolation, as DPM-Solver++ 2M has it
+    (arXiv 2211.01095). A logit that is not finite in either stays as it is. The formula is this project's: that of
+    arXiv 2411.10781 is not public.
+    """
+
+    last: Tensor | None = field(default=None, init=False)
+    before_last: Tensor | None = field(default=None, init=False)
+
+    def reset(self) -> None:
+        """Forget the generation so far."""
+        self.last = self.before_last = None
+
+    def observe(self, guided: Tensor) -> None:
+        """Remember the guided logits of a model call, (B, N, V) in nats; the tensor is kept, so it must not change."""
+        self.last, self.before_last = guided, self.last
+
+    def logits(self, momentum: float) -> Tensor:
+        """Extrapolate from the last two model calls: float32 (B, N, V); with only one seen, its logits."""
+        assert self.last is not None
+        if self.before_last is None or momentum == 0:
+            return self.last
+        change = self.last - self.before_last
+        return torch.where(change.isfinite(), self.last + momentum * change, self.last)
+
+
+def guided_logits(logits: Tensor, uncond_logits: Tensor | None, guidance_scale: float) -> Tensor:
+    """Return u + s (c - u) in float32, a tensor of its own; -inf where either half forbids a token."""
+    if uncond_logits is None:
+        return logits.to(torch.float32, copy=True)
+    conditional, unconditional = logits.float(), uncond_logits.float()
+    guided = unconditional + guidance_scale * (conditional - unconditional)
+    return guided.masked_fill_((conditional == -math.inf) | (unconditional == -math.inf), -math.inf)
+
+
+def remask(
+    z_sampling: ZSampling,
+    tokens: Tensor,
+    num_masked: Tensor,
+    keep: Tensor,
+    predict: Callable[[Tensor, float], tuple[Tensor, Tensor | None]],
+    **arguments: Any,
+) -> Tensor:
+    """Mask known tokens again, so that one position less is masked than before the step.
+
+    Args:
+        z_sampling: how they are chosen.
+        tokens: int64 (B, N), after the step's first forward pass.
+        num_masked: int64 (B,), M_k, the masked positions before the step.
+        keep: bool (B, N), the positions that were known when the generation began.
+        predict: the inverse pass: (tokens, guidance scale) -> (B, N, V) logits, and the unconditional ones where they
+            make a difference. Variant "random" does not call it.
+        arguments: further ones of `remask_tokens`.
+
+    Returns:
+        int64 (B, N).
+    """
+    logits = uncond_logits = None
+    scale = z_sampling.inversion_guidance_scale
+    if z_sampling.variant != "random":
+        logits, uncond_logits = predict(tokens, scale)
+    left = (tokens == arguments["mask_token_id"]).sum(-1)
+    remasked, _ = remask_tokens(
+        logits,
+        tokens,
+        (num_masked - 1 - left).clamp(min=0),
+        variant=z_sampling.variant,
+        uncond_logits=uncond_logits,
+        guidance_scale=1.0 if uncond_logits is None else scale,
+        keep=keep,
+        **arguments,
+    )
+    return remasked
+
+
+def check_steps(name: str, steps: Collection[int], first: int = 0, last: float = math.inf) -> frozenset[int]:
+    """Return the steps as a set, if they are ints within [first, last]."""
+    if isinstance(steps, (str, bytes)) or not isinstance(steps, Collection):
+        raise TypeError(f"{name}: expected a collection of ints, got {type(steps).__name__}")
+    for step in steps:
+        if isinstance(step, bool) or not isinstance(step, int):
+            raise TypeError(f"{name}: expected a collection of ints, got {step!r} in it")
+        if not first <= step <= last:
+            expected = f"at least {first}" if last == math.inf else f"within [{first}, {last}]"
+            raise ValueError(f"{name}: expected steps {expected}, got {step}")
+    return frozenset(steps)
+
+
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+
+
+def _check_variant(name: str, value: object, variants: tuple[str, ...]) -> None:
+    if value not in variants:
+        raise ValueError(f"{name}: expected one of {variants}, got {value!r}")
