@@ -125,7 +125,7 @@ def _winning_rates(results: Sequence[Result]) -> Figure:
 
 
 def _calls(results: Sequence[Result]) -> Figure:
-    figure = Figure(figsize=(11, 6.5), layout="constrained")
+    figure = Figure(figsize=(13, 7), layout="constrained")
     ax = figure.subplots()
     calls = [_numbers(result.estimates["model_calls"])[0] for result in results]
     distances = [_numbers(result.estimates["frechet_distance"]) for result in results]
@@ -135,14 +135,24 @@ def _calls(results: Sequence[Result]) -> Figure:
         if result.configuration.family == results[0].configuration.family
     )
     ax.plot(*zip(*reference, strict=True), color=_BASELINE, ls="--", lw=1)
-    spacing = max(1.0, max(calls) - min(calls)) / 80
+    spacing = max(1.0, max(calls) - min(calls)) / 100
     for i, (result, (distance, half_width)) in enumerate(zip(results, distances, strict=True)):
         # those of equal cost stand side by side
         column = [j for j, other in enumerate(calls) if other == calls[i]]
         x = calls[i] + spacing * (column.index(i) - (len(column) - 1) / 2)
         label = f"{i + 1}  {result.configuration.name}"
         ax.errorbar(x, distance, yerr=half_width, fmt="o", ms=5, capsize=2, color=_colours(results)[i], label=label)
-        ax.annotate(str(i + 1), (x, distance + half_width), (0, 3), textcoords="offset points", ha="center", fontsize=8)
+        # every other number below its interval, for close ones would run into each other
+        above = column.index(i) % 2 == 0
+        ax.annotate(
+            str(i + 1),
+            (x, distance + half_width if above else max(distance - half_width, 0.5 * distance)),
+            (0, 3 if above else -3),
+            textcoords="offset points",
+            ha="center",
+            va="bottom" if above else "top",
+            fontsize=8,
+        )
     _log_axis(ax, "y", [distance for distance, _ in distances])
     ax.set_xlabel("model calls per image (configurations of equal cost side by side)")
     ax.set_ylabel("Fréchet distance, classifier features")
