@@ -31,7 +31,7 @@ class TinyModel:
 @pytest.fixture
 def model(monkeypatch, tmp_path):
     model = TinyModel()
-    monkeypatch.setattr(cli, "load_model", lambda name, device: model)
+    monkeypatch.setattr(cli, "load_model", lambda name, device, dtype=None: model)
     monkeypatch.chdir(tmp_path)
     return model
 
@@ -177,7 +177,8 @@ def test_evaluate(model, monkeypatch):
     monkeypatch.setattr(run, "results_table", lambda results: f"a table of {results}")
     flags = (
         "-n 50 --groups 5 --steps 3 --guidance-scale 2 --seed 4 --batch-size 5 --temperature 1 --token-temperature 0.5 "
-        "--noise-scale abs_cos:1 --mask-schedule linear --backend scalar --no-progress"
+        "--noise-scale abs_cos:1 --mask-schedule linear --backend scalar --no-progress "
+        "--differential official:0.5 --z-sampling paper --momentum 0.3 --skip 1 --dtype bfloat16"
     )
     result = mgt("evaluate", *flags.split())
     assert result.exit_code == 0 and result.stdout == "a table of ['a result']\n"
@@ -199,6 +200,10 @@ def test_evaluate(model, monkeypatch):
         "token_temperature": 0.5,
         "noise_scale": "abs_cos:1",
         "mask_schedule": "linear",
+        "differential": {"variant": "official", "share": 0.5},
+        "z_sampling": {"variant": "paper"},
+        "momentum": 0.3,
+        "skip": [1],
     }
 
 

@@ -200,10 +200,17 @@ def evaluate(
     token_temperature: TokenTemperature = "1",
     noise_scale: NoiseScale = "0",
     mask_schedule: Schedule = "cosine",
+    differential: DifferentialOption = None,
+    z_sampling: ZOption = None,
+    momentum: Momentum = "0",
+    skip: Skip = None,
     seed: Seed = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Images drawn at once.")] = 100,
     model: ModelName = "fashion",
     device: Device = "cpu",
+    dtype: Annotated[
+        str, typer.Option(help="Of the transformer: float32, bfloat16 or float16; decoder and judge stay in float32.")
+    ] = "float32",
     backend: Backend = "auto",
     progress: Progress = True,
 ) -> None:
@@ -219,18 +226,23 @@ def evaluate(
             "token_temperature": _values(token_temperature),
             "noise_scale": _values(noise_scale),
             "mask_schedule": _ratios(mask_schedule),
+            "differential": None if differential is None else _variant("share", differential),
+            "z_sampling": None if z_sampling is None else _variant("inversion_guidance_scale", z_sampling),
+            "momentum": _values(momentum),
+            "skip": skip or [],
         }
         if configurations is None:
-            chosen = [Configuration("options", sampling_options)]
+            given = {name: value for name, value in sampling_options.items() if value is not None}
+            chosen = [Configuration("options", given)]
         else:
             for name in ("steps", *sampling_options):
-                given = context.get_parameter_source(name)
-                if given is not None and given.name == "COMMANDLINE":
+                source = context.get_parameter_source(name)
+                if source is not None and source.name == "COMMANDLINE":
                     raise ValueError(f"--{name.replace('_', '-')}: expected in {configurations}, got it as an option")
             chosen = load_configurations(configurations)
             out = out or Path("evaluation")
         results = evaluate(
-            load_model(model, device=_device(device, backend)),
+            load_model(model, device=_device(device, backend), dtype=_dtype(dtype)),
             chosen,
             num_images=num_images or (80 if quick else 2000),
             num_groups=groups or (8 if quick else 10),
@@ -359,6 +371,13 @@ def _device(name: str, backend: str) -> torch.device:
     except RuntimeError as error:
         raise ValueError(str(error)) from error
     return device
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in dtypes:
+        raise ValueError(f"--dtype: expected one of {', '.join(dtypes)}, got {name!r}")
+    return dtypes[name]
 
 
 def _classes(given: Sequence[str] | None, class_names: Sequence[str]) -> list[int]:
