@@ -139,6 +139,10 @@ def differential_sample(
     is compared with the step before, so a position that was known then (and is masked again now) has D = +inf: it ranks
     last and is drawn from p.
 
+    On CUDA, where raising would wait for the device, a bad row ranks last, gives mask_token_id and logprob and
+    divergence NaN, and counts as not written. So do all rows of a sample whose seed is not the state's; and all rows if
+    step does not follow the state's, but then the state stays as it is. Known tokens go unchecked.
+
     Args:
         logits: (B, N, V), as for `sample_tokens`.
         tokens: (B, N) int64; positions that hold mask_token_id are drawn.
@@ -157,7 +161,7 @@ def differential_sample(
         temperature: 0, or at least 1e-30.
         aliased_history: variant "official" only: selected rows leave w (not normalised) behind as the next step's q, as
             the published code does, whose stored tensor is the one it edits. Reads the logits twice.
-        backend: as for `sample_tokens`, but without a Triton kernel: on CUDA only "reference" runs.
+        backend: as for `sample_tokens`.
 
     Returns:
         token_ids (B, N) int64, logprob (B, N) float32, known positions as in `sample_tokens`; and the state that the
@@ -169,7 +173,6 @@ def differential_sample(
             setting or step; a known token is outside [0, V); or the logits of a position that is read hold NaN or +inf
             or forbid every token.
         RuntimeError: if the backend asked for is not available.
-        NotImplementedError: on CUDA, with any backend but "reference".
 
     Source: differential sampling, arXiv 2411.10781; its authors' code for variant "official".
     """
@@ -702,7 +705,9 @@ def _(logits, tokens, history, written, history_step, history_seed, has_history,
 def _(*arguments):  # type: ignore[no-untyped-def]
     if arguments[-1] == "reference":
         return _reference_differential_sample(*arguments)
-    raise NotImplementedError("differential_sample: there is no Triton kernel yet; on CUDA use backend='reference'")
+    from mgt_kernels import triton
+
+    return triton.differential_sample(*arguments[:-1])
 
 
 @_mask_by_confidence.register_fake

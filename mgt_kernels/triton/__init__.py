@@ -5,7 +5,8 @@ try:
 except ImportError as error:
     raise RuntimeError("tensors on CUDA need Triton: pip install mgt-kernels[gpu]") from error
 
+from mgt_kernels.triton.differential_sample import differential_sample
 from mgt_kernels.triton.mask_by_confidence import mask_by_confidence
 from mgt_kernels.triton.sample_tokens import sample_tokens
 
-__all__ = ["mask_by_confidence", "sample_tokens"]
+__all__ = ["differential_sample", "mask_by_confidence", "sample_tokens"]

@@ -25,6 +25,7 @@ _PHILOX_KEY0 = tl.constexpr(0x9E3779B9)
 _PHILOX_KEY1 = tl.constexpr(0xBB67AE85)
 
 _LN2 = tl.constexpr(0.693147182464599609375)
+_LOG2_E = tl.constexpr(1.44269502162933349609375)
 _TWO_POW_MINUS_32 = tl.constexpr(2.0**-32)
 _TWO_POW_MINUS_33 = tl.constexpr(2.0**-33)
 
@@ -84,6 +85,21 @@ def log_f32(x):
     """Compute log(x) of normal x > 0."""
     e, r = _split_exponent(x)
     return tl.fma(e, _LN2, _log1p_polynomial(r))
+
+
+@triton.jit
+def exp_nonpositive(d):
+    """Compute exp(d) of d <= 0; below -87 it stays at exp(-87)."""
+    d = tl.maximum(d, -87.0)
+    # adding 1.5 * 2^23 leaves the nearest integer in the low bits of the mantissa
+    shifted = tl.fma(d, _LOG2_E, 12582912.0)
+    r = tl.fma(d, _LOG2_E, 12582912.0 - shifted)
+    p = tl.fma(r, 0.0013264729641377926, 0.009671512991189957)
+    p = tl.fma(p, r, 0.05550733581185341)
+    p = tl.fma(p, r, 0.24022242426872253)
+    p = tl.fma(p, r, 0.6931470036506653)
+    p = tl.fma(p, r, 1.0)
+    return (p.to(tl.int32, bitcast=True) + (shifted.to(tl.int32, bitcast=True) << 23)).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -96,7 +96,8 @@ def export(
 ) -> list[Path]:
     """Compile the kernels and write C sources: compile all of them as C11 and link with -lcuda.
 
-    Takes minutes: 64 variants of `sample_tokens` per architecture and dtype. `mgt_kernels_cuda.h` describes the result.
+    The kernels are those of `sample_tokens` and `mask_by_confidence`. Takes minutes: 64 variants of `sample_tokens` per
+    architecture and dtype. `mgt_kernels_cuda.h` describes the result.
 
     Args:
         directory: made if need be; files of an earlier export in it are overwritten, not removed.

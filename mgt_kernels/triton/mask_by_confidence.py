@@ -39,6 +39,20 @@ def _count_below(candidate, held, keys_ptr, num_positions, BLOCK_POSITIONS: tl.c
 
 
 @triton.jit
+def _key_of_rank(rank, held, keys_ptr, num_positions, BLOCK_POSITIONS: tl.constexpr, IN_REGISTERS: tl.constexpr):
+    """Find the largest threshold with fewer than `rank` keys below it, and how many these are."""
+    threshold = tl.full([], 0, tl.uint32)
+    num_below = tl.full([], 0, tl.int32)
+    for bit in range(32):
+        candidate = threshold + (tl.full([], 0x80000000, tl.uint32) >> bit)
+        below = _count_below(candidate, held, keys_ptr, num_positions, BLOCK_POSITIONS, IN_REGISTERS)
+        accept = below < rank
+        threshold = tl.where(accept, candidate, threshold)
+        num_below = tl.where(accept, below, num_below)
+    return threshold, num_below
+
+
+@triton.jit
 def _load_keys(keys_ptr, first, num_positions, BLOCK_POSITIONS: tl.constexpr):
     offs_position = first + tl.arange(0, BLOCK_POSITIONS)
     # positions past the end count as known ones and so never below a key that matters
@@ -85,15 +99,7 @@ def _mask_by_confidence_kernel(
     known = tl.full([], _KNOWN_KEY, tl.uint32)
     num_masked = _count_below(known, held, keys_ptr, num_positions, BLOCK_POSITIONS, IN_REGISTERS)
     mask_len = tl.minimum(tl.load(mask_len_ptr + sample), num_masked.to(tl.int64)).to(tl.int32)
-    # the largest threshold with fewer than mask_len keys below it is the key of rank mask_len
-    threshold = tl.full([], 0, tl.uint32)
-    num_below = tl.full([], 0, tl.int32)
-    for bit in range(32):
-        candidate = threshold + (tl.full([], 0x80000000, tl.uint32) >> bit)
-        below = _count_below(candidate, held, keys_ptr, num_positions, BLOCK_POSITIONS, IN_REGISTERS)
-        accept = below < mask_len
-        threshold = tl.where(accept, candidate, threshold)
-        num_below = tl.where(accept, below, num_below)
+    threshold, num_below = _key_of_rank(mask_len, held, keys_ptr, num_positions, BLOCK_POSITIONS, IN_REGISTERS)
     # no key may be overwritten before all threads have read theirs
     tl.debug_barrier()
 

@@ -28,20 +28,30 @@ class Case:
 
     def run(self, arguments: tuple) -> Outputs:
         """Run the Triton kernel on CPU tensors (in the emulator) or CUDA tensors."""
-        outputs = getattr(triton, self.op)(*arguments)
-        return outputs if isinstance(outputs, tuple) else (outputs,)
+        return call(getattr(triton, self.op), arguments, UPDATED.get(self.op, ()))
 
     def __str__(self) -> str:
         """Name the case in a report."""
         return f"{self.op}: {self.name}"
 
 
+# the arguments that an op updates in place
+UPDATED = {"differential_sample": (2, 3, 4)}
+
+
+def call(function: Callable[..., Any], arguments: tuple, updated: tuple[int, ...]) -> Outputs:
+    """Return the outputs and, after them, what became of the updated arguments, which themselves stay."""
+    copies = [x.clone() if i in updated else x for i, x in enumerate(arguments)]
+    outputs = function(*copies)
+    return (*(outputs if isinstance(outputs, tuple) else (outputs,)), *(copies[i] for i in updated))
+
+
 def on_cpu(op: str) -> Callable[..., Outputs]:
     """Return the op on the best instruction set of the CPU."""
 
     def expected(*arguments: object) -> Outputs:
-        outputs = getattr(torch.ops.mgt_kernels, op)(*arguments, "auto")
-        return outputs if isinstance(outputs, tuple) else (outputs,)
+        function = getattr(torch.ops.mgt_kernels, op)
+        return call(lambda *copies: function(*copies, "auto"), arguments, UPDATED.get(op, ()))
 
     return expected
 
@@ -214,6 +224,179 @@ def too_many_to_mask_case() -> Case:
     return Case("mask_by_confidence", "more than is masked, and NaN", make_arguments, expected, check)
 
 
+def extreme_rows(steps: list[Tensor]) -> None:
+    """Make rows one-hot, half forbidden and half underflown in this step or the one before, or equal in both."""
+    before, now = steps[-2:]
+    for logits, token in ((before, 555), (now, 17)):
+        logits[0, 0] = -1e4
+        logits[0, 0, token] = 0.0
+    now[0, 1], before[0, 1] = now[0, 0], now[0, 0]
+    now[0, 2] = now[0, 0]
+    before[0, 3] = now[0, 0]
+    now[0, 4, ::2] = -torch.inf
+    before[0, 5, 1::2] = -torch.inf
+    now[0, 6, : now.shape[-1] // 2] -= 200.0
+    before[0, 7, now.shape[-1] // 2 :] -= 88.0
+    now[0, 8] = before[0, 8]
+    now[0, 9], before[0, 9] = 0.0, 0.0
+    now[0, 10, :-1] = -torch.inf
+    before[0, 11, :-1] = -torch.inf
+
+
+def differential_sample_case(
+    name: str,
+    num_tokens: int,
+    *,
+    num_steps: int = 2,
+    batch: int = 2,
+    num_positions: int = 7,
+    dtype: torch.dtype = torch.bfloat16,
+    position_major: bool = False,
+    guidance_scale: float | None = 2.5,
+    noise_scale: float = 0.0,
+    temperature: float = 1.0,
+    share: float = 0.75,
+    variant: str = "paper",
+    aliased_history: bool = False,
+    std: float = 3.0,
+    change: float = 0.3,
+    forbidden: bool = False,
+    extreme: bool = False,
+    known_share: float = 0.25,
+    edit: Callable[[tuple], tuple] | None = None,
+    patch: Callable[[tuple, Outputs], None] | None = None,
+) -> Case:
+    """Make a case of the last of num_steps steps, the others taken on the CPU; the masks change with step and sample.
+
+    `edit` changes the arguments and `patch` puts into the expected outputs, of the arguments before, what came of it.
+    """
+
+    def make_inputs() -> tuple:
+        generator = torch.Generator().manual_seed(num_tokens + num_positions)
+        start, uncond = torch.randn(2, batch, num_positions, num_tokens, generator=generator) * std
+        steps = [start + torch.randn(start.shape, generator=generator) * change * std for _ in range(num_steps)]
+        if forbidden:
+            for k, logits in enumerate(steps):
+                logits[..., 1 + k :: 5] = -torch.inf
+        if extreme:
+            extreme_rows(steps)
+
+        def laid_out(logits: Tensor) -> Tensor:
+            logits = logits.to(dtype)
+            return logits.mT.contiguous().mT if position_major else logits
+
+        halves = None if guidance_scale is None else laid_out(uncond)
+        scale = 1.0 if guidance_scale is None else guidance_scale
+        seed = torch.tensor([5, -(2**63) + 7, 2**63 - 1][:batch])
+        # 12345: rows that no step reads stay as they are
+        state = [
+            torch.full(start.shape, 12345, dtype=torch.int16), torch.zeros(batch, num_positions, dtype=torch.bool),
+            torch.tensor(-1), seed.clone(),
+        ]  # fmt: skip
+        options = num_tokens, halves, scale, noise_scale, temperature, share, variant, aliased_history
+        for step, logits in enumerate(map(laid_out, steps)):
+            tokens = torch.full((batch, num_positions), num_tokens)
+            if not extreme:
+                known = torch.rand(tokens.shape, generator=generator) < known_share
+                tokens[known] = 0
+            arguments = (logits, tokens, *state, step > 0, seed, torch.tensor(step), *options)
+            if step < num_steps - 1:
+                state[:3] = on_cpu("differential_sample")(*arguments)[3:]
+        return arguments
+
+    def make_arguments() -> tuple:
+        return edit(make_inputs()) if edit else make_inputs()
+
+    def expected(*arguments: object) -> Outputs:
+        if patch is None:
+            return on_cpu("differential_sample")(*arguments)
+        inputs = make_inputs()
+        outputs = on_cpu("differential_sample")(*inputs)
+        patch(inputs, outputs)
+        return outputs
+
+    return Case("differential_sample", name, make_arguments, expected, check_differential_sample)
+
+
+def check_differential_sample(arguments: tuple, expected: Outputs, outputs: Outputs) -> None:
+    """Everything equals the CPU's to the bit, but for log-probabilities of tokens that are drawn from p: nearly."""
+    names = ("token ids", "log-probabilities", "divergences", "history", "written", "step")
+    for name, ours, theirs in zip(names, outputs, expected, strict=True):
+        if name == "log-probabilities":
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=2e-6, equal_nan=True)
+            continue
+        same = (ours == theirs) | (ours.isnan() & theirs.isnan())
+        assert same.all(), f"{int((~same).sum())} of the {name} differ"
+
+
+def lost_rows(inputs: tuple, outputs: Outputs, lost: Tensor) -> None:
+    """Put into the outputs what becomes of the rows (B, N) from which nothing can be drawn."""
+    _, tokens, history, *_ = inputs
+    masked = tokens == inputs[9]
+    read = masked if inputs[15] == "paper" else torch.ones_like(masked)
+    outputs[0][lost] = tokens[lost]
+    outputs[1][lost & masked] = torch.nan
+    outputs[2][lost] = torch.inf
+    outputs[2][lost & read] = torch.nan
+    outputs[3][lost] = history[lost]
+    outputs[4][lost] = False
+
+
+def bad_differential_rows_case(variant: str, aliased_history: bool = False) -> Case:
+    """Bad rows rank last and leave no history behind."""
+    bad_logits = {1: torch.nan, 2: torch.inf, 4: -torch.inf}
+
+    def edit(arguments: tuple) -> tuple:
+        logits = arguments[0].clone()
+        for position, value in bad_logits.items():
+            logits[0, position, slice(None) if value == -torch.inf else -1] = value
+        return (logits, *arguments[1:])
+
+    def patch(inputs: tuple, outputs: Outputs) -> None:
+        lost = torch.zeros_like(inputs[3])
+        lost[0, list(bad_logits)] = True
+        # without a history they would rank last too
+        arguments = (*inputs[:3], inputs[3] & ~lost, *inputs[4:])
+        for output, other in zip(outputs, on_cpu("differential_sample")(*arguments), strict=True):
+            output.copy_(other)
+        lost_rows(inputs, outputs, lost)
+
+    return differential_sample_case(
+        f"bad rows, {variant}{', aliased' * aliased_history}", 600, variant=variant, aliased_history=aliased_history,
+        edit=edit, patch=patch,
+    )  # fmt: skip
+
+
+def other_seed_case() -> Case:
+    """A sample whose seed is not the state's draws nothing and forgets its history."""
+
+    def edit(arguments: tuple) -> tuple:
+        return (*arguments[:7], arguments[7] + torch.tensor([0, 1]), *arguments[8:])
+
+    def patch(inputs: tuple, outputs: Outputs) -> None:
+        lost = torch.zeros_like(inputs[3])
+        lost[1] = True
+        lost_rows(inputs, outputs, lost)
+
+    return differential_sample_case("another seed", 300, edit=edit, patch=patch)
+
+
+def other_step_case() -> Case:
+    """A step that does not follow the state's draws nothing and leaves the state as it is."""
+
+    def edit(arguments: tuple) -> tuple:
+        return (*arguments[:8], arguments[8] + 1, *arguments[9:])
+
+    def patch(inputs: tuple, outputs: Outputs) -> None:
+        lost_rows(inputs, outputs, torch.ones_like(inputs[3]))
+        outputs[4].copy_(inputs[3])
+        outputs[5].copy_(inputs[4])
+
+    return differential_sample_case(
+        "another step", 300, variant="official", aliased_history=True, edit=edit, patch=patch
+    )
+
+
 FP32, FP16 = torch.float32, torch.float16
 MANY_ROWS: dict[str, Any] = dict(batch=1, num_positions=5000, known_share=0.0, check=check_ids)
 
@@ -249,4 +432,35 @@ CASES = [
         for temperature, digits in ((0.0, 0), (1.3, 3))
     ],
     too_many_to_mask_case(),
+    differential_sample_case("first step", 2100, num_steps=1),
+    differential_sample_case("first step, official and aliased, position-major", 600, num_steps=1, position_major=True,
+                             variant="official", aliased_history=True),
+    differential_sample_case("paper bf16", 2100, num_steps=3),
+    differential_sample_case("paper fp32 unguided", 513, dtype=FP32, guidance_scale=None, change=0.02),
+    differential_sample_case("paper fp16, noise, -inf", 1000, dtype=FP16, noise_scale=0.7, temperature=0.8,
+                             forbidden=True, num_positions=6),
+    differential_sample_case("paper bf16 position-major, odd", 700, num_positions=17, position_major=True),
+    differential_sample_case("paper greedy", 600, temperature=0.0),
+    differential_sample_case("paper share 0", 300, share=0.0),
+    differential_sample_case("paper share 1, peaked", 4097, share=1.0, std=30.0, change=0.02, guidance_scale=None),
+    differential_sample_case("one token", 1, dtype=FP32, num_positions=3),
+    *[
+        differential_sample_case(f"extreme rows, {variant}{', aliased' * aliased}", 600, dtype=FP32, num_positions=12,
+                                 batch=1, guidance_scale=None, share=1.0, variant=variant, aliased_history=aliased,
+                                 extreme=True)
+        for variant, aliased in (("paper", False), ("official", False), ("official", True))
+    ],
+    differential_sample_case("official fp16", 33, dtype=FP16, num_positions=40, variant="official"),
+    differential_sample_case("official, aliased, bf16, noise", 2049, num_steps=3, variant="official",
+                             aliased_history=True, noise_scale=0.5),
+    differential_sample_case("official, aliased, fp32, position-major, greedy", 900, dtype=FP32, num_positions=18,
+                             variant="official", aliased_history=True, position_major=True, temperature=0.0),
+    differential_sample_case("more positions than registers hold", 17, batch=1, num_positions=17000, dtype=FP32,
+                             guidance_scale=None, known_share=0.97),
+    differential_sample_case("many rows of differences", 2048, batch=1, num_positions=1500),
+    bad_differential_rows_case("paper"),
+    bad_differential_rows_case("official"),
+    bad_differential_rows_case("official", aliased_history=True),
+    other_seed_case(),
+    other_step_case(),
 ]  # fmt: skip

@@ -25,12 +25,14 @@ CAPABILITIES = (80, 86, 89, 90, 100)
 _BYTES_PER_POSITION = 8 + 8 + 4
 # maximum, sum, score, logit and token of a split, 32 bits each
 _BYTES_PER_SPLIT = 5 * 4
+# token, key, choice, its log-probability, divergence and whether the history is written
+_BYTES_PER_DIFFERENCE = 8 + 8 + 4 + 4 + 4 + 1
 
 # from a loop's counts, the elements that a warp goes through and the warps of a program: how often the loop runs
 Iterations = Callable[[sass.Counts, float, int], float]
 
 
-def loads(bytes_per_element: int) -> Iterations:
+def loads(bytes_per_element: float) -> Iterations:
     """Describe a loop over the elements by what it loads of each, so that unrolling does not matter."""
     return lambda counts, elements, num_warps: elements * bytes_per_element / counts.global_load_bytes
 
@@ -38,6 +40,11 @@ def loads(bytes_per_element: int) -> Iterations:
 def reductions(times: int) -> Iterations:
     """Describe a loop by its sums over a program: one over each warp, and one over these where there are several."""
     return lambda counts, elements, num_warps: times * (1 if num_warps == 1 else 2) / counts.pipes[Pipe.REDUCE]
+
+
+def tiles(counts: sass.Counts, elements: float, num_warps: int) -> float:
+    """Describe the loop over the tiles of two rows, 2048 columns each."""
+    return elements / 4096
 
 
 def never(counts: sass.Counts, elements: float, num_warps: int) -> float:
@@ -179,7 +186,7 @@ def _mask_by_confidence(num_positions: int) -> Configuration:
         "_mask_by_confidence_kernel",
         (loads(4), reductions(32), loads(8 + 8)),
         lambda launches: num_positions * _BYTES_PER_POSITION,
-        reason="one program per sample, and so one multiprocessor at batch 1: a matter of latency, not of bandwidth",
+        reason=_PER_SAMPLE,
     )
 
     def launch() -> None:
@@ -190,8 +197,58 @@ def _mask_by_confidence(num_positions: int) -> Configuration:
     return Configuration("mask_by_confidence", f"{num_positions} positions, noise", launch, num_positions, 4, (case,))
 
 
+def _differential_sample(
+    name: str, *, variant: str = "paper", aliased_history: bool = False, position_major: bool = False
+) -> Configuration:
+    """Describe a step with a history of 4096 positions, a batch of one."""
+    num_positions, num_tokens = 4096, 8192
+    # of both halves; a code of the history takes as much as a logit
+    bytes_per_element, bytes_of_code = 4, 2
+    (sample,) = _sample_tokens("", position_major=position_major).cases
+
+    def launch() -> None:
+        halves = [_logits(num_positions, num_tokens, torch.bfloat16, position_major) for _ in range(2)]
+        history = torch.empty(halves[0].shape, dtype=torch.int16)
+        seed, step = torch.zeros(1, dtype=torch.int64), torch.zeros((), dtype=torch.int64)
+        tokens = torch.full((1, num_positions), num_tokens)
+        kernels.differential_sample(
+            halves[0], tokens, history, torch.empty(tokens.shape, dtype=torch.bool), step.clone(), seed.clone(), True,
+            seed, step, num_tokens, halves[1], 3.0, 0.0, 1.0, 0.75, variant, aliased_history,
+        )  # fmt: skip
+
+    def dram_bytes(accesses_of_code: int) -> Callable[[list[driver.Launch]], int]:
+        per_row = num_tokens * (bytes_per_element + accesses_of_code * bytes_of_code)
+        return lambda launches: num_positions * (per_row + _BYTES_PER_DIFFERENCE)
+
+    read_both = loads(bytes_per_element)
+    # the tiles, in each their maximum and their sum; the tiles again, in each the comparison
+    loops = (tiles, read_both, read_both, tiles, loads(bytes_per_element + bytes_of_code))
+    # of a position, not of an element: token, key, choice and its log-probability
+    bytes_of_choice = 8 + 8 + 4 + 4
+    count_of_masked = (loads(8 / num_tokens),)
+    cases = [
+        sample,
+        Case("_compare_kernel", loops, dram_bytes(1 if aliased_history else 2), _ORDER_OF_THE_CPU),
+        Case(
+            "_select_kernel",
+            (*(count_of_masked if variant == "paper" else ()), reductions(32), loads(bytes_of_choice / num_tokens)),
+            lambda launches: num_positions * bytes_of_choice,
+            _PER_SAMPLE,
+        ),
+    ]
+    if aliased_history:
+        cases.append(Case("_edit_history_kernel", (), dram_bytes(2)))
+    return Configuration(
+        "differential_sample", name, launch, num_positions * num_tokens, bytes_per_element, tuple(cases)
+    )
+
+
 _UNGUIDED = "issue: each element takes a draw and an exponential as it does with guidance, for half the bytes"
 _NOISE = "issue: a Gaussian per element on top of the draw, and the Philox words for both"
+_PER_SAMPLE = "one program per sample, and so one multiprocessor at batch 1: a matter of latency, not of bandwidth"
+_ORDER_OF_THE_CPU = (
+    "issue: sums in the CPU's order take a thread for each of 16 lanes, a column at a time, in three readings"
+)
 _SHORT_PROGRAMS = "issue: the beginning and the end of a program around one iteration of its main loop"
 
 CONFIGURATIONS = (
@@ -203,6 +260,9 @@ CONFIGURATIONS = (
     _sample_tokens(
         "bf16 guided, 256 positions", num_positions=256, combine=_combine_splits(256), reason=_SHORT_PROGRAMS
     ),
+    _differential_sample("bf16 guided, differences"),
+    _differential_sample("bf16 guided, position-major, differences", position_major=True),
+    _differential_sample("bf16 guided, aliased differences", variant="official", aliased_history=True),
     _mask_by_confidence(256),
     _mask_by_confidence(4096),
     _mask_by_confidence(16384),

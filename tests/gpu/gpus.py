@@ -58,12 +58,13 @@ _COMMON_RATES = {
     Pipe.UNIFORM: 128,
 }
 # 32-bit floating-point add, multiply, multiply-add: 64 on 8.0, 128 on 8.9 and 9.0.
+# 64-bit: 32 on 8.0, 64 on 9.0, 2 on 8.9.
 # 16-bit in pairs: 256 results on 8.0 and 9.0, 128 on 8.9, and so half as many lanes.
 # int to float: 16 on 8.0 where it is I2F on the XU, 64 on 8.9 and 9.0 where it is I2FP on the ALU: by the opcode.
 RATES = {
-    80: {**_COMMON_RATES, Pipe.FMA: 64, Pipe.HALF: 128},
-    89: {**_COMMON_RATES, Pipe.FMA: 128, Pipe.HALF: 64},
-    90: {**_COMMON_RATES, Pipe.FMA: 128, Pipe.HALF: 128},
+    80: {**_COMMON_RATES, Pipe.FMA: 64, Pipe.HALF: 128, Pipe.DOUBLE: 32},
+    89: {**_COMMON_RATES, Pipe.FMA: 128, Pipe.HALF: 64, Pipe.DOUBLE: 2},
+    90: {**_COMMON_RATES, Pipe.FMA: 128, Pipe.HALF: 128, Pipe.DOUBLE: 64},
 }
 
 

@@ -82,7 +82,10 @@ def times(work: Work, num_ctas: int, num_warps: int, dram_bytes: int, gpu: Gpu) 
         "issue": work.instructions * warps,
         # integer multiply-adds go through the pipe of the floats, from 8.6 on through half of its lanes
         "fma": max(clocks(pipes[Pipe.FMA] + pipes[Pipe.IMAD], Pipe.FMA), clocks(pipes[Pipe.IMAD], Pipe.IMAD)),
-        **{pipe.value: clocks(pipes[pipe], pipe) for pipe in (Pipe.HALF, Pipe.ALU, Pipe.XU, Pipe.REDUCE, Pipe.UNIFORM)},
+        **{
+            pipe.value: clocks(pipes[pipe], pipe)
+            for pipe in (Pipe.HALF, Pipe.DOUBLE, Pipe.ALU, Pipe.XU, Pipe.REDUCE, Pipe.UNIFORM)
+        },
         # one unit for the four schedulers
         "lsu": work.lsu_words * LANES / gpu.rates[Pipe.LSU] * warps_of_multiprocessor,
         "tensor": tensor * warps_of_multiprocessor,

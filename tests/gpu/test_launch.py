@@ -14,10 +14,12 @@ from triton.runtime import JITFunction
 
 import mgt_kernels
 from mgt_kernels import triton as kernels
-from mgt_kernels.triton import mask_by_confidence, sample_tokens
+from mgt_kernels.triton import differential_sample, mask_by_confidence, sample_tokens
 
 SPLIT = next(case for case in CASES if case.name == "bf16 split over four programs")
 MASK = next(case for case in CASES if case.name == "N=256 temperature=1.3 digits=3")
+DIFFERENCE = next(case for case in CASES if case.name == "official, aliased, bf16, noise")
+ONE_OF_EACH = [SPLIT, MASK, DIFFERENCE]
 
 
 def launches_of(*arguments, op="sample_tokens"):
@@ -26,7 +28,7 @@ def launches_of(*arguments, op="sample_tokens"):
     return launches
 
 
-@pytest.mark.parametrize("op", ["sample_tokens", "mask_by_confidence"])
+@pytest.mark.parametrize("op", ["sample_tokens", "mask_by_confidence", "differential_sample"])
 def test_ops_have_a_cuda_kernel(op):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"mgt_kernels::{op}", "CUDA")
 
@@ -41,9 +43,13 @@ def test_public_ops_on_cuda_wait_for_nothing():
         token_ids, logprob = mgt_kernels.sample_tokens(logits, tokens, step=step, **options)
         masked = mgt_kernels.mask_by_confidence(token_ids, logprob, 20, temperature=1.0, step=3, **options)
         assert token_ids.is_cuda and logprob.is_cuda and masked.is_cuda
+        state = None
+        for _ in range(2):
+            _, _, state = mgt_kernels.differential_sample(logits, tokens, state, step=step, **options)
+            assert state.divergence.is_cuda and state.step.is_cuda
 
 
-@pytest.mark.parametrize("case", [SPLIT, MASK], ids=str)
+@pytest.mark.parametrize("case", ONE_OF_EACH, ids=str)
 def test_launchers_wait_for_nothing(case, monkeypatch):
     arguments = case.make_arguments()
 
@@ -55,9 +61,10 @@ def test_launchers_wait_for_nothing(case, monkeypatch):
     assert launches_of(*arguments, op=case.op)
 
 
-@pytest.mark.parametrize("case", [SPLIT, MASK], ids=str)
+@pytest.mark.parametrize("case", ONE_OF_EACH, ids=str)
 def test_launches_are_on_the_device_of_the_tensors_and_on_its_stream(case, monkeypatch):
     counts = []
+    first, *rest = case.make_arguments()
 
     @contextmanager
     def guard(index):
@@ -72,10 +79,10 @@ def test_launches_are_on_the_device_of_the_tensors_and_on_its_stream(case, monke
     monkeypatch.setattr(torch.accelerator, "device_index", guard)
     monkeypatch.setattr(driver.StandinDriver, "get_current_stream", lambda self, device: 7)
     monkeypatch.setattr(torch, "empty", lambda *size, device, **options: EMPTY(*size, **options))
-    first, *rest = case.make_arguments()
     with standin_gpu(80, execute=False) as launches:
         getattr(kernels, case.op)(first.as_subclass(Indexed), *rest)
-    assert counts == [0, len(launches)]
+    # every launch is inside of a guard
+    assert counts[0] == 0 and counts[1:-1:2] == counts[2::2] and counts[-1] == len(launches)
     assert {launch.stream for launch in launches} == {7}
 
 
@@ -129,12 +136,12 @@ def test_settings_of_a_step_do_not_compile_anew():
 def test_nothing_is_tuned_at_run_time():
     found = [
         value
-        for module in (sample_tokens, mask_by_confidence)
+        for module in (sample_tokens, mask_by_confidence, differential_sample)
         for name, value in vars(sys.modules[module.__module__]).items()
         if name.endswith("_kernel")
     ]
     # a tuner would wrap it; what is launched is a function of dtype, layout and shape
-    assert len(found) == 3 and all(type(kernel) is JITFunction for kernel in found)
+    assert len(found) == 6 and all(type(kernel) is JITFunction for kernel in found)
 
 
 def assert_exact_arithmetic(ptx: str) -> None:
@@ -143,13 +150,13 @@ def assert_exact_arithmetic(ptx: str) -> None:
     assert not re.search(r"\b(mul|add|sub)\.f32\b", ptx)
 
 
-@pytest.mark.parametrize("case", [SPLIT, MASK], ids=str)
+@pytest.mark.parametrize("case", ONE_OF_EACH, ids=str)
 def test_arithmetic_is_exact(case, monkeypatch):
     arguments = case.make_arguments()
     for launch in launches_of(*arguments, op=case.op):
         assert_exact_arithmetic(launch.ptx)
     # with fusion left on, the check is red
-    for module in (sample_tokens, mask_by_confidence):
+    for module in (sample_tokens, mask_by_confidence, differential_sample):
         monkeypatch.setitem(sys.modules[module.__module__].LAUNCH_OPTIONS, "enable_fp_fusion", True)
     with pytest.raises(AssertionError):
         for launch in launches_of(*arguments, op=case.op):

@@ -391,6 +391,20 @@ def test_float_comparison(name: str) -> None:
     np.testing.assert_array_equal(evaluate(snippet, [F32, G32], np.dtype(np.uint32)), expected.astype(np.uint32))
 
 
+@pytest.mark.parametrize("kind", ["f16x2", "bf16x2"])
+def test_comparison_of_pairs(kind: str) -> None:
+    dtype = torch.float16 if kind == "f16x2" else torch.bfloat16
+    halves = [torch.from_numpy(values[: len(values) // 2 * 2]).to(dtype) for values in (F32, G32)]
+    pairs = [half.view(torch.int16).numpy().view(np.uint32) for half in halves]
+    # 1: the low halves, 2: the high ones
+    snippet = (
+        f"{{ .reg .pred p, q; .reg .b32 r, s; setp.lt.{kind} p|q, $1, $2;"
+        " selp.b32 r, 1, 0, p; selp.b32 s, 2, 0, q; add.u32 $0, r, s; }"
+    )
+    less = (halves[0] < halves[1]).numpy()
+    np.testing.assert_array_equal(evaluate(snippet, pairs, np.dtype(np.uint32)), less[::2] + 2 * less[1::2])
+
+
 def test_approximations_are_off_by_as_much_as_asked() -> None:
     exact = np.exp2(POSITIVE[20:90] % 8).astype(np.float32)
     off = evaluate("ex2.approx.ftz.f32 $0, $1;", [POSITIVE[20:90] % 8], np.dtype(np.float32), approx_ulp=3)

@@ -16,8 +16,8 @@ from ptx_emulator.ptx_types import TYPES, Array, PtxError, PtxType, bits_of
 
 _SMALLEST_NORMAL = np.float32(2.0**-126)
 _HALVES = ("f16", "bf16")
-_PAIRS = {"f16x2": "f16", "bf16x2": "bf16"}
-_FLOATS = ("f32", "f64", *_HALVES, *_PAIRS)
+PAIRS = {"f16x2": "f16", "bf16x2": "bf16"}
+_FLOATS = ("f32", "f64", *_HALVES, *PAIRS)
 
 
 # representations
@@ -88,10 +88,10 @@ def float_writer(ins: Decoder, kind: PtxType, flushes: bool = False) -> Write:
 def _on_floats(ins: Decoder, kind: PtxType, flushes: bool, function: Callable[..., Array], count: int) -> Execute:
     """Make the closure of a function of `count` floats, of a pair of 16-bit floats on both halves."""
     ins.expect_operands(1 + count)
-    if kind.name in _PAIRS:
+    if kind.name in PAIRS:
         if flushes:
             raise PtxError(f"{ins.opcode}.ftz of .{kind.name}")
-        return ins.pointwise(_on_halves(TYPES[_PAIRS[kind.name]], function), kind, *[kind] * count)
+        return ins.pointwise(_on_halves(TYPES[PAIRS[kind.name]], function), kind, *[kind] * count)
     write = float_writer(ins, kind, flushes)
     reads = [float_reader(ins, 1 + i, kind, flushes) for i in range(count)]
     if count == 2:
@@ -112,7 +112,7 @@ def _on_halves(kind: PtxType, function: Callable[..., Array]) -> Callable[..., A
 
 def add_packed(kind: PtxType) -> Callable[..., Array]:
     """The addition of pairs of 16-bit floats, for atomics."""
-    return _on_halves(TYPES[_PAIRS[kind.name]], np.add)
+    return _on_halves(TYPES[PAIRS[kind.name]], np.add)
 
 
 # add, sub, mul, div, fma

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ptx_emulator.decoder import Decoder, Execute, opcode
-from ptx_emulator.floating import arithmetic, float_reader, floating_min_max, floating_unary
+from ptx_emulator.floating import PAIRS, arithmetic, float_reader, floating_min_max, floating_unary, to_float32
 from ptx_emulator.frame import Frame
 from ptx_emulator.parser import Immediate
 from ptx_emulator.ptx_types import BOOL, TYPES, Array, PtxError, PtxType
@@ -415,6 +415,8 @@ _UNORDERED = {"equ": "eq", "neu": "ne", "ltu": "lt", "leu": "le", "gtu": "gt", "
 def _setp(ins: Decoder) -> Execute:
     name = ins.require(*_COMPARE, *_UNSIGNED_NAMES, *_UNORDERED, "num", "nan")
     combine = ins.take(*_LOGIC)
+    if ins.modifiers and ins.modifiers[-1] in PAIRS:
+        return _compare_halves(ins, name)
     if _is_float(ins):
         flushes = ins.take("ftz") is not None
         kind = ins.take_type("f16", "bf16", "f32", "f64")
@@ -438,6 +440,24 @@ def _setp(ins: Decoder) -> Execute:
         write(frame, result)
         if write_inverse:
             write_inverse(frame, inverse)
+
+    return execute
+
+
+def _compare_halves(ins: Decoder, name: str) -> Execute:
+    """setp of a pair: p|q are the results of the low and the high halves."""
+    kind = ins.take_type(*PAIRS)
+    half, compare = TYPES[PAIRS[kind.name]], _float_comparison(name)
+    left, right = ins.source(1, kind), ins.source(2, kind)
+    write_low, write_high = ins.pair(TYPES["pred"])
+    ins.expect_operands(3)
+    if write_high is None:
+        raise PtxError(f"setp of .{kind.name} without a second predicate")
+
+    def execute(frame: Frame) -> None:
+        pairs = left(frame), right(frame)
+        write_low(frame, compare(*(to_float32(x.astype(np.uint16), half) for x in pairs)))
+        write_high(frame, compare(*(to_float32((x >> np.uint32(16)).astype(np.uint16), half) for x in pairs)))
 
     return execute
 
