@@ -265,7 +265,7 @@ def exact(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Also a plot, a PNG file.")] = None,
     num_samples: Annotated[
         int, typer.Option("--num-samples", "-n", min=1, help="Sequences for each seed, technique and number of steps.")
-    ] = 10_000,
+    ] = 4000,
     seeds: Annotated[int, typer.Option(min=2, help="Over which the intervals are.")] = 10,
     progress: Progress = True,
 ) -> None:

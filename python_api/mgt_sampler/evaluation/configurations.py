@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .. import sampling
+from ..techniques import Differential, ZSampling
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -56,9 +56,9 @@ class Configuration:
         """The keyword arguments of `generate`."""
         arguments = dict(self.arguments)
         if "differential" in arguments:
-            arguments["differential"] = self._of_table("differential", sampling.Differential)
+            arguments["differential"] = self._of_table("differential", Differential)
         if "z_sampling" in arguments:
-            arguments["z_sampling"] = self._of_table("z_sampling", sampling.ZSampling)
+            arguments["z_sampling"] = self._of_table("z_sampling", ZSampling)
         return arguments
 
     def _of_table(self, key: str, kind: Any) -> Any:

@@ -32,7 +32,7 @@ def judge_exactly(
     techniques: Sequence[Configuration] | None = None,
     *,
     steps: Sequence[int] = STEPS,
-    num_samples: int = 10_000,
+    num_samples: int = 4000,
     num_seeds: int = 10,
     seed: int = 0,
     progress: bool = True,

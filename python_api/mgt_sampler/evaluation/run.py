@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from .. import sampling
 from ..models import FashionClassifier, FashionModel, load_classifier
+from ..techniques import Differential
 from .configurations import Configuration
 from .intervals import Estimate, jackknife
 from .metrics import (
@@ -347,7 +348,7 @@ def _draw(
     backend: str,
     classifier: FashionClassifier,
 ) -> Group:
-    arguments = _arguments(model, configuration, backend)
+    arguments = _arguments(configuration, backend)
     images, curves, model_calls, seconds = [], [], 0, 0.0
     for batch_labels, batch_seeds in zip(labels.split(batch_size), seeds.split(batch_size), strict=True):
         steps: dict[int, Tensor] = {}
@@ -388,18 +389,17 @@ def _curves(step: SamplerStep, codebook_size: int) -> Tensor:
     return torch.stack([entropy, unique, divergence])
 
 
-def _arguments(model: FashionModel, configuration: Configuration, backend: str) -> dict[str, Any]:
+def _arguments(configuration: Configuration, backend: str) -> dict[str, Any]:
     arguments = configuration.generate_arguments()
-    # a share of 0 draws what no differential sampling draws, and tells the divergence; it runs on the CPU
-    if model.device.type == "cpu" and backend != "triton":
-        arguments.setdefault("differential", sampling.Differential(share=0.0))
+    # a share of 0 draws what no differential sampling draws, and tells the divergence
+    arguments.setdefault("differential", Differential(share=0.0))
     return {**arguments, "backend": backend, "progress": False}
 
 
 def _check(model: FashionModel, configuration: Configuration, backend: str) -> None:
     """Let `generate` look at the arguments before hours are spent on the configurations before this one."""
     try:
-        sampling.generate(model, labels=[], **_arguments(model, configuration, backend))
+        sampling.generate(model, labels=[], **_arguments(configuration, backend))
     except (TypeError, ValueError) as error:
         raise type(error)(f"{configuration.name}: {error}") from error
 
