@@ -129,13 +129,15 @@ FLOORS = {
     "mgt_kernels.triton": 0,
     "mgt_kernels": 1,
     "mgt_sampler.schedules": 2,
-    "mgt_sampler.sampling": 3,
-    "mgt_sampler.models": 4,
-    "mgt_sampler.scheduler": 4,
-    "mgt_sampler.images": 4,
-    "mgt_sampler.evaluation": 5,
-    "mgt_sampler.cli": 6,
-    "mgt_sampler.models.train_fashion": 6,
+    "mgt_sampler.techniques": 3,
+    "mgt_sampler.sampling": 4,
+    "mgt_sampler.models": 5,
+    "mgt_sampler.scheduler": 5,
+    "mgt_sampler.images": 5,
+    "mgt_sampler.pipelines": 6,
+    "mgt_sampler.evaluation": 6,
+    "mgt_sampler.cli": 7,
+    "mgt_sampler.models.train_fashion": 7,
 }
 
 
