@@ -76,6 +76,19 @@ def _where(index: int, num_positions: int) -> str:
     return f"sample {index // num_positions}, position {index % num_positions}"
 
 
+def _check_draw(
+    name: str, status: int, index: int, tokens: Tensor, num_tokens: int, mask_token_id: int, isa: str
+) -> None:
+    if status == 2:
+        _raise_unavailable(isa)
+    if status == 3:
+        raise bad_logits(index, tokens.shape[1])
+    if status == 4:
+        raise bad_token(tokens, index, num_tokens, mask_token_id)
+    if status:
+        raise RuntimeError(f"{name} refused its arguments (status {status})")
+
+
 def sample_tokens(
     logits: Tensor,
     tokens: Tensor,
@@ -97,14 +110,7 @@ def sample_tokens(
         tokens.data_ptr(), seed.data_ptr(), mask_token_id, step, guidance_scale, noise_scale, temperature,
         token_ids.data_ptr(), token_ids.numel(), logprob.data_ptr(), logprob.numel(),
     )  # fmt: skip
-    if status == 2:
-        _raise_unavailable(isa)
-    if status == 3:
-        raise bad_logits(index, tokens.shape[1])
-    if status == 4:
-        raise bad_token(tokens, index, logits.shape[-1], mask_token_id)
-    if status:
-        raise RuntimeError(f"mgt_sample_tokens refused its arguments (status {status})")
+    _check_draw("mgt_sample_tokens", status, index, tokens, logits.shape[-1], mask_token_id, isa)
     return token_ids, logprob
 
 
@@ -129,7 +135,7 @@ def differential_sample(
     """Run the C kernel on checked arguments; history and written are contiguous and updated in place."""
     tokens, seed = tokens.contiguous(), seed.contiguous()
     token_ids = torch.empty_like(tokens)
-    logprob, divergence = torch.empty(tokens.shape), torch.empty(tokens.shape)
+    logprob, divergence = (torch.empty(tokens.shape, dtype=torch.float32) for _ in range(2))
     num_threads, pool = _threads()
     layout = tuple(logits.shape), _half(logits), _half(uncond_logits)
     workspace = torch.empty(_C.differential_sample_workspace(num_threads, *layout), dtype=torch.uint8)
@@ -143,14 +149,7 @@ def differential_sample(
     if status:
         # some rows were overwritten: none may be taken for the previous step's
         written.zero_()
-    if status == 2:
-        _raise_unavailable(isa)
-    if status == 3:
-        raise bad_logits(index, tokens.shape[1])
-    if status == 4:
-        raise bad_token(tokens, index, logits.shape[-1], mask_token_id)
-    if status:
-        raise RuntimeError(f"mgt_differential_sample refused its arguments (status {status})")
+    _check_draw("mgt_differential_sample", status, index, tokens, logits.shape[-1], mask_token_id, isa)
     return token_ids, logprob, divergence
 
 

@@ -7,15 +7,19 @@ import torch
 from torch import Tensor
 
 from mgt_kernels import cpu, reference
-
-BACKENDS = ("auto", "reference", "scalar", "avx2", "avx512", "triton")
+from mgt_kernels.checks import (
+    check_backend,
+    check_draw,
+    check_range,
+    check_seed,
+    check_shape,
+    check_step,
+    check_tensor,
+    per_sample,
+    step_value,
+)
 
 REMASK_VARIANTS = ("paper", "official", "random")
-
-_LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_FLOAT32_MAX = torch.finfo(torch.float32).max
-# its inverse is still far from the largest float32
-_SMALLEST_TEMPERATURE = 1e-30
 
 
 def sample_tokens(
@@ -68,12 +72,12 @@ def sample_tokens(
             masked position hold NaN or +inf or forbid every token (the message names sample and position).
         RuntimeError: if the backend asked for is not available.
     """
-    _check_draw(logits, tokens, uncond_logits, guidance_scale, noise_scale, temperature)
-    seed = _check_seed(seed, logits.shape[0], logits.device)
-    step = _check_step(step, logits.device)
+    check_draw(logits, tokens, uncond_logits, guidance_scale, noise_scale, temperature)
+    seed = check_seed(seed, logits.shape[0], logits.device)
+    step = check_step(step, logits.device)
     return torch.ops.mgt_kernels.sample_tokens(
         logits, tokens, seed, step, mask_token_id, uncond_logits, guidance_scale, noise_scale, temperature,
-        _check_backend(backend, logits.device),
+        check_backend(backend, logits.device),
     )  # fmt: skip
 
 
@@ -176,8 +180,8 @@ def differential_sample(
 
     Source: differential sampling, arXiv 2411.10781; its authors' code for variant "official".
     """
-    _check_draw(logits, tokens, uncond_logits, guidance_scale, noise_scale, temperature)
-    _check_range("share", share, 0)
+    check_draw(logits, tokens, uncond_logits, guidance_scale, noise_scale, temperature)
+    check_range("share", share, 0)
     if share > 1:
         raise ValueError(f"share: expected a number within [0, 1], got {share}")
     if variant not in cpu.DIFFERENTIAL_VARIANTS:
@@ -186,10 +190,10 @@ def differential_sample(
         raise TypeError(f"aliased_history: expected a bool, got {type(aliased_history).__name__}")
     if aliased_history and variant != "official":
         raise ValueError(f"aliased_history: expected False with variant {variant!r}; it is a switch of 'official'")
-    backend = _check_backend(backend, logits.device)
+    backend = check_backend(backend, logits.device)
     batch, num_positions, num_tokens = logits.shape
-    seed = _check_seed(seed, batch, logits.device)
-    step = _check_step(step, logits.device)
+    seed = check_seed(seed, batch, logits.device)
+    step = check_step(step, logits.device)
     settings = dict(variant=variant, aliased_history=aliased_history, mask_token_id=mask_token_id)
     if state is None:
         history = torch.empty(batch, num_positions, num_tokens, dtype=torch.int16, device=logits.device)
@@ -254,14 +258,14 @@ def mask_by_confidence(
 
     Source: the re-masking of MaskGIT (arXiv 2202.04200, section 3.2) with the annealed Gumbel noise of its code.
     """
-    _check_tensor("token_ids", token_ids, 2, (torch.int64,))
-    _check_tensor("logprob", logprob, 2, (torch.float32,), token_ids.device)
-    _check_shape("logprob", logprob, tuple(token_ids.shape))
+    check_tensor("token_ids", token_ids, 2, (torch.int64,))
+    check_tensor("logprob", logprob, 2, (torch.float32,), token_ids.device)
+    check_shape("logprob", logprob, tuple(token_ids.shape))
     batch = token_ids.shape[0]
-    _check_range("temperature", temperature, 0)
-    mask_len = _per_sample("mask_len", mask_len, batch, token_ids.device)
-    seed = _check_seed(seed, batch, token_ids.device)
-    step = _check_step(step, token_ids.device)
+    check_range("temperature", temperature, 0)
+    mask_len = per_sample("mask_len", mask_len, batch, token_ids.device)
+    seed = check_seed(seed, batch, token_ids.device)
+    step = check_step(step, token_ids.device)
     return torch.ops.mgt_kernels.mask_by_confidence(
         token_ids,
         logprob,
@@ -270,7 +274,7 @@ def mask_by_confidence(
         step,
         mask_token_id,
         temperature,
-        _check_backend(backend, token_ids.device),
+        check_backend(backend, token_ids.device),
     )
 
 
@@ -331,45 +335,22 @@ def remask_tokens(
     if variant not in REMASK_VARIANTS:
         raise ValueError(f"variant: expected one of {REMASK_VARIANTS}, got {variant!r}")
     if variant == "random":
-        _check_tensor("tokens", tokens, 2, (torch.int64,))
+        check_tensor("tokens", tokens, 2, (torch.int64,))
         logits = uncond_logits = None
     elif logits is None:
         raise ValueError(f"logits: expected a tensor with variant {variant!r}, got None")
     else:
-        _check_draw(logits, tokens, uncond_logits, guidance_scale, 0.0, 0.0)
+        check_draw(logits, tokens, uncond_logits, guidance_scale, 0.0, 0.0)
     if keep is not None:
-        _check_tensor("keep", keep, 2, (torch.bool,), tokens.device)
-        _check_shape("keep", keep, tuple(tokens.shape))
+        check_tensor("keep", keep, 2, (torch.bool,), tokens.device)
+        check_shape("keep", keep, tuple(tokens.shape))
     batch, device = tokens.shape[0], tokens.device
-    remask_len = _per_sample("remask_len", remask_len, batch, device)
-    seed, step = _check_seed(seed, batch, device), _check_step(step, device)
-    backend = _check_backend(backend, device)
+    remask_len = per_sample("remask_len", remask_len, batch, device)
+    seed, step = check_seed(seed, batch, device), check_step(step, device)
+    backend = check_backend(backend, device)
     return torch.ops.mgt_kernels.remask_tokens(
         logits, tokens, remask_len, seed, step, mask_token_id, variant, uncond_logits, guidance_scale, keep, backend
     )
-
-
-def _check_draw(
-    logits: Tensor,
-    tokens: Tensor,
-    uncond_logits: Tensor | None,
-    guidance_scale: float,
-    noise_scale: float,
-    temperature: float,
-) -> None:
-    _check_tensor("logits", logits, 3, _LOGITS_DTYPES)
-    _check_tensor("tokens", tokens, 2, (torch.int64,), logits.device)
-    batch, num_positions, num_tokens = logits.shape
-    _check_shape("tokens", tokens, (batch, num_positions))
-    if num_tokens < 1:
-        raise ValueError(f"logits: expected at least one token in the last dimension, got shape {tuple(logits.shape)}")
-    if uncond_logits is not None:
-        _check_tensor("uncond_logits", uncond_logits, 3, (logits.dtype,), logits.device)
-        _check_shape("uncond_logits", uncond_logits, tuple(logits.shape))
-    _check_strides(logits, uncond_logits)
-    _check_range("guidance_scale", guidance_scale, -math.inf)
-    _check_range("noise_scale", noise_scale, 0)
-    _check_temperature(temperature)
 
 
 def _check_state(state: DifferentialState, logits: Tensor, settings: dict[str, object]) -> None:
@@ -392,7 +373,7 @@ def _check_generation(
 ) -> None:
     if not has_history:
         return
-    before, now = int(history_step), _step_value(step)
+    before, now = int(history_step), step_value(step)
     if now == 0:
         raise ValueError(f"state: expected None at step 0, which begins a generation, got a state of step {before}")
     if before != now - 1:
@@ -402,100 +383,6 @@ def _check_generation(
         raise ValueError(
             f"seed: expected {int(history_seed[sample])} for sample {sample} as in the state, got {int(seed[sample])}"
         )
-
-
-def _check_tensor(
-    name: str, value: Tensor, ndim: int, dtypes: tuple[torch.dtype, ...], device: torch.device | None = None
-) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
-    if value.dtype not in dtypes:
-        raise TypeError(f"{name}: expected dtype {' or '.join(map(str, dtypes))}, got {value.dtype}")
-    if value.ndim != ndim:
-        raise ValueError(f"{name}: expected {ndim} dimensions, got shape {tuple(value.shape)}")
-    if device is not None and value.device != device:
-        raise ValueError(f"{name}: expected device {device} like the first argument, got {value.device}")
-
-
-def _check_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(value.shape) != shape:
-        raise ValueError(f"{name}: expected shape {shape}, got {tuple(value.shape)}")
-
-
-def _check_strides(logits: Tensor, uncond_logits: Tensor | None) -> None:
-    halves = [logits] if uncond_logits is None else [logits, uncond_logits]
-    # a dimension of size 1 is never stepped along, so any stride of it will do
-    by_token = all(half.shape[2] == 1 or half.stride(2) == 1 for half in halves)
-    by_position = all(half.shape[1] == 1 or half.stride(1) == 1 for half in halves)
-    if not (by_token or by_position or logits.numel() == 0):
-        strides = " and ".join(str(tuple(half.stride())) for half in halves)
-        raise ValueError(
-            "logits and uncond_logits: expected unit stride over tokens (last dimension) or over positions (middle "
-            f"dimension), the same for both, got strides {strides}"
-        )
-
-
-def _check_range(name: str, value: float, low: float) -> None:
-    if not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    # the kernels compute in float32; comparisons, unlike math.isfinite, are traced by torch.compile
-    if not (low <= value <= _FLOAT32_MAX and value >= -_FLOAT32_MAX):
-        wanted = "a finite number" if low == -math.inf else f"a finite number >= {low:g}"
-        raise ValueError(f"{name}: expected {wanted}, got {value}")
-
-
-def _check_temperature(temperature: float) -> None:
-    _check_range("temperature", temperature, 0)
-    if 0 < temperature < _SMALLEST_TEMPERATURE:
-        raise ValueError(f"temperature: expected 0 or at least {_SMALLEST_TEMPERATURE}, got {temperature}")
-
-
-def _per_sample(name: str, value: int | Tensor, batch: int, device: torch.device) -> Tensor:
-    if isinstance(value, int):
-        return torch.full((batch,), value, dtype=torch.int64, device=device)
-    _check_tensor(name, value, 1, (torch.int64,), device)
-    _check_shape(name, value, (batch,))
-    return value
-
-
-def _check_seed(seed: int | Tensor, batch: int, device: torch.device) -> Tensor:
-    if isinstance(seed, int) and not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed: expected a 64-bit signed integer, got {seed}")
-    return _per_sample("seed", seed, batch, device)
-
-
-def _check_step(step: int | Tensor, device: torch.device) -> Tensor:
-    if isinstance(step, Tensor):
-        _check_tensor("step", step, 0, (torch.int64,), device)
-        # to look at its value here would wait for the device
-        return step
-    if not isinstance(step, int):
-        raise TypeError(f"step: expected an int or a tensor, got {type(step).__name__}")
-    _check_step_range(step)
-    return torch.full((), step, dtype=torch.int64, device=device)
-
-
-def _check_step_range(step: int) -> None:
-    if not 0 <= step < 2**32:
-        raise ValueError(f"step: expected a value within [0, 2^32), got {step}")
-
-
-def _step_value(step: Tensor) -> int:
-    value = int(step)
-    _check_step_range(value)
-    return value
-
-
-def _check_backend(backend: str, device: torch.device) -> str:
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
-    if backend == "auto" and device.type not in ("cpu", "cuda", "meta"):
-        raise ValueError(f"backend: no kernels for device {device}; use backend='reference'")
-    if backend in cpu.ISAS[1:] and device.type not in ("cpu", "meta"):
-        raise RuntimeError(f"backend: {backend!r} runs on CPU tensors, got tensors on {device}")
-    if backend == "triton" and device.type not in ("cuda", "meta"):
-        raise RuntimeError(f"backend: 'triton' runs on CUDA tensors, got tensors on {device}")
-    return backend
 
 
 def _reference_sample_tokens(
@@ -511,7 +398,7 @@ def _reference_sample_tokens(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     token_ids, logprob, bad_row = reference.sample_tokens(
-        logits, tokens, mask_token_id=mask_token_id, seed=seed, step=_step_value(step), uncond_logits=uncond_logits,
+        logits, tokens, mask_token_id=mask_token_id, seed=seed, step=step_value(step), uncond_logits=uncond_logits,
         guidance_scale=guidance_scale, noise_scale=noise_scale, temperature=temperature,
     )  # fmt: skip
     known = tokens != mask_token_id
@@ -540,7 +427,7 @@ def _reference_mask_by_confidence(
         raise cpu.bad_logprob(int(logprob.flatten().isnan().nonzero()[0]), logprob.shape[1])
     return reference.mask_by_confidence(
         token_ids, logprob, mask_len, mask_token_id=mask_token_id, temperature=temperature, seed=seed,
-        step=_step_value(step),
+        step=step_value(step),
     )  # fmt: skip
 
 
@@ -566,7 +453,7 @@ def _reference_differential_sample(
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_generation(has_history, history_step, history_seed, seed, step)
     token_ids, logprob, divergence, new_history, new_written, bad_row = reference.differential_sample(
-        logits, tokens, history, written & has_history, mask_token_id=mask_token_id, seed=seed, step=_step_value(step),
+        logits, tokens, history, written & has_history, mask_token_id=mask_token_id, seed=seed, step=step_value(step),
         share=share, variant=variant, aliased_history=aliased_history, uncond_logits=uncond_logits,
         guidance_scale=guidance_scale, noise_scale=noise_scale, temperature=temperature,
     )  # fmt: skip
@@ -671,7 +558,7 @@ def _(logits, tokens, *_):  # type: ignore[no-untyped-def]
 def _(logits, tokens, seed, step, *options):  # type: ignore[no-untyped-def]
     if options[-1] == "reference":
         return _reference_sample_tokens(logits, tokens, seed, step, *options)
-    return cpu.sample_tokens(logits, tokens, seed, _step_value(step), *options)
+    return cpu.sample_tokens(logits, tokens, seed, step_value(step), *options)
 
 
 @_sample_tokens.register_kernel("cuda")
@@ -696,7 +583,7 @@ def _(logits, tokens, history, written, history_step, history_seed, has_history,
             logits, tokens, history, written, history_step, history_seed, has_history, seed, step, *options
         )
     _check_generation(has_history, history_step, history_seed, seed, step)
-    outputs = cpu.differential_sample(logits, tokens, history, written, has_history, seed, _step_value(step), *options)
+    outputs = cpu.differential_sample(logits, tokens, history, written, has_history, seed, step_value(step), *options)
     history_step.copy_(step)
     return outputs
 
@@ -719,7 +606,7 @@ def _(token_ids, *_):  # type: ignore[no-untyped-def]
 def _(token_ids, logprob, mask_len, seed, step, *options):  # type: ignore[no-untyped-def]
     if options[-1] == "reference":
         return _reference_mask_by_confidence(token_ids, logprob, mask_len, seed, step, *options)
-    return cpu.mask_by_confidence(token_ids, logprob, mask_len, seed, _step_value(step), *options)
+    return cpu.mask_by_confidence(token_ids, logprob, mask_len, seed, step_value(step), *options)
 
 
 @_mask_by_confidence.register_kernel("cuda")

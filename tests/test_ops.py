@@ -63,6 +63,36 @@ def test_a_generation_with_history_compiles_without_a_graph_break():
     assert all(map(torch.equal, compiled(*inputs), two_steps(*inputs)))
 
 
+def test_a_re_masking_compiles_without_a_graph_break():
+    def step(logits, tokens, remask_len):
+        return mgt_kernels.remask_tokens(logits, tokens, remask_len, mask_token_id=40, seed=3, step=1)
+
+    inputs = (torch.randn(2, 6, 40), torch.arange(12).view(2, 6), torch.tensor([2, 3]))
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    assert all(map(torch.equal, compiled(*inputs), step(*inputs)))
+
+
+def test_the_default_dtype_changes_nothing(backend):
+    def results():
+        logits, tokens = (
+            torch.randn(2, 5, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float32),
+            SAMPLE[1],
+        )
+        options = {"mask_token_id": 40, "seed": 3, "backend": backend}
+        token_ids, logprob, state = mgt_kernels.differential_sample(logits, tokens, None, step=0, **options)
+        second = mgt_kernels.differential_sample(logits.flip(0), tokens, state, step=1, **options)
+        remasked = mgt_kernels.remask_tokens(logits, token_ids, 2, step=1, **options)
+        masked = mgt_kernels.mask_by_confidence(token_ids, logprob, 2, temperature=1.0, step=1, **options)
+        return token_ids, logprob, *second[:2], second[2].divergence, *remasked, masked
+
+    expected = results()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert all(map(torch.equal, results(), expected))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_a_step_compiles_without_a_graph_break():
     def step(logits, tokens, seed, mask_len):
         token_ids, logprob = mgt_kernels.sample_tokens(

@@ -37,7 +37,7 @@ def encode_history(log_q: Tensor) -> Tensor:
 
 def decode_history(history: Tensor) -> Tensor:
     """Return log q, float64 nats, of the 16-bit codes in `history` (int16): at least -1047.9375."""
-    code = history.long() & 0xFFFF
+    code = (history.long() & 0xFFFF).double()
     return -torch.where(code < _FAR_CODE, code * _NEAR_STEP, _FAR_NATS + (code - _FAR_CODE) * _FAR_STEP)
 
 

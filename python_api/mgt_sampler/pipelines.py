@@ -19,9 +19,9 @@ def z_sample(pipe: Any, *args: Any, z_sampling: ZSampling | None = None, **kwarg
         images = z_sample(pipe, "a cat", guidance_scale=9.0, z_sampling=ZSampling(variant="paper")).images
 
     At each step of `z_sampling` the transformer is called twice more, with the inputs the pipeline gave it but for the
-    tokens and, in the inverse pass, the next timestep; its batch of both guidance halves stays one call. The
-    pipeline's callbacks and its progress bar see the step as one. Tokens that were known in the first step, as in
-    inpainting, are never masked again.
+    tokens and, in the inverse pass, the next timestep (where `timestep` is among its keywords); its batch of both
+    guidance halves stays one call. The pipeline's callbacks and its progress bar see the step as one. Tokens that were
+    known in the first step, as in inpainting, are never masked again.
 
     Args:
         pipe: a pipeline such as `AmusedPipeline` or Meissonic's: with a `transformer` that maps tokens (B, H, W) or
@@ -99,22 +99,27 @@ class _Zigzag:
                 prev_sample.flatten(1),
                 (sample == mask_token_id).flatten(1).sum(-1),
                 self._keep,
-                lambda tokens, scale: self._inverse(tokens.view_as(sample), now - 1, scale),
+                lambda tokens, scale: self._inverse(tokens.view_as(sample), now, scale),
                 mask_token_id=mask_token_id,
                 seed=seeds,
                 step=draw,
                 backend=scheduler.config.backend,
             ).view_as(sample)
-            uncond_logits, logits = self._call(remasked, now)
+            uncond_logits, logits = self._call(remasked)
             if uncond_logits is not None:
                 logits = uncond_logits + self._guidance_scale * (logits - uncond_logits)
             scheduler.rewind()
             prev_sample, drawn = self._step_once(logits, now, remasked, starting_mask_ratio, generator, False)
         return MGTSchedulerOutput(prev_sample, drawn) if return_dict else (prev_sample, drawn)
 
-    def _inverse(self, tokens: Tensor, timestep: int, guidance_scale: float) -> tuple[Tensor, Tensor | None]:
+    def _inverse(self, tokens: Tensor, now: int, guidance_scale: float) -> tuple[Tensor, Tensor | None]:
+        # k, k / T or 1000 k: whatever a pipeline makes of the timestep k, the next one's is (k - 1) / k of it
+        time, following = self._inputs[1].get("timestep"), {}
+        if time is not None:
+            whole = not time.is_floating_point() if isinstance(time, Tensor) else isinstance(time, int)
+            following["timestep"] = time * (now - 1) // now if whole else time * (now - 1) / now
         uncond_logits, logits = (
-            None if half is None else flatten_logits(half, tokens)[0] for half in self._call(tokens, timestep)
+            None if half is None else flatten_logits(half, tokens)[0] for half in self._call(tokens, **following)
         )
         assert logits is not None
         if uncond_logits is None:
@@ -128,8 +133,8 @@ class _Zigzag:
             return uncond_logits, None
         return logits, uncond_logits if guidance_scale != 1 else None
 
-    def _call(self, tokens: Tensor, timestep: int) -> tuple[Tensor | None, Tensor]:
-        """The transformer's unconditional (None without guidance) and conditional logits for other tokens."""
+    def _call(self, tokens: Tensor, **others: Any) -> tuple[Tensor | None, Tensor]:
+        """The transformer's unconditional (None without guidance) and conditional logits for other inputs."""
         args, kwargs = self._inputs
         factors: list[int] = []
 
@@ -147,12 +152,9 @@ class _Zigzag:
                 f"pipe: expected a transformer with one input of tokens of shape {tuple(tokens.shape)}, "
                 f"or twice as many for guidance, got {len(factors)}"
             )
-        time = kwargs.get("timestep")
-        if time is not None:
-            kwargs["timestep"] = torch.full_like(time, timestep) if isinstance(time, Tensor) else timestep
         self._is_ours = True
         try:
-            output = self._transformer(*args, **kwargs)
+            output = self._transformer(*args, **{**kwargs, **others})
         finally:
             self._is_ours = False
         if not isinstance(output, Tensor):

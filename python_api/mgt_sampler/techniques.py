@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from mgt_kernels import DifferentialState, differential_sample, remask_tokens, sample_tokens
-
-DIFFERENTIAL_VARIANTS = ("paper", "official")
-Z_SAMPLING_VARIANTS = ("paper", "official", "random")
+from mgt_kernels.cpu import DIFFERENTIAL_VARIANTS
+from mgt_kernels.ops import REMASK_VARIANTS
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class ZSampling:
     def __post_init__(self) -> None:
         """Check the attributes."""
         _check_number("z_sampling.inversion_guidance_scale", self.inversion_guidance_scale)
-        _check_variant("z_sampling.variant", self.variant, Z_SAMPLING_VARIANTS)
+        _check_variant("z_sampling.variant", self.variant, REMASK_VARIANTS)
         if self.steps is not None:
             check_steps("z_sampling.steps", self.steps)
 

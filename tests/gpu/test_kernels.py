@@ -8,6 +8,7 @@ from cases import CASES, Case
 from driver import standin_gpu
 from ptx_emulator import PtxError
 
+from mgt_kernels import ops
 from mgt_kernels import triton as kernels
 from mgt_kernels.reference.differential_sample import select_rows
 
@@ -84,6 +85,36 @@ def test_logits_and_tokens_are_not_written(name):
         case.run(arguments)
     for argument, before in zip(arguments, untouched, strict=True):
         assert torch.equal(argument, before) if isinstance(argument, torch.Tensor) else argument == before
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("variant", ["paper", "official", "random"])
+def test_re_masking_is_made_of_these_kernels(capability, variant, monkeypatch):
+    logits, _, seed, step, mask, uncond, scale, *_ = case_named("bf16 aligned").make_arguments()
+    batch, num_positions, num_tokens = logits.shape
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(num_tokens, (batch, num_positions), generator=generator)
+    tokens[:, 0] = mask
+    remask_len = torch.arange(batch) + 1
+    arguments = (logits, tokens, remask_len, seed, step, mask, variant, uncond, scale, None, "auto")
+    expected, expected_score = ops._remask_tokens(*arguments)
+
+    def sample_tokens(
+        logits, tokens, *, mask_token_id, seed, step, uncond_logits, guidance_scale, temperature, backend
+    ):
+        return kernels.sample_tokens(
+            logits, tokens, seed, step, mask_token_id, uncond_logits, guidance_scale, 0.0, temperature
+        )
+
+    def mask_by_confidence(token_ids, logprob, mask_len, *, mask_token_id, temperature, seed, step, backend):
+        return kernels.mask_by_confidence(token_ids, logprob, mask_len, seed, step, mask_token_id, temperature)
+
+    monkeypatch.setattr(ops, "sample_tokens", sample_tokens)
+    monkeypatch.setattr(ops, "mask_by_confidence", mask_by_confidence)
+    with standin_gpu(capability):
+        remasked, score = ops._remask_tokens(*arguments)
+    assert torch.equal(remasked, expected)
+    torch.testing.assert_close(score, expected_score, rtol=1e-6, atol=2e-6)
 
 
 # a constant of each file with kernels or what they share, as PTX writes it, and what to make of it

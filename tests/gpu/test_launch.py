@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.runtime import JITFunction
 
 import mgt_kernels
+from mgt_kernels import ops
 from mgt_kernels import triton as kernels
 from mgt_kernels.triton import differential_sample, mask_by_confidence, sample_tokens
 
@@ -47,6 +48,17 @@ def test_public_ops_on_cuda_wait_for_nothing():
         for _ in range(2):
             _, _, state = mgt_kernels.differential_sample(logits, tokens, state, step=step, **options)
             assert state.divergence.is_cuda and state.step.is_cuda
+
+
+@pytest.mark.parametrize("variant", ["paper", "official", "random"])
+def test_re_masking_waits_for_nothing(variant):
+    # it is made of other ops, so what it does itself counts too; a tensor without data has no value to wait for
+    logits = torch.empty(2, 64, 1000, device="meta")
+    tokens = torch.empty(2, 64, dtype=torch.int64, device="meta")
+    step = torch.empty((), dtype=torch.int64, device="meta")
+    counts, seed, keep = tokens[:, 0], tokens[:, 1], tokens == 3
+    remasked, score = ops._remask_tokens(logits, tokens, counts, seed, step, 1000, variant, logits, 2.0, keep, "auto")
+    assert remasked.shape == score.shape == (2, 64) and score.dtype == torch.float32
 
 
 @pytest.mark.parametrize("case", ONE_OF_EACH, ids=str)
