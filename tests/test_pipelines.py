@@ -230,6 +230,14 @@ class TestZSampling:
         assert torch.equal(call(pipe, seeded(0), **SIZE), plain)
         assert "step" not in vars(pipe.scheduler) and not parts["transformer"]._forward_hooks
 
+    def test_a_run_draws_its_seeds_once(self, parts):
+        pipe, states = pipeline("AmusedPipeline", parts, MGTScheduler(mask_token_id=31)), []
+        for run in (pipe, functools.partial(z_sample, pipe)):
+            generator = seeded(0)
+            call(run, generator, **SIZE)
+            states.append(generator.get_state())
+        assert torch.equal(*states)
+
     def test_z_sampling_in_a_batch_and_with_everything(self, parts):
         pipe = pipeline(
             "AmusedPipeline",

@@ -8,7 +8,7 @@ from compare import assert_no_worse_than_naive
 from scipy import stats
 
 import mgt_kernels
-from mgt_kernels import reference
+from mgt_kernels import cpu, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SEED = torch.tensor([3, -(2**62) - 9, 5])
@@ -142,6 +142,14 @@ class TestChoice:
             one = slice(i, i + 1)
             alone = remask(cond[one], tokens[one], 7, uncond_logits=uncond[one], seed=SEED[one], **settings)
             assert torch.equal(alone[0], remasked[one]) and torch.equal(alone[1], score[one])
+
+    def test_random_is_a_function_of_seed_step_and_position(self):
+        tokens = torch.zeros(3, 5, dtype=torch.int64)
+        _, score = remask(None, tokens, 0, variant="random")
+        # stream 3, and word 0 of block 0 of each position
+        words = [[int(cpu.philox(seed, i, 4, 3, 0, 1)[0]) for i in range(5)] for seed in SEED.tolist()]
+        uniform = (torch.tensor(words).double() + 0.5) / 2**32
+        torch.testing.assert_close(score, (-torch.log(-torch.log1p(-uniform))).float())
 
     def test_random_is_uniform(self):
         tokens = torch.zeros(20000, 6, dtype=torch.int64)
