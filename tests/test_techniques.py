@@ -177,6 +177,28 @@ class TestZSampling:
             first_draws = [int(step.mask[i].sum()) for step in seen if step.draw == 2 * step.step]
             assert first_draws == lens
 
+    @pytest.mark.parametrize("variant", ["paper", "official", "random"])
+    def test_a_batch_of_eight_with_masks_of_their_own(self, model, variant):
+        generator, masked = torch.Generator().manual_seed(2), (0, 1, 2, 3, 17, 40, 63, N)
+        tokens = torch.randint(0, V, (8, N), generator=generator)
+        for row, num_masked in zip(tokens, masked, strict=True):
+            row[torch.randperm(N, generator=generator)[:num_masked]] = MASK
+        labels = [i % 3 for i in range(8)]
+        arguments = {"z_sampling": ZSampling(variant=variant), "differential": Differential(), "guidance_scale": 2.0}
+        batch = sample(model, tokens=tokens, labels=labels, seed=5, **arguments)
+        # in a second forward pass one position less is masked than in the first, where there was a choice
+        seen = [
+            counts for counts, conditional in zip(model.masked_counts, model.conditional, strict=True) if conditional
+        ]
+        for first, again in zip(seen[:-1:2], seen[1:-1:2], strict=True):
+            assert again == [max(before - 1, min(before, 1)) for before in first]
+        for i in range(8):
+            one = slice(i, i + 1)
+            alone = sample(model, tokens=tokens[one], labels=labels[one], seed=batch.seed[one], **arguments)
+            assert torch.equal(alone.tokens, batch.tokens[one])
+            known = tokens[i] != MASK
+            assert torch.equal(batch.tokens[i, known], tokens[i, known])
+
     def test_calls_are_forward_inverse_forward(self, model):
         sample(model, num_inference_steps=2, guidance_scale=2.0, z_sampling=ZSampling())
         assert model.conditional == [True, False, False, True, False, True, False]
