@@ -401,7 +401,11 @@ class TestReport:
         for path in plots:
             image = np.asarray(Image.open(path).convert("L"))
             assert image.std() > 5, path
-        assert len(plots) == 5
+        assert {path.name for path in plots} == {
+            *("metrics.png", "steps.png", "winning_rates.png", "calls.png", "grid.png"),
+            *("metrics_base.png", "metrics_more.png"),
+        }
+        assert len(save_plots(results[:1], tmp_path)) == 5
 
     def test_the_table_of_a_list(self, drawn: list[Any]) -> None:
         header, base, more = run.results_table(evaluate()).splitlines()
@@ -425,7 +429,7 @@ class TestCommands:
         result = self.mgt("evaluate", str(path), "--out", str(out), "-n", "20", "--groups", "2", "--no-progress")
         assert result.exit_code == 0, result.output
         assert result.stdout.startswith("configuration") and "winning_rates.png" in result.stdout
-        assert len(list(out.glob("*.png"))) == 5 and len(list(out.glob("groups/*/*.safetensors"))) == 4
+        assert len(list(out.glob("*.png"))) == 7 and len(list(out.glob("groups/*/*.safetensors"))) == 4
 
     def test_every_technique(self, tmp_path: Path) -> None:
         path = tmp_path / "list.toml"

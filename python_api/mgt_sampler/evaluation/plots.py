@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,9 @@ def save_plots(results: Sequence[Result], out: str | Path) -> list[Path]:
         out: the folder.
 
     Returns:
-        The paths of metrics.png (a dot and its interval for each metric and configuration), steps.png (curves over
-        the steps), winning_rates.png, calls.png (Fréchet distance against model calls) and grid.png (images of the
-        same seeds).
+        The paths of metrics.png (a dot and its interval for each metric and configuration), metrics_<family>.png (the
+        same of one family beside the baseline), steps.png (curves over the steps), winning_rates.png, calls.png
+        (Fréchet distance against model calls) and grid.png (images of the same seeds).
     """
     Path(out).mkdir(parents=True, exist_ok=True)
     figures = {
@@ -46,6 +47,11 @@ def save_plots(results: Sequence[Result], out: str | Path) -> list[Path]:
         "calls": _calls(results),
         "grid": _grid(results),
     }
+    families = list(dict.fromkeys(map(_family, results)))
+    for family in families if len(families) > 1 else ():
+        members = [result for result in results if _family(result) == family or result is results[0]]
+        name = re.sub(r"[^\w.]+", "-", family).lower()
+        figures[f"metrics_{name}"] = _metrics(members)
     paths = []
     for name, figure in figures.items():
         paths.append(Path(out) / f"{name}.png")
@@ -77,11 +83,11 @@ def _metrics(results: Sequence[Result]) -> Figure:
 
 def _steps(results: Sequence[Result]) -> Figure:
     """A column for each family, with the baseline in all of them."""
-    families = list(dict.fromkeys(result.configuration.family for result in results))
+    families = list(dict.fromkeys(map(_family, results)))
     figure = Figure(figsize=(1 + 3.0 * max(len(families), 2), 9), layout="constrained")
     axes = figure.subplots(len(STEP_METRICS), len(families), sharex=True, sharey="row", squeeze=False)
     for column, family in enumerate(families):
-        members = [result for result in results if result.configuration.family == family and result is not results[0]]
+        members = [result for result in results if _family(result) == family and result is not results[0]]
         for ax, (name, metric) in zip(axes[:, column], STEP_METRICS.items(), strict=True):
             _curve(ax, results[0], name, metric, color=_BASELINE, ls="--")
             for i, result in enumerate(members):
@@ -132,7 +138,7 @@ def _calls(results: Sequence[Result]) -> Figure:
     reference = sorted(
         (x, distance)
         for x, (distance, _), result in zip(calls, distances, results, strict=True)
-        if result.configuration.family == results[0].configuration.family
+        if _family(result) == _family(results[0])
     )
     ax.plot(*zip(*reference, strict=True), color=_BASELINE, ls="--", lw=1)
     spacing = max(1.0, max(calls) - min(calls)) / 100
