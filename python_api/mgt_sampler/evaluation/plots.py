@@ -100,6 +100,10 @@ def _steps(results: Sequence[Result]) -> Figure:
         axes[-1, column].legend(
             *axes[0, column].get_legend_handles_labels(), fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.2)
         )
+    # on rows that share it one axis stands for all
+    for ax, name in zip(axes[:, 0], STEP_METRICS, strict=True):
+        values = torch.cat([result.estimates[name].value for result in results])
+        _log_axis(ax, "y", values[values.isfinite()].tolist())
     return figure
 
 
@@ -208,5 +212,5 @@ def _colours(results: Sequence[Result]) -> list[tuple[float, ...]]:
 
 def _log_axis(ax: Axes, axis: str, values: Sequence[float]) -> None:
     """Make an axis logarithmic where one collapsed configuration would hide what the others do."""
-    if min(values) > 0 and max(values) > 10 * min(values):
+    if values and min(values) > 0 and max(values) > 10 * min(values):
         getattr(ax, f"set_{axis}scale")("log")
