@@ -103,7 +103,8 @@ def _steps(results: Sequence[Result]) -> Figure:
     # on rows that share it one axis stands for all
     for ax, name in zip(axes[:, 0], STEP_METRICS, strict=True):
         values = torch.cat([result.estimates[name].value for result in results])
-        _log_axis(ax, "y", values[values.isfinite()].tolist())
+        # the first step has none; a skipped one may repeat the step before to the last bit
+        _log_axis(ax, "y", values[values > 0].tolist())
     return figure
 
 
