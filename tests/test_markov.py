@@ -66,6 +66,17 @@ def test_one_token_a_step_in_random_order_is_exact():
     assert distance < 1.2 * noise
 
 
+@pytest.mark.parametrize("num_samples", [1, 7, 4000])
+def test_the_noise_of_exact_samples(num_samples):
+    model = MarkovModel(3, 3)
+    tokens = all_sequences(model)[torch.zeros(num_samples, dtype=torch.int64)]
+    counts = torch.arange(num_samples + 1, dtype=torch.float64)
+    truth = model.probabilities()
+    mass = torch.from_numpy(stats.binom.pmf(counts[:, None], num_samples, truth))
+    expected = (mass * (counts[:, None] / num_samples - truth).abs()).sum() / 2
+    assert total_variation(model, tokens)[1] == pytest.approx(float(expected), rel=1e-9)
+
+
 def test_fewer_steps_are_further_from_the_truth():
     model = MarkovModel(6, 3, std=2.0)
     distances = []

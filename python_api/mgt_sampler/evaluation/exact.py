@@ -96,7 +96,7 @@ def save_exact_plot(
     """Draw total variation over the number of steps, with its intervals and the noise of exact samples."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
     ax = figure.subplots()
     for i, result in enumerate(results):
         value, half_width = (
@@ -111,7 +111,7 @@ def save_exact_plot(
     ax.set_xlabel("steps, of 6 tokens")
     ax.set_ylabel("total variation to the truth")
     ax.grid(color="0.93")
-    ax.legend(frameon=False)
+    figure.legend(loc="outside right upper", frameon=False)
     figure.savefig(path, dpi=110)
 
 

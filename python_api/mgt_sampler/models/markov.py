@@ -107,15 +107,20 @@ class MarkovModel:
 def total_variation(model: MarkovModel, tokens: Tensor) -> tuple[float, float]:
     """Return the total variation distance of samples to the truth, and what sampling noise alone would give.
 
-        distance = 1/2 sum_x |n_x / B - p(x)|          noise = 1/2 sum_x sqrt(2 p(x) (1 - p(x)) / (pi B))
+        distance = 1/2 sum_x |n_x / B - p(x)|          noise = its expectation for B exact samples
 
-    The noise is the expectation of the distance for B exact samples, in the normal approximation.
+    The noise is exact, by de Moivre's formula for the mean deviation of a binomial n ~ (B, p), with m = floor(B p) + 1::
+
+        E|n - B p| = 2 m C(B, m) p^m (1 - p)^(B - m + 1)
 
     Args:
         model: the chain.
-        tokens: (B, N) int64, none masked.
+        tokens: (B, N) int64, none masked; B at least 1.
     """
     truth, num_samples = model.probabilities(), len(tokens)
     distance = (model.counts(tokens) / num_samples - truth).abs().sum() / 2
-    noise = (2 * truth * (1 - truth) / (math.pi * num_samples)).sqrt().sum() / 2
+    m = (num_samples * truth).floor().clamp(max=num_samples - 1) + 1
+    log_binomial = math.lgamma(num_samples + 1) - torch.lgamma(m + 1) - torch.lgamma(num_samples - m + 1)
+    log_deviation = log_binomial + torch.xlogy(m, truth) + torch.xlogy(num_samples - m + 1, 1 - truth)
+    noise = (2 * m * log_deviation.exp() / num_samples).sum() / 2
     return float(distance), float(noise)
