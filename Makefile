@@ -27,7 +27,7 @@ bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks --csv benchmarks.csv
 
 evaluate: $(VENV)/installed
-	$(BIN)/mgt evaluate techniques --out evaluation
+	$(BIN)/mgt evaluate techniques --dtype bfloat16 --out evaluation
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check

@@ -463,6 +463,6 @@ def _cells(estimates: dict[str, Estimate], metrics: dict[str, Metric], index: in
             for column, tensor in ((name, estimate.value), (f"{name}_interval", estimate.half_width)):
                 number = float(tensor if index is None else tensor[index])
                 # the table tells of what its metrics are
-                yield re.sub("^(step|class)_", "", column), "" if math.isnan(number) else f"{number:.6g}"
+                yield re.sub("^(step|class)_", "", column), "" if math.isnan(number) else repr(number)
 
     return dict(cells())

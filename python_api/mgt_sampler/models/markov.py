@@ -109,7 +109,7 @@ def total_variation(model: MarkovModel, tokens: Tensor) -> tuple[float, float]:
 
         distance = 1/2 sum_x |n_x / B - p(x)|          noise = its expectation for B exact samples
 
-    The noise is exact, by de Moivre's formula for the mean deviation of a binomial n ~ (B, p), with m = floor(B p) + 1::
+    The noise is exact: de Moivre's formula for the mean deviation of a binomial n ~ (B, p), with m = floor(B p) + 1::
 
         E|n - B p| = 2 m C(B, m) p^m (1 - p)^(B - m + 1)
 
