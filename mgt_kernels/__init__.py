@@ -1,14 +1,20 @@
 """Fused sampling kernels for masked generative transformers: exact, seeded, independent of the batch."""
 
 from mgt_kernels.info import __version__, info
+from mgt_kernels.linear import w4a8_linear, w4a16_linear
 from mgt_kernels.ops import DifferentialState, differential_sample, mask_by_confidence, remask_tokens, sample_tokens
+from mgt_kernels.packing import PackedInt4, quantize_int4
 
 __all__ = [
     "DifferentialState",
+    "PackedInt4",
     "__version__",
     "differential_sample",
     "info",
     "mask_by_confidence",
+    "quantize_int4",
     "remask_tokens",
     "sample_tokens",
+    "w4a16_linear",
+    "w4a8_linear",
 ]

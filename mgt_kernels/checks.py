@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mgt_kernels import cpu
 
-BACKENDS = ("auto", "reference", "scalar", "avx2", "avx512", "triton")
+BACKENDS = ("auto", "reference", *cpu.ISAS[1:], "triton")
 
 _LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FLOAT32_MAX = torch.finfo(torch.float32).max

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mgt_kernels import _C
 
-ISAS = ("auto", "scalar", "avx2", "avx512")
+ISAS = ("auto", "scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx")
 DIFFERENTIAL_VARIANTS = ("paper", "official")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -211,6 +211,13 @@ def bad_mask_len(mask_len: Tensor, logprob: Tensor, sample: int) -> ValueError:
 def bad_logprob(row: int, num_positions: int) -> ValueError:
     """Return the error for a confidence that cannot be ranked."""
     return ValueError(f"logprob: {_where(row, num_positions)} is NaN; expected nats or +inf for a known position")
+
+
+def bad_activations(row: int) -> ValueError:
+    """Return the error for a row that cannot be multiplied."""
+    return ValueError(
+        f"x: row {row} holds NaN, inf or a value that the computing dtype cannot hold; expected finite values"
+    )
 
 
 def philox(

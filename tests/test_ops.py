@@ -155,19 +155,23 @@ def test_info_names_what_runs():
 
 # lower floors know nothing of higher ones
 FLOORS = {
-    "mgt_kernels.reference": 0,
-    "mgt_kernels.triton": 0,
-    "mgt_kernels": 1,
-    "mgt_sampler.schedules": 2,
-    "mgt_sampler.techniques": 3,
-    "mgt_sampler.sampling": 4,
-    "mgt_sampler.models": 5,
-    "mgt_sampler.scheduler": 5,
-    "mgt_sampler.images": 5,
-    "mgt_sampler.pipelines": 6,
-    "mgt_sampler.evaluation": 6,
-    "mgt_sampler.cli": 7,
-    "mgt_sampler.models.train_fashion": 7,
+    "mgt_kernels.cpu": 0,
+    "mgt_kernels.checks": 1,
+    "mgt_kernels.packing": 2,
+    "mgt_kernels.reference": 3,
+    "mgt_kernels.triton": 3,
+    "mgt_kernels": 4,
+    "mgt_sampler.schedules": 5,
+    "mgt_sampler.techniques": 6,
+    "mgt_sampler.sampling": 7,
+    "mgt_sampler.models": 8,
+    "mgt_sampler.scheduler": 8,
+    "mgt_sampler.quantize": 8,
+    "mgt_sampler.images": 8,
+    "mgt_sampler.pipelines": 9,
+    "mgt_sampler.evaluation": 9,
+    "mgt_sampler.cli": 10,
+    "mgt_sampler.models.train_fashion": 10,
 }
 
 

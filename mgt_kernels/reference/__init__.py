@@ -5,18 +5,25 @@ from mgt_kernels.reference.draws import confidence_gumbel, gaussian, philox, rem
 from mgt_kernels.reference.mask_by_confidence import mask_by_confidence
 from mgt_kernels.reference.remask_tokens import remask_score
 from mgt_kernels.reference.sample_tokens import perturbed_logits, sample_tokens
+from mgt_kernels.reference.w4a8_linear import dynamic_scale, group_sums, quantize_activations, w4a8_linear
+from mgt_kernels.reference.w4a16_linear import w4a16_linear
 
 __all__ = [
     "confidence_gumbel",
     "decode_history",
     "differential_sample",
+    "dynamic_scale",
     "encode_history",
     "gaussian",
+    "group_sums",
     "mask_by_confidence",
     "perturbed_logits",
     "philox",
+    "quantize_activations",
     "remask_gumbel",
     "remask_score",
     "sample_tokens",
     "token_gumbel",
+    "w4a16_linear",
+    "w4a8_linear",
 ]
