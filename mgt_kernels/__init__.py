@@ -15,6 +15,6 @@ __all__ = [
     "quantize_int4",
     "remask_tokens",
     "sample_tokens",
-    "w4a16_linear",
     "w4a8_linear",
+    "w4a16_linear",
 ]

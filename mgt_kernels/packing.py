@@ -21,7 +21,7 @@ _SMALLEST_SCALE = {torch.float16: 2.0**-24, torch.float32: 2.0**-126}
 
 @dataclass(frozen=True)
 class PackedInt4:
-    r"""A weight matrix (N, K) in 4 bits: ``w[n, k] = (w_q[n, k] - zero_point[n, g]) * scale[n, g]``, g = k // group_size.
+    r"""A weight matrix (N, K) in 4 bits: w[n, k] = (w_q[n, k] - zero_point[n, g]) * scale[n, g], g = k // group_size.
 
     Attributes:
         w_q: (N, 32 ceil(K / 64)) uint8. Byte 32 c + j of a row holds input 64 c + j in its low nibble and 64 c + 32 + j
@@ -77,6 +77,7 @@ class PackedInt4:
         return ((w_q.float() - zero_point.float()) * scale.float()).to(dtype)
 
     def per_input(self, per_group: Tensor) -> Tensor:
+        """Repeat what each group has, (N, groups), for each of its inputs, (N, K)."""
         return per_group.repeat_interleave(self.group_size, dim=1)[:, : self.shape[1]]
 
     def to(self, device: torch.device | str) -> PackedInt4:
@@ -85,7 +86,7 @@ class PackedInt4:
         return PackedInt4(*moved, self.shape, self.group_size)
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """Return tensors that hold everything, as safetensors files do: w_q, scale, zero_point, and layout (N, K, group)."""
+        """Return what a safetensors file holds of it: w_q, scale, zero_point, and layout (N, K, group_size) int64."""
         layout = torch.tensor([*self.shape, self.group_size], device=self.device)
         return dict(w_q=self.w_q, scale=self.scale, zero_point=self.zero_point, layout=layout)
 

@@ -24,6 +24,6 @@ __all__ = [
     "remask_score",
     "sample_tokens",
     "token_gumbel",
-    "w4a16_linear",
     "w4a8_linear",
+    "w4a16_linear",
 ]

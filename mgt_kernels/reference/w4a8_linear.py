@@ -9,7 +9,7 @@ _SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
 
 def dynamic_scale(x: Tensor) -> Tensor:
-    """Return the scale (M, 1) float32 of each row of x (M, K): max_k |x_k| / 127, at least the smallest normal number."""
+    """Return the scale (M, 1) float32 of each row of x (M, K): max_k |x_k| / 127, never below the smallest normal."""
     return (x.float().abs().amax(-1, keepdim=True) / 127).clamp(min=_SMALLEST_SCALE)
 
 
