@@ -143,6 +143,61 @@ py::tuple mask_by_confidence(int isa, int num_threads, std::uintptr_t parallel, 
   return py::make_tuple(static_cast<int>(status), error_index);
 }
 
+// shape: (rows, inputs, outputs); weight: addresses of w_q, scale, its dtype, address of zero_point, group size; buffers:
+// (address, number of elements) pairs
+mgt_int4_linear_args int4_linear_args(py::tuple shape, int dtype, std::uintptr_t x, int64_t x_stride, py::tuple weight,
+                                      std::uintptr_t bias) {
+  mgt_int4_linear_args args{};
+  args.num_rows = shape[0].cast<int64_t>();
+  args.num_inputs = shape[1].cast<int64_t>();
+  args.num_outputs = shape[2].cast<int64_t>();
+  args.dtype = static_cast<mgt_dtype>(dtype);
+  args.x = pointer<const void>(x);
+  args.x_stride = x_stride;
+  args.w_q = pointer<const uint8_t>(weight[0].cast<std::uintptr_t>());
+  args.scale = pointer<const void>(weight[1].cast<std::uintptr_t>());
+  args.scale_dtype = static_cast<mgt_dtype>(weight[2].cast<int>());
+  args.zero_point = pointer<const uint8_t>(weight[3].cast<std::uintptr_t>());
+  args.group_size = weight[4].cast<int64_t>();
+  args.bias = pointer<const float>(bias);
+  return args;
+}
+
+int64_t int4_linear_workspace(bool a8, int isa, int num_threads, py::tuple shape, int dtype, int64_t x_stride,
+                              int64_t group_size) {
+  const mgt_int4_linear_args args =
+      int4_linear_args(shape, dtype, 0, x_stride, py::make_tuple(0, 0, 0, 0, group_size), 0);
+  const mgt_context where = context(isa, num_threads, 0);
+  return a8 ? mgt_w4a8_linear_workspace(&where, &args) : mgt_w4a16_linear_workspace(&where, &args);
+}
+
+py::tuple int4_linear(bool a8, int isa, int num_threads, std::uintptr_t parallel, py::tuple shape, int dtype,
+                      std::uintptr_t x, int64_t x_stride, py::tuple weight, std::uintptr_t bias, py::tuple x_scale,
+                      py::tuple y, py::tuple workspace) {
+  const mgt_int4_linear_args args = int4_linear_args(shape, dtype, x, x_stride, weight, bias);
+  require_length("y", y[1].cast<int64_t>(), args.num_rows * args.num_outputs);
+  const auto* scales = pointer<const float>(x_scale[0].cast<std::uintptr_t>());
+  const auto num_scales = x_scale[1].cast<int64_t>();
+  auto* result = pointer<void>(y[0].cast<std::uintptr_t>());
+  auto* memory = pointer<void>(workspace[0].cast<std::uintptr_t>());
+  const auto num_bytes = workspace[1].cast<int64_t>();
+  const mgt_context where = context(isa, num_threads, parallel);
+  int64_t error_index = -1;
+  mgt_status status;
+  {
+    py::gil_scoped_release released;
+    status = a8 ? mgt_w4a8_linear(&where, &args, scales, num_scales, result, memory, num_bytes, &error_index)
+                : mgt_w4a16_linear(&where, &args, result, memory, num_bytes, &error_index);
+  }
+  return py::make_tuple(static_cast<int>(status), error_index);
+}
+
+py::tuple kernel_isa(const std::string& op, int isa) {
+  mgt_isa kernel = MGT_ISA_AUTO;
+  const mgt_status status = mgt_kernel_isa(op.c_str(), static_cast<mgt_isa>(isa), &kernel);
+  return py::make_tuple(static_cast<int>(status), static_cast<int>(kernel));
+}
+
 int philox(int isa, int64_t seed, uint32_t position, uint32_t step, uint32_t stream, int64_t first_block,
            int64_t num_blocks, std::uintptr_t words, int64_t words_length) {
   require_length("words", words_length, 4 * num_blocks);
@@ -168,6 +223,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("differential_sample", &differential_sample);
   m.def("differential_sample_workspace", &differential_sample_workspace);
   m.def("mask_by_confidence", &mask_by_confidence);
+  m.def("int4_linear", &int4_linear);
+  m.def("int4_linear_workspace", &int4_linear_workspace);
+  m.def("kernel_isa", &kernel_isa);
   m.def("philox", &philox);
   m.def("gaussian", &gaussian);
   m.def("resolve_isa", &resolve_isa);

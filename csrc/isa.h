@@ -30,6 +30,11 @@
 #define MGT_TARGET_END _Pragma("GCC pop_options")
 #endif
 #define MGT_TARGET_AVX2_BEGIN MGT_TARGET_BEGIN("avx2,fma,f16c")
-#define MGT_TARGET_AVX512_BEGIN MGT_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#define MGT_AVX512_FEATURES "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
+#define MGT_TARGET_AVX512_BEGIN MGT_TARGET_BEGIN(MGT_AVX512_FEATURES)
+#define MGT_TARGET_AVX512_VNNI_BEGIN MGT_TARGET_BEGIN(MGT_AVX512_FEATURES ",avx512vnni")
+#define MGT_TARGET_AVX512_BF16_BEGIN MGT_TARGET_BEGIN(MGT_AVX512_FEATURES ",avx512vnni,avx512bf16")
+#define MGT_TARGET_AMX_BEGIN \
+  MGT_TARGET_BEGIN(MGT_AVX512_FEATURES ",avx512vnni,avx512bf16,amx-tile,amx-int8,amx-bf16")
 
 #define MGT_INLINE inline __attribute__((always_inline))

@@ -35,10 +35,21 @@ typedef enum {
   /* mask_len is outside [0, masked positions of the sample]; error_index is the sample */
   MGT_BAD_MASK_LEN = 5,
   /* a masked position's logprob is NaN; error_index is its row b * N + n */
-  MGT_BAD_LOGPROB = 6
+  MGT_BAD_LOGPROB = 6,
+  /* a row of activations holds NaN or inf, or rounds to inf; error_index is the row */
+  MGT_BAD_ACTIVATION = 7
 } mgt_status;
 
-typedef enum { MGT_ISA_AUTO = 0, MGT_ISA_SCALAR = 1, MGT_ISA_AVX2 = 2, MGT_ISA_AVX512 = 3 } mgt_isa;
+/* What a kernel may use, each more than the one before; an op without a kernel of that name runs the best one below. */
+typedef enum {
+  MGT_ISA_AUTO = 0,
+  MGT_ISA_SCALAR = 1,
+  MGT_ISA_AVX2 = 2,
+  MGT_ISA_AVX512 = 3,
+  MGT_ISA_AVX512_VNNI = 4,
+  MGT_ISA_AVX512_BF16 = 5,
+  MGT_ISA_AMX = 6
+} mgt_isa;
 
 typedef enum { MGT_FLOAT32 = 0, MGT_BFLOAT16 = 1, MGT_FLOAT16 = 2 } mgt_dtype;
 
@@ -149,6 +160,49 @@ typedef struct {
 MGT_API mgt_status mgt_mask_by_confidence(const mgt_context* context, const mgt_mask_by_confidence_args* args,
                                           int64_t* tokens, int64_t* error_index);
 
+typedef struct {
+  int64_t num_rows;
+  int64_t num_inputs;
+  int64_t num_outputs;
+  /* of x and y: MGT_FLOAT32 or MGT_BFLOAT16 */
+  mgt_dtype dtype;
+  /* (num_rows, num_inputs), unit stride over inputs */
+  const void* x;
+  int64_t x_stride;
+  /* (num_outputs, 32 ceil(num_inputs / 64)) contiguous: byte 32 c + j of a row holds input 64 c + j in its low nibble and
+   * input 64 c + 32 + j in its high one */
+  const uint8_t* w_q;
+  /* (num_outputs, ceil(num_inputs / group_size)) contiguous, positive; MGT_FLOAT32 or MGT_FLOAT16 */
+  const void* scale;
+  mgt_dtype scale_dtype;
+  /* as scale, within [0, 15]; a weight is (w_q - zero_point) * scale */
+  const uint8_t* zero_point;
+  /* a multiple of 32 within [32, 16384] */
+  int64_t group_size;
+  /* (num_outputs), or NULL */
+  const float* bias;
+} mgt_int4_linear_args;
+
+/* Bytes of workspace for these sizes and context; -1 where they are invalid or the instruction set is missing. */
+MGT_API int64_t mgt_w4a8_linear_workspace(const mgt_context* context, const mgt_int4_linear_args* args);
+MGT_API int64_t mgt_w4a16_linear_workspace(const mgt_context* context, const mgt_int4_linear_args* args);
+
+/* A linear layer in 8-bit integers: x_q = clamp(round(x * (1 / x_scale)), -128, 127), sums over a group exact in 32
+ * bits, then y = x_scale * sum_g scale_g sum_g + bias in float32, groups in order. The same bits on every instruction
+ * set.
+ *
+ * x_scale: (num_x_scales), positive, normal; num_x_scales divides num_rows, and each of as many equal runs of rows has
+ * its own. num_x_scales 0: the largest magnitude of each row / 127. y: (num_rows, num_outputs) contiguous.
+ * workspace: at least mgt_w4a8_linear_workspace bytes, of any alignment. On an error y is unspecified, and error_index,
+ * if not NULL, names the first bad row. */
+MGT_API mgt_status mgt_w4a8_linear(const mgt_context* context, const mgt_int4_linear_args* args, const float* x_scale,
+                                   int64_t num_x_scales, void* y, void* workspace, int64_t workspace_bytes,
+                                   int64_t* error_index);
+
+/* A linear layer on activations and weights rounded to bfloat16, accumulated in float32. */
+MGT_API mgt_status mgt_w4a16_linear(const mgt_context* context, const mgt_int4_linear_args* args, void* y,
+                                    void* workspace, int64_t workspace_bytes, int64_t* error_index);
+
 /* Philox4x32-7 words of the counters (first_block + i, position, step, stream). words: (4, num_blocks), word by word.
  */
 MGT_API mgt_status mgt_philox(const mgt_context* context, int64_t seed, uint32_t position, uint32_t step,
@@ -162,7 +216,10 @@ MGT_API mgt_status mgt_gaussian(const mgt_context* context, int64_t seed, uint32
 /* The instruction set that `requested` stands for on this processor; MGT_ISA_AUTO honours MGT_ISA. */
 MGT_API mgt_status mgt_resolve_isa(mgt_isa requested, mgt_isa* isa);
 
-/* "scalar", "avx2", "avx512"; NULL for anything else */
+/* The kernel that an op ("sample_tokens", "w4a8_linear", ...) runs where `isa` may be used. */
+MGT_API mgt_status mgt_kernel_isa(const char* op, mgt_isa isa, mgt_isa* kernel);
+
+/* "scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx"; NULL for anything else */
 MGT_API const char* mgt_isa_name(mgt_isa isa);
 
 MGT_API const char* mgt_version(void);

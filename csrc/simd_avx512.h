@@ -21,11 +21,15 @@ struct Avx512 {
   }
   static MGT_INLINE void store(float* p, F a) { _mm512_storeu_ps(p, a); }
   static MGT_INLINE void store_u(uint32_t* p, U a) { _mm512_storeu_si512(p, a); }
+  static MGT_INLINE U load_u(const void* p) { return _mm512_loadu_si512(p); }
   static MGT_INLINE U load_u16(const uint16_t* p) {
     return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
   static MGT_INLINE void store_low16(uint16_t* p, U a) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(a));
+  }
+  static MGT_INLINE void store_low8(int8_t* p, U a) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a));
   }
   static MGT_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
   static MGT_INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }
@@ -57,6 +61,7 @@ struct Avx512 {
   static MGT_INLINE U add_u(U a, U b) { return _mm512_add_epi32(a, b); }
   static MGT_INLINE U sub_u(U a, U b) { return _mm512_sub_epi32(a, b); }
   static MGT_INLINE U bit_and(U a, U b) { return _mm512_and_si512(a, b); }
+  static MGT_INLINE U bit_or(U a, U b) { return _mm512_or_si512(a, b); }
   static MGT_INLINE U bit_xor(U a, U b) { return _mm512_xor_si512(a, b); }
   static MGT_INLINE U bit_xor3(U a, U b, U c) { return _mm512_ternarylogic_epi32(a, b, c, 0x96); }
   template <int n>

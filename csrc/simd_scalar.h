@@ -113,11 +113,19 @@ struct Scalar16 {
   }
   static MGT_INLINE void store(float* p, F a) { std::memcpy(p, a.lane, sizeof a.lane); }
   static MGT_INLINE void store_u(uint32_t* p, U a) { std::memcpy(p, a.lane, sizeof a.lane); }
+  static MGT_INLINE U load_u(const void* p) {
+    U u;
+    std::memcpy(u.lane, p, sizeof u.lane);
+    return u;
+  }
   static MGT_INLINE U load_u16(const uint16_t* p) {
     return each<U>([&](int i) { return p[i]; });
   }
   static MGT_INLINE void store_low16(uint16_t* p, U a) {
     for (int i = 0; i < 16; ++i) p[i] = static_cast<uint16_t>(a.lane[i]);
+  }
+  static MGT_INLINE void store_low8(int8_t* p, U a) {
+    for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(a.lane[i]);
   }
   static MGT_INLINE F add(F a, F b) {
     return each<F>([&](int i) { return a.lane[i] + b.lane[i]; });
@@ -202,6 +210,9 @@ struct Scalar16 {
   }
   static MGT_INLINE U bit_and(U a, U b) {
     return each<U>([&](int i) { return a.lane[i] & b.lane[i]; });
+  }
+  static MGT_INLINE U bit_or(U a, U b) {
+    return each<U>([&](int i) { return a.lane[i] | b.lane[i]; });
   }
   static MGT_INLINE U bit_xor(U a, U b) {
     return each<U>([&](int i) { return a.lane[i] ^ b.lane[i]; });

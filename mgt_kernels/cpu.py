@@ -213,6 +213,77 @@ def bad_logprob(row: int, num_positions: int) -> ValueError:
     return ValueError(f"logprob: {_where(row, num_positions)} is NaN; expected nats or +inf for a known position")
 
 
+def kernel_isa(op: str, isa: str = "auto") -> str:
+    """Return the kernel that an op ("w4a8_linear", "sample_tokens", ...) runs where `isa` may be used.
+
+    Raises:
+        ValueError: if there is no such op.
+        RuntimeError: if the instruction set is unknown or missing on this processor.
+    """
+    status, kernel = _C.kernel_isa(op, ISAS.index(resolve_isa(isa)))
+    if status:
+        raise ValueError(f"op: {op!r} has no CPU kernels")
+    return ISAS[kernel]
+
+
+def w4a8_linear(
+    x: Tensor,
+    w_q: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    group_size: int,
+    x_scale: Tensor | None,
+    bias: Tensor | None,
+    isa: str,
+) -> Tensor:
+    """Run the C kernel on checked arguments."""
+    return _int4_linear(True, x, w_q, scale, zero_point, group_size, x_scale, bias, isa)
+
+
+def w4a16_linear(
+    x: Tensor, w_q: Tensor, scale: Tensor, zero_point: Tensor, group_size: int, bias: Tensor | None, isa: str
+) -> Tensor:
+    """Run the C kernel on checked arguments."""
+    return _int4_linear(False, x, w_q, scale, zero_point, group_size, None, bias, isa)
+
+
+def _int4_linear(
+    a8: bool,
+    x: Tensor,
+    w_q: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    group_size: int,
+    x_scale: Tensor | None,
+    bias: Tensor | None,
+    isa: str,
+) -> Tensor:
+    (num_rows, num_inputs), num_outputs = x.shape, w_q.shape[0]
+    y = torch.empty(num_rows, num_outputs, dtype=x.dtype)
+    if num_rows == 0:
+        return y
+    shape, dtype, stride = (num_rows, num_inputs, num_outputs), _DTYPES[x.dtype], x.stride(0)
+    num_threads, pool = _threads()
+    workspace = torch.empty(
+        _C.int4_linear_workspace(a8, ISAS.index(isa), num_threads, shape, dtype, stride, group_size), dtype=torch.uint8
+    )
+    if x_scale is not None:
+        x_scale = x_scale.contiguous()
+    weight = w_q.data_ptr(), scale.data_ptr(), _DTYPES[scale.dtype], zero_point.data_ptr(), group_size
+    status, row = _C.int4_linear(
+        a8, ISAS.index(isa), num_threads, pool, shape, dtype, x.data_ptr(), stride, weight,
+        0 if bias is None else bias.data_ptr(), (0, 0) if x_scale is None else (x_scale.data_ptr(), len(x_scale)),
+        (y.data_ptr(), y.numel()), (workspace.data_ptr(), workspace.numel()),
+    )  # fmt: skip
+    if status == 2:
+        _raise_unavailable(isa)
+    if status == 7:
+        raise bad_activations(row)
+    if status:
+        raise RuntimeError(f"the int4 linear layer refused its arguments (status {status})")
+    return y
+
+
 def bad_activations(row: int) -> ValueError:
     """Return the error for a row that cannot be multiplied."""
     return ValueError(

@@ -120,7 +120,7 @@ def _check_linear(x: Tensor, weight: PackedInt4, bias: Tensor | None) -> tuple[T
         raise ValueError(f"weight: expected device {x.device} like x, got {weight.device}")
     rows = x.reshape(-1, num_inputs)
     check_tensor("x", rows, 2, _DTYPES)
-    if rows.stride(1) != 1 and num_inputs > 1:
+    if (rows.stride(1) != 1 and num_inputs > 1) or rows.stride(0) < num_inputs:
         rows = rows.contiguous()
     if bias is not None:
         check_tensor("bias", bias, 1, _BIAS_DTYPES, x.device)

@@ -1,0 +1,130 @@
+// Unpacking 64 outputs of w_q and reading and writing rows, written once against the lanes of simd_*.h.
+//
+// A panel is [input / q][64 outputs][q inputs]: q inputs of one output side by side in 32 bits, as the dot-product
+// instructions want them (q = 4 bytes, or q = 2 bfloat16). w_q has the inputs of one output side by side, which a
+// 16 x 16 transposition of 32-bit words turns into that.
+#pragma once
+
+namespace mgt {
+namespace {
+
+// the bytes of w_q that one transposition takes of a row, and the inputs in them
+constexpr int64_t kStripBytes = 64;
+constexpr int64_t kStripInputs = 128;
+
+// words[j] lane i = bytes 4 j .. 4 j + 3 of strip `strip` of output first + i; zero past the end of w_q
+template <class S>
+MGT_INLINE void load_strip(const mgt_int4_linear_args& a, int64_t first, int64_t strip, typename S::U words[16]) {
+  const int64_t stride = padded_inputs(a) / 2;
+  const int64_t bytes = std::min(kStripBytes, stride - strip * kStripBytes);
+  const uint8_t* source = a.w_q + first * stride + strip * kStripBytes;
+  typename S::F rows[16];
+  if (bytes == kStripBytes && first + 16 <= a.num_outputs) {
+    for (int i = 0; i < 16; ++i) rows[i] = S::from_bits(S::load_u(source + i * stride));
+  } else {
+    alignas(64) uint8_t copy[16 * kStripBytes] = {};
+    for (int64_t i = 0; i < std::min<int64_t>(16, a.num_outputs - first); ++i)
+      std::memcpy(copy + i * kStripBytes, source + i * stride, static_cast<size_t>(bytes));
+    for (int i = 0; i < 16; ++i) rows[i] = S::from_bits(S::load_u(copy + i * kStripBytes));
+  }
+  S::transpose(rows);
+  for (int j = 0; j < 16; ++j) words[j] = S::bits(rows[j]);
+}
+
+// nibbles(quad, word): word lane i = w_q of inputs 4 quad .. 4 quad + 3 of output first + i, a byte each
+template <class S, class Nibbles>
+MGT_INLINE void unpack_strip(const mgt_int4_linear_args& a, int64_t first, int64_t strip, const Nibbles& nibbles) {
+  using U = typename S::U;
+  U words[16];
+  load_strip<S>(a, first, strip, words);
+  const U low = S::set_u(0x0f0f0f0f);
+  // a chunk of 64 inputs is 32 bytes: 8 words, low nibbles first
+  const int64_t num_chunks = std::min<int64_t>(2, padded_inputs(a) / 64 - 2 * strip);
+  for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
+    const int64_t quad = 32 * strip + 16 * chunk;
+    for (int64_t j = 0; j < 8; ++j) {
+      const U word = words[8 * chunk + j];
+      nibbles(quad + j, S::bit_and(word, low));
+      nibbles(quad + 8 + j, S::bit_and(S::template shift_right<4>(word), low));
+    }
+  }
+}
+
+// Scale and zero point of outputs [64 panel, 64 panel + 64) for every group: (groups, 64); outputs past the end get 0.
+inline void load_groups(const mgt_int4_linear_args& a, int64_t panel, float* scale, int32_t* zero_point) {
+  const int64_t groups = num_groups(a);
+  for (int64_t i = 0; i < kPanelOutputs; ++i) {
+    const int64_t output = panel * kPanelOutputs + i;
+    for (int64_t g = 0; g < groups; ++g) {
+      const bool inside = output < a.num_outputs;
+      const int64_t index = output * groups + g;
+      float value = 0.0f;
+      if (inside)
+        value = a.scale_dtype == MGT_FLOAT16 ? half_to_float(static_cast<const uint16_t*>(a.scale)[index])
+                                             : static_cast<const float*>(a.scale)[index];
+      scale[g * kPanelOutputs + i] = value;
+      zero_point[g * kPanelOutputs + i] = inside ? a.zero_point[index] : 0;
+    }
+  }
+}
+
+template <class S>
+MGT_INLINE typename S::F load_x(const mgt_int4_linear_args& a, int64_t row, int64_t k) {
+  const int64_t left = a.num_inputs - k;
+  if (a.dtype == MGT_FLOAT32) {
+    const float* x = static_cast<const float*>(a.x) + row * a.x_stride + k;
+    if (left >= 16) return S::load(x);
+    float copy[16] = {};
+    for (int64_t i = 0; i < left; ++i) copy[i] = x[i];
+    return S::load(copy);
+  }
+  const uint16_t* x = static_cast<const uint16_t*>(a.x) + row * a.x_stride + k;
+  if (left >= 16) return S::load(x, MGT_BFLOAT16);
+  uint16_t copy[16] = {};
+  for (int64_t i = 0; i < left; ++i) copy[i] = x[i];
+  return S::load(copy, MGT_BFLOAT16);
+}
+
+// the upper 16 bits of the nearest bfloat16, halves to even; x is not NaN
+template <class S>
+MGT_INLINE typename S::U bfloat16_bits(typename S::F x) {
+  const typename S::U bits = S::bits(x);
+  const typename S::U odd = S::bit_and(S::template shift_right<16>(bits), S::set_u(1));
+  return S::template shift_right<16>(S::add_u(S::add_u(bits, S::set_u(0x7fff)), odd));
+}
+
+// y of 16 outputs from `output` on, as many of them as there are
+template <class S>
+MGT_INLINE void store_y(const Int4LinearCall& call, int64_t row, int64_t output, typename S::F y) {
+  const mgt_int4_linear_args& a = call.args;
+  const int64_t left = a.num_outputs - output;
+  const int64_t index = row * a.num_outputs + output;
+  if (a.dtype == MGT_FLOAT32) {
+    float* target = static_cast<float*>(call.y) + index;
+    if (left >= 16) return S::store(target, y);
+    float copy[16];
+    S::store(copy, y);
+    std::copy(copy, copy + left, target);
+    return;
+  }
+  // inf - inf, where float32 itself was too small
+  const typename S::F quiet = S::from_bits(S::set_u(0x7fc00000));
+  const typename S::U bits = bfloat16_bits<S>(S::select(S::is_nan(y), quiet, y));
+  uint16_t* target = static_cast<uint16_t*>(call.y) + index;
+  if (left >= 16) return S::store_low16(target, bits);
+  uint16_t copy[16];
+  S::store_low16(copy, bits);
+  std::copy(copy, copy + left, target);
+}
+
+template <class S>
+MGT_INLINE typename S::F load_bias(const mgt_int4_linear_args& a, int64_t output) {
+  if (a.bias == nullptr || output >= a.num_outputs) return S::set(0.0f);
+  if (output + 16 <= a.num_outputs) return S::load(a.bias + output);
+  float copy[16] = {};
+  std::copy(a.bias + output, a.bias + a.num_outputs, copy);
+  return S::load(copy);
+}
+
+}  // namespace
+}  // namespace mgt

@@ -1,0 +1,168 @@
+// w4a8_linear, written once against the lanes of simd_*.h but for its innermost loop, a Tile: the sums of one group over
+// a block of rows.
+//
+// Bound by: the 8-bit multiplications, 2 M N K of them. What comes to them per group (a conversion, a multiplication by
+// the scale, the zero point) is 3 instructions on 32 group_size / 64 dot products: a tenth at group 128. The weights of
+// a panel are unpacked once for all rows, 2 M N K / (64 M) of the work.
+#pragma once
+
+namespace mgt {
+namespace {
+
+template <class S>
+int64_t prepare_w4a8(const Int4LinearCall& call, int64_t begin, int64_t end) {
+  using F = typename S::F;
+  using U = typename S::U;
+  const mgt_int4_linear_args& a = call.args;
+  const int64_t groups = num_groups(a);
+  const U magnitude = S::set_u(0x7fffffff);
+  const F infinity = S::set(std::numeric_limits<float>::infinity());
+  int64_t first_bad = -1;
+  for (int64_t row = begin; row < end; ++row) {
+    F largest = S::set(0.0f);
+    uint32_t bad = 0;
+    for (int64_t k = 0; k < a.num_inputs; k += 16) {
+      const F size = S::from_bits(S::bit_and(S::bits(load_x<S>(a, row, k)), magnitude));
+      bad |= S::to_bits(S::not_below(size, infinity));
+      largest = S::max(largest, size);
+    }
+    if (bad && first_bad < 0) first_bad = row;
+    float scale;
+    if (call.num_x_scales > 0) {
+      scale = call.x_scale[row / (a.num_rows / call.num_x_scales)];
+    } else {
+      float lanes[16];
+      S::store(lanes, largest);
+      scale = std::max(*std::max_element(lanes, lanes + 16) / 127.0f, std::numeric_limits<float>::min());
+    }
+    call.row_scale[row] = scale;
+
+    const F inverse = S::set(1.0f / scale);
+    // adding 1.5 * 2^23 leaves the nearest integer, halves to even, in the low bits
+    const F magic = S::set(12582912.0f);
+    int8_t* x_q = static_cast<int8_t*>(call.rows) + row * call.row_stride;
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t last = std::min((g + 1) * a.group_size, padded_inputs(a));
+      U sums = S::set_u(0);
+      for (int64_t k = g * a.group_size; k < last; k += 16) {
+        F x = k < a.num_inputs ? S::mul(load_x<S>(a, row, k), inverse) : S::set(0.0f);
+        x = S::min(S::max(x, S::set(-128.0f)), S::set(127.0f));
+        const U integer = S::sub_u(S::bits(S::add(x, magic)), S::bits(magic));
+        sums = S::add_u(sums, integer);
+        S::store_low8(x_q + k, integer);
+      }
+      uint32_t lanes[16];
+      S::store_u(lanes, sums);
+      int32_t sum = 0;
+      for (const uint32_t lane : lanes) sum += static_cast<int32_t>(lane);
+      call.row_sums[row * groups + g] = static_cast<uint32_t>(sum & 127) | static_cast<uint32_t>(sum >> 7) << 16;
+    }
+    // what the last group leaves of the padding
+    std::memset(x_q + groups * a.group_size, 0,
+                static_cast<size_t>(std::max<int64_t>(0, padded_inputs(a) - groups * a.group_size)));
+  }
+  return first_bad;
+}
+
+// A thread's scratch: the panel, then per group and output the scale and what the tile makes of the zero point.
+struct W4A8Scratch {
+  uint8_t* panel;
+  float* scale;
+  int32_t* zero_point;
+  // (rows of a block, 64) of results so far, and of sums
+  float* results;
+  int32_t* sums;
+
+  W4A8Scratch(const mgt_int4_linear_args& a, void* scratch)
+      : panel(static_cast<uint8_t*>(scratch)),
+        scale(reinterpret_cast<float*>(panel + padded_inputs(a) * kPanelOutputs)),
+        zero_point(reinterpret_cast<int32_t*>(scale + num_groups(a) * kPanelOutputs)),
+        results(reinterpret_cast<float*>(zero_point + num_groups(a) * kPanelOutputs)),
+        sums(reinterpret_cast<int32_t*>(results + kBlockElements)) {}
+};
+
+// Group g of some rows: results += scale * (sum x_q w_q - zero_point sum x_q), in whatever way the tile has it.
+struct W4A8Group {
+  const int8_t* x_q;
+  int64_t x_stride;
+  const uint32_t* row_sums;
+  int64_t sums_stride;
+  const uint8_t* panel;
+  // of the layer, and 4 inputs each in this group
+  int64_t group_size, num_quads;
+  const float* scale;
+  const int32_t* zero_point;
+  float* results;
+  int32_t* sums;
+};
+
+template <class S, class Tile>
+void multiply_w4a8(const Int4LinearCall& call, int64_t panel, int64_t begin, int64_t end, void* memory) {
+  using F = typename S::F;
+  using U = typename S::U;
+  const mgt_int4_linear_args& a = call.args;
+  const int64_t groups = num_groups(a);
+  const W4A8Scratch scratch(a, memory);
+  load_groups(a, panel, scratch.scale, scratch.zero_point);
+  const typename Tile::Session session(a.group_size);
+
+  const auto unpack = [&](int64_t strip) {
+    for (int64_t column = 0; column < 4; ++column) {
+      unpack_strip<S>(a, panel * kPanelOutputs + 16 * column, strip, [&](int64_t quad, U word) {
+        if (Tile::kSignedWeights) {
+          // w_q - zero_point in each byte, without a borrow from the next
+          const int64_t g = std::min(4 * quad / a.group_size, groups - 1);
+          const int32_t* zero_point = scratch.zero_point + g * kPanelOutputs + 16 * column;
+          const U high = S::set_u(0x80808080);
+          word = S::bit_xor(S::sub_u(S::bit_or(word, high), S::load_u(zero_point)), high);
+        }
+        S::store_u(reinterpret_cast<uint32_t*>(scratch.panel) + quad * kPanelOutputs + 16 * column, word);
+      });
+    }
+  };
+  for (int64_t i = 0; i < groups * kPanelOutputs; ++i) {
+    const int32_t zero_point = scratch.zero_point[i];
+    scratch.zero_point[i] = Tile::kSignedWeights ? zero_point * 0x01010101 : Tile::zero_point(zero_point);
+  }
+
+  // the first block of rows unpacks what it needs when it needs it; the others find the whole panel
+  int64_t num_strips = 0;
+  for (int64_t first = begin; first < end; first += Tile::kBlock) {
+    const int64_t num_rows = std::min<int64_t>(Tile::kBlock, end - first);
+    std::memset(scratch.results, 0, static_cast<size_t>(num_rows * kPanelOutputs) * sizeof(float));
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t k = g * a.group_size;
+      const int64_t last = std::min(k + a.group_size, padded_inputs(a));
+      for (; num_strips * kStripInputs < last; ++num_strips) unpack(num_strips);
+      const W4A8Group group{static_cast<const int8_t*>(call.rows) + first * call.row_stride + k,
+                            call.row_stride,
+                            call.row_sums + first * groups + g,
+                            groups,
+                            scratch.panel + k * kPanelOutputs,
+                            a.group_size,
+                            (last - k) / 4,
+                            scratch.scale + g * kPanelOutputs,
+                            scratch.zero_point + g * kPanelOutputs,
+                            scratch.results,
+                            scratch.sums};
+      Tile::add(group, num_rows);
+    }
+    for (int64_t i = 0; i < num_rows; ++i) {
+      const F row_scale = S::set(call.row_scale[first + i]);
+      for (int64_t column = 0; column < kPanelOutputs; column += 16) {
+        const int64_t output = panel * kPanelOutputs + column;
+        if (output >= a.num_outputs) break;
+        const F result = S::mul(S::load(scratch.results + i * kPanelOutputs + column), row_scale);
+        store_y<S>(call, first + i, output, a.bias ? S::add(result, load_bias<S>(a, output)) : result);
+      }
+    }
+  }
+}
+
+// nothing to set up
+struct NoSession {
+  explicit NoSession(int64_t) {}
+};
+
+}  // namespace
+}  // namespace mgt
