@@ -143,8 +143,8 @@ py::tuple mask_by_confidence(int isa, int num_threads, std::uintptr_t parallel, 
   return py::make_tuple(static_cast<int>(status), error_index);
 }
 
-// shape: (rows, inputs, outputs); weight: addresses of w_q, scale, its dtype, address of zero_point, group size; buffers:
-// (address, number of elements) pairs
+// shape: (rows, inputs, outputs); weight: addresses of w_q, scale, its dtype, address of zero_point, group size;
+// buffers: (address, number of elements) pairs
 mgt_int4_linear_args int4_linear_args(py::tuple shape, int dtype, std::uintptr_t x, int64_t x_stride, py::tuple weight,
                                       std::uintptr_t bias) {
   mgt_int4_linear_args args{};

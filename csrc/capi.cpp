@@ -39,10 +39,9 @@ struct Kernels {
 };
 
 #if defined(__x86_64__)
-constexpr Kernels kAvx512 = {mgt::sample_tokens_avx512,      mgt::differential_sample_avx512,
-                             mgt::mask_by_confidence_avx512, mgt::philox_avx512,
-                             mgt::gaussian_avx512,           &mgt::w4a8_linear_avx512,
-                             &mgt::w4a16_linear_avx512};
+constexpr Kernels kAvx512 = {
+    mgt::sample_tokens_avx512, mgt::differential_sample_avx512, mgt::mask_by_confidence_avx512, mgt::philox_avx512,
+    mgt::gaussian_avx512,      &mgt::w4a8_linear_avx512,        &mgt::w4a16_linear_avx512};
 
 constexpr Kernels with_linear(Kernels kernels, const mgt::Int4LinearKernel* w4a8, const mgt::Int4LinearKernel* w4a16) {
   kernels.w4a8_linear = w4a8;
@@ -200,6 +199,9 @@ bool valid(const mgt_int4_linear_args& a) {
          a.group_size <= 16384 && a.group_size % 32 == 0 && (a.x_stride >= a.num_inputs || a.num_rows <= 1);
 }
 
+// of results, from which on they are written past the caches: two megabytes, a large second level
+constexpr int64_t kStreamBytes = int64_t{2} << 20;
+
 // of the workspace of a linear layer
 struct LinearWorkspace {
   int64_t row_stride, num_padded_rows;
@@ -223,14 +225,14 @@ LinearWorkspace linear_workspace(const mgt_context& context, const mgt_int4_line
 }
 
 int64_t linear_workspace_bytes(const mgt_context* context, const mgt_int4_linear_args* args,
-                               const mgt::Int4LinearKernel* Kernels::*op) {
+                               const mgt::Int4LinearKernel* Kernels::* op) {
   mgt_isa isa;
   if (!valid(context) || args == nullptr || !valid(*args) || mgt_resolve_isa(context->isa, &isa) != MGT_OK) return -1;
   return linear_workspace(*context, *args, *(kKernels[isa].*op)).total;
 }
 
 mgt_status run_linear(const mgt_context* context, const mgt_int4_linear_args* args,
-                      const mgt::Int4LinearKernel* Kernels::*op, const float* x_scale, int64_t num_x_scales, void* y,
+                      const mgt::Int4LinearKernel* Kernels::* op, const float* x_scale, int64_t num_x_scales, void* y,
                       void* workspace, int64_t workspace_bytes, int64_t* error_index) {
   if (!valid(context) || args == nullptr || !valid(*args)) return MGT_INVALID_ARGUMENT;
   const mgt_int4_linear_args& a = *args;
@@ -251,16 +253,22 @@ mgt_status run_linear(const mgt_context* context, const mgt_int4_linear_args* ar
   auto* row_scale = rows + layout.rows;
   auto* row_sums = row_scale + layout.row_scale;
   auto* scratch = row_sums + layout.row_sums;
-  const mgt::Int4LinearCall call{a, x_scale, num_x_scales, rows, layout.row_stride,
-                                 reinterpret_cast<float*>(row_scale), reinterpret_cast<uint32_t*>(row_sums), y};
+  const mgt::Int4LinearCall call{a,
+                                 x_scale,
+                                 num_x_scales,
+                                 rows,
+                                 layout.row_stride,
+                                 reinterpret_cast<float*>(row_scale),
+                                 reinterpret_cast<uint32_t*>(row_sums),
+                                 y,
+                                 a.num_rows * a.num_outputs * 4 > kStreamBytes};
   std::memset(rows + a.num_rows * layout.row_stride * kernel.row_bytes, 0,
               static_cast<size_t>((layout.num_padded_rows - a.num_rows) * layout.row_stride * kernel.row_bytes));
   FirstIndex bad_row;
   // a chunk is worth waking a thread for from about 2^14 activations on
   const int64_t chunk = std::max(int64_t{1}, (int64_t{1} << 14) / a.num_inputs);
-  mgt::parallel_chunks(*context, a.num_rows, chunk, [&](int64_t begin, int64_t end) {
-    bad_row.report(kernel.prepare(call, begin, end));
-  });
+  mgt::parallel_chunks(*context, a.num_rows, chunk,
+                       [&](int64_t begin, int64_t end) { bad_row.report(kernel.prepare(call, begin, end)); });
   if (bad_row.get() >= 0) return fail(MGT_BAD_ACTIVATION, bad_row.get(), error_index);
 
   // every panel once for all rows, or, where panels are few, for runs of them
@@ -306,12 +314,18 @@ mgt_status mgt_kernel_isa(const char* op, mgt_isa isa, mgt_isa* kernel) {
   if (op == nullptr || kernel == nullptr || mgt_isa_name(isa) == nullptr) return MGT_INVALID_ARGUMENT;
   if (isa >= kNumIsas) return MGT_ISA_UNAVAILABLE;
   const auto is = [op](const char* name) { return std::strcmp(op, name) == 0; };
-  if (is("sample_tokens")) *kernel = first_with_kernel(isa, &Kernels::sample_tokens);
-  else if (is("differential_sample")) *kernel = first_with_kernel(isa, &Kernels::differential_sample);
-  else if (is("mask_by_confidence")) *kernel = first_with_kernel(isa, &Kernels::mask_by_confidence);
-  else if (is("w4a8_linear")) *kernel = first_with_kernel(isa, &Kernels::w4a8_linear);
-  else if (is("w4a16_linear")) *kernel = first_with_kernel(isa, &Kernels::w4a16_linear);
-  else return MGT_INVALID_ARGUMENT;
+  if (is("sample_tokens"))
+    *kernel = first_with_kernel(isa, &Kernels::sample_tokens);
+  else if (is("differential_sample"))
+    *kernel = first_with_kernel(isa, &Kernels::differential_sample);
+  else if (is("mask_by_confidence"))
+    *kernel = first_with_kernel(isa, &Kernels::mask_by_confidence);
+  else if (is("w4a8_linear"))
+    *kernel = first_with_kernel(isa, &Kernels::w4a8_linear);
+  else if (is("w4a16_linear"))
+    *kernel = first_with_kernel(isa, &Kernels::w4a16_linear);
+  else
+    return MGT_INVALID_ARGUMENT;
   return MGT_OK;
 }
 

@@ -34,7 +34,10 @@
 #define MGT_TARGET_AVX512_BEGIN MGT_TARGET_BEGIN(MGT_AVX512_FEATURES)
 #define MGT_TARGET_AVX512_VNNI_BEGIN MGT_TARGET_BEGIN(MGT_AVX512_FEATURES ",avx512vnni")
 #define MGT_TARGET_AVX512_BF16_BEGIN MGT_TARGET_BEGIN(MGT_AVX512_FEATURES ",avx512vnni,avx512bf16")
-#define MGT_TARGET_AMX_BEGIN \
-  MGT_TARGET_BEGIN(MGT_AVX512_FEATURES ",avx512vnni,avx512bf16,amx-tile,amx-int8,amx-bf16")
+#define MGT_TARGET_AMX_BEGIN MGT_TARGET_BEGIN(MGT_AVX512_FEATURES ",avx512vnni,avx512bf16,amx-tile,amx-int8,amx-bf16")
 
 #define MGT_INLINE inline __attribute__((always_inline))
+
+// Keeps an accumulator in its register: without it GCC 12 moves some of a large array of them to the stack and back in
+// the innermost loop.
+#define MGT_HOLD(x) asm("" : "+v"(x))

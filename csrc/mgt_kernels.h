@@ -169,8 +169,8 @@ typedef struct {
   /* (num_rows, num_inputs), unit stride over inputs */
   const void* x;
   int64_t x_stride;
-  /* (num_outputs, 32 ceil(num_inputs / 64)) contiguous: byte 32 c + j of a row holds input 64 c + j in its low nibble and
-   * input 64 c + 32 + j in its high one */
+  /* (num_outputs, 32 ceil(num_inputs / 64)) contiguous: byte 32 c + j of a row holds input 64 c + j in its low nibble
+   * and input 64 c + 32 + j in its high one */
   const uint8_t* w_q;
   /* (num_outputs, ceil(num_inputs / group_size)) contiguous, positive; MGT_FLOAT32 or MGT_FLOAT16 */
   const void* scale;

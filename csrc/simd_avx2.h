@@ -15,6 +15,10 @@ struct Avx2 {
   struct M {
     __m256 lo, hi;
   };
+  static MGT_INLINE void hold(F& a) {
+    MGT_HOLD(a.lo);
+    MGT_HOLD(a.hi);
+  }
   static MGT_INLINE F set(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
   static MGT_INLINE F load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
   static MGT_INLINE F load(const uint16_t* p, mgt_dtype dtype) {
@@ -28,6 +32,13 @@ struct Avx2 {
     _mm256_storeu_ps(p, a.lo);
     _mm256_storeu_ps(p + 8, a.hi);
   }
+  // past the caches where p is on a line; not ordered with other stores before fence()
+  static MGT_INLINE void stream(float* p, F a) {
+    if (reinterpret_cast<std::uintptr_t>(p) % 64 != 0) return store(p, a);
+    _mm256_stream_ps(p, a.lo);
+    _mm256_stream_ps(p + 8, a.hi);
+  }
+  static MGT_INLINE void fence() { _mm_sfence(); }
   static MGT_INLINE void store_u(uint32_t* p, U a) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.lo);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 8), a.hi);
@@ -48,8 +59,8 @@ struct Avx2 {
   }
   static MGT_INLINE void store_low8(int8_t* p, U a) {
     const __m256i low = _mm256_set1_epi32(0xff);
-    const __m256i words = _mm256_permute4x64_epi64(
-        _mm256_packus_epi32(_mm256_and_si256(a.lo, low), _mm256_and_si256(a.hi, low)), 0xD8);
+    const __m256i words =
+        _mm256_permute4x64_epi64(_mm256_packus_epi32(_mm256_and_si256(a.lo, low), _mm256_and_si256(a.hi, low)), 0xD8);
     const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
   }

@@ -9,6 +9,7 @@ struct Avx512 {
   using F = __m512;
   using U = __m512i;
   using M = __mmask16;
+  static MGT_INLINE void hold(F& a) { MGT_HOLD(a); }
   static MGT_INLINE F set(float x) { return _mm512_set1_ps(x); }
   static MGT_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
   static MGT_INLINE F load(const uint16_t* p, mgt_dtype dtype) {
@@ -20,6 +21,14 @@ struct Avx512 {
     return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xAAAAAAAA, upper_halves, _mm512_castsi256_si512(raw)));
   }
   static MGT_INLINE void store(float* p, F a) { _mm512_storeu_ps(p, a); }
+  // past the caches where p is on a line; not ordered with other stores before fence()
+  static MGT_INLINE void stream(float* p, F a) {
+    if (reinterpret_cast<std::uintptr_t>(p) % 64 == 0)
+      _mm512_stream_ps(p, a);
+    else
+      _mm512_storeu_ps(p, a);
+  }
+  static MGT_INLINE void fence() { _mm_sfence(); }
   static MGT_INLINE void store_u(uint32_t* p, U a) { _mm512_storeu_si512(p, a); }
   static MGT_INLINE U load_u(const void* p) { return _mm512_loadu_si512(p); }
   static MGT_INLINE U load_u16(const uint16_t* p) {

@@ -102,6 +102,7 @@ struct Scalar16 {
     for (int i = 0; i < 16; ++i) r.lane[i] = op(i);
     return r;
   }
+  static MGT_INLINE void hold(F&) {}
   static MGT_INLINE F set(float x) {
     return each<F>([&](int) { return x; });
   }
@@ -112,6 +113,8 @@ struct Scalar16 {
     return each<F>([&](int i) { return dtype == MGT_BFLOAT16 ? bfloat16_to_float(p[i]) : half_to_float(p[i]); });
   }
   static MGT_INLINE void store(float* p, F a) { std::memcpy(p, a.lane, sizeof a.lane); }
+  static MGT_INLINE void stream(float* p, F a) { store(p, a); }
+  static MGT_INLINE void fence() {}
   static MGT_INLINE void store_u(uint32_t* p, U a) { std::memcpy(p, a.lane, sizeof a.lane); }
   static MGT_INLINE U load_u(const void* p) {
     U u;

@@ -9,8 +9,11 @@ from mgt_kernels import _C, cpu
 __version__: str = _C.version()
 
 
-def info() -> dict[str, str | int | list[str]]:
-    """Return what this installation runs on: version, isa in use, isas available, threads, torch and Triton."""
+OPS = ("sample_tokens", "differential_sample", "mask_by_confidence", "w4a8_linear", "w4a16_linear")
+
+
+def info() -> dict[str, str | int | list[str] | dict[str, str]]:
+    """Return what this installation runs on: version, isa in use, each op's kernel, isas available, threads, torch."""
     pool = cpu.torch_thread_pool()[1]
     try:
         triton = importlib.metadata.version("triton")
@@ -19,6 +22,7 @@ def info() -> dict[str, str | int | list[str]]:
     return {
         "version": __version__,
         "isa": cpu.resolve_isa(),
+        "kernels": {op: cpu.kernel_isa(op) for op in OPS},
         "isas": cpu.available_isas(),
         "num_threads": torch.get_num_threads(),
         "thread_pool": f"PyTorch's ({pool})" if pool else "own threads per call",

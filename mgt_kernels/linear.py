@@ -69,7 +69,7 @@ def w4a8_linear(
         rows, weight.w_q, weight.scale, weight.zero_point, weight.group_size, x_scale, bias,
         check_backend(backend, x.device),
     )  # fmt: skip
-    return y.view(*x.shape[:-1], -1)
+    return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def w4a16_linear(x: Tensor, weight: PackedInt4, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
@@ -103,7 +103,7 @@ def w4a16_linear(x: Tensor, weight: PackedInt4, bias: Tensor | None = None, *, b
     y = torch.ops.mgt_kernels.w4a16_linear(
         rows, weight.w_q, weight.scale, weight.zero_point, weight.group_size, bias, check_backend(backend, x.device)
     )
-    return y.view(*x.shape[:-1], -1)
+    return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def _check_linear(x: Tensor, weight: PackedInt4, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

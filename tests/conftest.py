@@ -5,12 +5,22 @@ import torch
 
 from mgt_kernels import cpu
 
+LINEAR = ("w4a8_linear", "w4a16_linear")
+
+
+def kernels_of(module: str) -> list[str]:
+    """The instruction sets that have a kernel of their own for what a test file is about."""
+    op = module.removeprefix("test_")
+    op = op if op in LINEAR else "sample_tokens"
+    return [isa for isa in cpu.available_isas() if cpu.kernel_isa(op, isa) == isa]
+
 
 def pytest_generate_tests(metafunc):
+    kernels = kernels_of(metafunc.module.__name__)
     if "isa" in metafunc.fixturenames:
-        metafunc.parametrize("isa", cpu.available_isas())
+        metafunc.parametrize("isa", kernels)
     if "backend" in metafunc.fixturenames:
-        metafunc.parametrize("backend", ["reference", *cpu.available_isas()])
+        metafunc.parametrize("backend", ["reference", *kernels])
 
 
 @pytest.fixture(autouse=True)

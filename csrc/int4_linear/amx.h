@@ -4,8 +4,8 @@
 namespace mgt {
 namespace {
 
-// Configures the tile registers of this thread as long as it lives: 16 rows of results, and steps of `bytes` bytes along
-// the inputs.
+// Configures the tile registers of this thread as long as it lives: 16 rows of results, and steps of `bytes` bytes
+// along the inputs.
 class TileSession {
  public:
   explicit TileSession(int64_t bytes) {

@@ -8,7 +8,7 @@ namespace mgt {
 // outputs that a kernel unpacks the weights of at once
 constexpr int64_t kPanelOutputs = 64;
 // rows are handed out in multiples of what every kernel's blocks divide
-constexpr int64_t kRowAlignment = 96;
+constexpr int64_t kRowAlignment = 192;
 
 inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 // inputs that w_q has nibbles for
@@ -20,7 +20,8 @@ struct Int4LinearCall {
   // W4A8 only
   const float* x_scale;
   int64_t num_x_scales;
-  // of the workspace: the rows as the kernel multiplies them, zeros past num_inputs and past num_rows
+  // of the workspace: the rows as the kernel multiplies them, zeros past num_inputs and past num_rows. One after the
+  // other, or, for tile registers, in tiles of 16 rows: (row / 16, line of 64 bytes, row % 16, 64 bytes)
   void* rows;
   // elements; not a power of two, which would crowd the rows into few sets of a cache
   int64_t row_stride;
@@ -28,6 +29,8 @@ struct Int4LinearCall {
   float* row_scale;
   uint32_t* row_sums;
   void* y;
+  // y is larger than a cache, so that it is written past it
+  bool stream;
 };
 
 struct Int4LinearKernel {
@@ -40,7 +43,7 @@ struct Int4LinearKernel {
 };
 
 // elements of a block of results, in float32 or as sums of a group
-constexpr int64_t kBlockRows = 48;
+constexpr int64_t kBlockRows = 64;
 constexpr int64_t kBlockElements = kBlockRows * kPanelOutputs;
 
 // The panel, scale and zero points of each group, two blocks.

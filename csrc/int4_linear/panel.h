@@ -31,9 +31,10 @@ MGT_INLINE void load_strip(const mgt_int4_linear_args& a, int64_t first, int64_t
   for (int j = 0; j < 16; ++j) words[j] = S::bits(rows[j]);
 }
 
-// nibbles(quad, word): word lane i = w_q of inputs 4 quad .. 4 quad + 3 of output first + i, a byte each
-template <class S, class Nibbles>
-MGT_INLINE void unpack_strip(const mgt_int4_linear_args& a, int64_t first, int64_t strip, const Nibbles& nibbles) {
+// run(quad, words) for each run of 32 inputs, which share a group: words[j] lane i = w_q of inputs 4 (quad + j) to
+// 4 (quad + j) + 3 of output first + i, a byte each
+template <class S, class Run>
+MGT_INLINE void unpack_strip(const mgt_int4_linear_args& a, int64_t first, int64_t strip, const Run& run) {
   using U = typename S::U;
   U words[16];
   load_strip<S>(a, first, strip, words);
@@ -42,28 +43,45 @@ MGT_INLINE void unpack_strip(const mgt_int4_linear_args& a, int64_t first, int64
   const int64_t num_chunks = std::min<int64_t>(2, padded_inputs(a) / 64 - 2 * strip);
   for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
     const int64_t quad = 32 * strip + 16 * chunk;
-    for (int64_t j = 0; j < 8; ++j) {
-      const U word = words[8 * chunk + j];
-      nibbles(quad + j, S::bit_and(word, low));
-      nibbles(quad + 8 + j, S::bit_and(S::template shift_right<4>(word), low));
-    }
+    U nibbles[8];
+    for (int64_t j = 0; j < 8; ++j) nibbles[j] = S::bit_and(words[8 * chunk + j], low);
+    run(quad, nibbles);
+    for (int64_t j = 0; j < 8; ++j) nibbles[j] = S::bit_and(S::template shift_right<4>(words[8 * chunk + j]), low);
+    run(quad + 8, nibbles);
   }
 }
 
 // Scale and zero point of outputs [64 panel, 64 panel + 64) for every group: (groups, 64); outputs past the end get 0.
-inline void load_groups(const mgt_int4_linear_args& a, int64_t panel, float* scale, int32_t* zero_point) {
+template <class S>
+void load_groups(const mgt_int4_linear_args& a, int64_t panel, float* scale, int32_t* zero_point) {
+  using F = typename S::F;
   const int64_t groups = num_groups(a);
-  for (int64_t i = 0; i < kPanelOutputs; ++i) {
-    const int64_t output = panel * kPanelOutputs + i;
-    for (int64_t g = 0; g < groups; ++g) {
-      const bool inside = output < a.num_outputs;
-      const int64_t index = output * groups + g;
-      float value = 0.0f;
-      if (inside)
-        value = a.scale_dtype == MGT_FLOAT16 ? half_to_float(static_cast<const uint16_t*>(a.scale)[index])
-                                             : static_cast<const float*>(a.scale)[index];
-      scale[g * kPanelOutputs + i] = value;
-      zero_point[g * kPanelOutputs + i] = inside ? a.zero_point[index] : 0;
+  for (int64_t column = 0; column < kPanelOutputs; column += 16) {
+    for (int64_t g = 0; g < groups; g += 16) {
+      const int64_t count = std::min<int64_t>(16, groups - g);
+      F scales[16], zero_points[16];
+      for (int64_t i = 0; i < 16; ++i) {
+        const int64_t output = panel * kPanelOutputs + column + i;
+        const int64_t index = output * groups + g;
+        float values[16] = {};
+        uint16_t halves[16] = {};
+        uint32_t zeros[16] = {};
+        if (output < a.num_outputs) {
+          if (a.scale_dtype == MGT_FLOAT16)
+            std::memcpy(halves, static_cast<const uint16_t*>(a.scale) + index, static_cast<size_t>(count) * 2);
+          else
+            std::memcpy(values, static_cast<const float*>(a.scale) + index, static_cast<size_t>(count) * 4);
+          for (int64_t j = 0; j < count; ++j) zeros[j] = a.zero_point[index + j];
+        }
+        scales[i] = a.scale_dtype == MGT_FLOAT16 ? S::load(halves, MGT_FLOAT16) : S::load(values);
+        zero_points[i] = S::from_bits(S::load_u(zeros));
+      }
+      S::transpose(scales);
+      S::transpose(zero_points);
+      for (int64_t j = 0; j < count; ++j) {
+        S::store(scale + (g + j) * kPanelOutputs + column, scales[j]);
+        S::store_u(reinterpret_cast<uint32_t*>(zero_point) + (g + j) * kPanelOutputs + column, S::bits(zero_points[j]));
+      }
     }
   }
 }
@@ -93,6 +111,24 @@ MGT_INLINE typename S::U bfloat16_bits(typename S::F x) {
   return S::template shift_right<16>(S::add_u(S::add_u(bits, S::set_u(0x7fff)), odd));
 }
 
+// the element of call.rows that holds input k of a row; Row is the element's type, kRows is 1 or 16 rows to a tile
+template <class Row, int64_t kRows>
+MGT_INLINE int64_t row_offset(int64_t row, int64_t k, int64_t stride) {
+  constexpr int64_t kLine = 64 / sizeof(Row);
+  return row / kRows * kRows * stride + k / kLine * kLine * kRows + row % kRows * kLine + k % kLine;
+}
+
+// count is a multiple of 16
+template <class S>
+MGT_INLINE void clear(float* values, int64_t count) {
+  typename S::F zero = S::set(0.0f);
+  for (int64_t i = 0; i < count; i += 16) {
+    // or the loop becomes `rep stos`, which takes thousands of cycles to start
+    S::hold(zero);
+    S::store(values + i, zero);
+  }
+}
+
 // y of 16 outputs from `output` on, as many of them as there are
 template <class S>
 MGT_INLINE void store_y(const Int4LinearCall& call, int64_t row, int64_t output, typename S::F y) {
@@ -101,7 +137,7 @@ MGT_INLINE void store_y(const Int4LinearCall& call, int64_t row, int64_t output,
   const int64_t index = row * a.num_outputs + output;
   if (a.dtype == MGT_FLOAT32) {
     float* target = static_cast<float*>(call.y) + index;
-    if (left >= 16) return S::store(target, y);
+    if (left >= 16) return call.stream ? S::stream(target, y) : S::store(target, y);
     float copy[16];
     S::store(copy, y);
     std::copy(copy, copy + left, target);

@@ -17,6 +17,7 @@ struct AmxTile {
   using Row = uint16_t;
   using Session = TileSession;
   static constexpr int64_t kBlock = 32;
+  static constexpr int64_t kTileRows = 16;
   static constexpr int64_t kStride = kPanelOutputs * sizeof(float);
   static MGT_INLINE __m512i pack(__m512 first, __m512 second) { return pack_bfloat16(first, second); }
 
@@ -29,15 +30,14 @@ struct AmxTile {
       _tile_loadd(2, results + 16 * kPanelOutputs, kStride);
       _tile_loadd(3, results + 16 * kPanelOutputs + 16, kStride);
     }
-    const auto stride = static_cast<size_t>(2 * pairs.x_stride);
     for (int64_t pair = 0; pair < pairs.num_pairs; pair += 16) {
-      _tile_loadd(4, pairs.x + 2 * pair, stride);
+      _tile_loadd(4, pairs.x + 32 * pair, 64);
       _tile_loadd(6, pairs.panel + pair * kPanelOutputs + column, 4 * kPanelOutputs);
       _tile_loadd(7, pairs.panel + pair * kPanelOutputs + column + 16, 4 * kPanelOutputs);
       _tile_dpbf16ps(0, 4, 6);
       _tile_dpbf16ps(1, 4, 7);
       if (kTwoRows) {
-        _tile_loadd(5, pairs.x + 16 * pairs.x_stride + 2 * pair, stride);
+        _tile_loadd(5, pairs.x + 16 * pairs.x_stride + 32 * pair, 64);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
       }
@@ -62,7 +62,7 @@ struct AmxTile {
 
 }  // namespace
 
-const Int4LinearKernel w4a16_linear_amx = {prepare_w4a16<Avx512, uint16_t>, multiply_w4a16<Avx512, AmxTile>, 2, 2};
+const Int4LinearKernel w4a16_linear_amx = {prepare_w4a16<Avx512, uint16_t, 16>, multiply_w4a16<Avx512, AmxTile>, 2, 2};
 
 }  // namespace mgt
 

@@ -10,8 +10,8 @@ MGT_TARGET_AVX2_BEGIN
 
 namespace mgt {
 
-const Int4LinearKernel w4a16_linear_avx2 = {prepare_w4a16<Avx2, float>, multiply_w4a16<Avx2, FloatTile<Avx2, 4, 1>>,
-                                          4, 2};
+const Int4LinearKernel w4a16_linear_avx2 = {prepare_w4a16<Avx2, float>, multiply_w4a16<Avx2, FloatTile<Avx2, 4, 1>>, 4,
+                                            2};
 
 }  // namespace mgt
 

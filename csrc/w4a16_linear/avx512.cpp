@@ -10,8 +10,8 @@ MGT_TARGET_AVX512_BEGIN
 
 namespace mgt {
 
-const Int4LinearKernel w4a16_linear_avx512 = {prepare_w4a16<Avx512, float>, multiply_w4a16<Avx512, FloatTile<Avx512, 6, 4>>,
-                                          4, 2};
+const Int4LinearKernel w4a16_linear_avx512 = {prepare_w4a16<Avx512, float>,
+                                              multiply_w4a16<Avx512, FloatTile<Avx512, 6, 4>>, 4, 2};
 
 }  // namespace mgt
 

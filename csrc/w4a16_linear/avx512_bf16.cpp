@@ -16,6 +16,7 @@ struct Bf16Tile {
   using Row = uint16_t;
   using Session = NoSession;
   static constexpr int64_t kBlock = 24;
+  static constexpr int64_t kTileRows = 1;
   static MGT_INLINE __m512i pack(__m512 first, __m512 second) { return pack_bfloat16(first, second); }
   static MGT_INLINE __m512 dot(__m512 sum, __m512i w, __m512i x) {
     return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(w), reinterpret_cast<__m512bh>(x));
@@ -43,6 +44,13 @@ struct Bf16Tile {
         sum[r][1] = dot(sum[r][1], w1, both);
         sum[r][2] = dot(sum[r][2], w2, both);
         sum[r][3] = dot(sum[r][3], w3, both);
+      }
+#pragma GCC unroll 6
+      for (int r = 0; r < R; ++r) {
+        MGT_HOLD(sum[r][0]);
+        MGT_HOLD(sum[r][1]);
+        MGT_HOLD(sum[r][2]);
+        MGT_HOLD(sum[r][3]);
       }
     }
 #pragma GCC unroll 6

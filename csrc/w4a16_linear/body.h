@@ -9,7 +9,7 @@ namespace mgt {
 namespace {
 
 // Row is uint16_t (bfloat16) or float (a bfloat16, widened)
-template <class S, class Row>
+template <class S, class Row, int64_t kTileRows = 1>
 int64_t prepare_w4a16(const Int4LinearCall& call, int64_t begin, int64_t end) {
   using F = typename S::F;
   using U = typename S::U;
@@ -18,7 +18,6 @@ int64_t prepare_w4a16(const Int4LinearCall& call, int64_t begin, int64_t end) {
   const F infinity = S::set(std::numeric_limits<float>::infinity());
   int64_t first_bad = -1;
   for (int64_t row = begin; row < end; ++row) {
-    Row* target = static_cast<Row*>(call.rows) + row * call.row_stride;
     uint32_t bad = 0;
     for (int64_t k = 0; k < padded_inputs(a); k += 16) {
       const F x = k < a.num_inputs ? load_x<S>(a, row, k) : S::set(0.0f);
@@ -26,10 +25,11 @@ int64_t prepare_w4a16(const Int4LinearCall& call, int64_t begin, int64_t end) {
       const U rounded = bfloat16_bits<S>(x);
       const F widened = S::from_bits(S::template shift_left<16>(rounded));
       bad |= S::to_bits(S::not_below(S::from_bits(S::bit_and(S::bits(widened), magnitude)), infinity));
+      Row* target = static_cast<Row*>(call.rows) + row_offset<Row, kTileRows>(row, k, call.row_stride);
       if constexpr (sizeof(Row) == 2)
-        S::store_low16(target + k, rounded);
+        S::store_low16(target, rounded);
       else
-        S::store(target + k, widened);
+        S::store(target, widened);
     }
     if (bad && first_bad < 0) first_bad = row;
   }
@@ -59,23 +59,27 @@ void multiply_w4a16(const Int4LinearCall& call, int64_t panel, int64_t begin, in
   float* scale = reinterpret_cast<float*>(weights + padded_inputs(a) / 2 * kPanelOutputs);
   auto* zero_point = reinterpret_cast<int32_t*>(scale + groups * kPanelOutputs);
   float* results = reinterpret_cast<float*>(zero_point + groups * kPanelOutputs);
-  load_groups(a, panel, scale, zero_point);
+  load_groups<S>(a, panel, scale, zero_point);
   const typename Tile::Session session(64);
 
   const U low = S::set_u(15);
   const auto unpack = [&](int64_t strip) {
     for (int64_t column = 0; column < 4; ++column) {
-      unpack_strip<S>(a, panel * kPanelOutputs + 16 * column, strip, [&](int64_t quad, U word) {
+      unpack_strip<S>(a, panel * kPanelOutputs + 16 * column, strip, [&](int64_t quad, const U* words) {
         const int64_t index = std::min(4 * quad / a.group_size, groups - 1) * kPanelOutputs + 16 * column;
         const F group_scale = S::load(scale + index);
         const U group_zero = S::load_u(zero_point + index);
         const auto weight = [&](U w_q) { return S::mul(S::int_to_float(S::sub_u(w_q, group_zero)), group_scale); };
-        uint32_t* pair = weights + 2 * quad * kPanelOutputs + 16 * column;
-        const F w0 = weight(S::bit_and(word, low)), w1 = weight(S::bit_and(S::template shift_right<8>(word), low));
-        S::store_u(pair, Tile::pack(w0, w1));
-        const F w2 = weight(S::bit_and(S::template shift_right<16>(word), low));
-        const F w3 = weight(S::template shift_right<24>(word));
-        S::store_u(pair + kPanelOutputs, Tile::pack(w2, w3));
+        for (int j = 0; j < 8; ++j) {
+          uint32_t* pair = weights + 2 * (quad + j) * kPanelOutputs + 16 * column;
+          const U word = words[j];
+          const F w0 = weight(S::bit_and(word, low));
+          const F w1 = weight(S::bit_and(S::template shift_right<8>(word), low));
+          S::store_u(pair, Tile::pack(w0, w1));
+          const F w2 = weight(S::bit_and(S::template shift_right<16>(word), low));
+          const F w3 = weight(S::template shift_right<24>(word));
+          S::store_u(pair + kPanelOutputs, Tile::pack(w2, w3));
+        }
       });
     }
   };
@@ -85,12 +89,13 @@ void multiply_w4a16(const Int4LinearCall& call, int64_t panel, int64_t begin, in
   int64_t unpacked = 0;
   for (int64_t first = begin; first < end; first += Tile::kBlock) {
     const int64_t num_rows = std::min<int64_t>(Tile::kBlock, end - first);
-    std::memset(results, 0, static_cast<size_t>(num_rows * kPanelOutputs) * sizeof(float));
+    clear<S>(results, num_rows * kPanelOutputs);
     for (int64_t k = 0; k < all;) {
       if (unpacked < all) unpack(unpacked / kStripInputs), unpacked += kStripInputs;
       const int64_t last = std::min(unpacked, all);
-      const W4A16Pairs<Row> pairs{static_cast<const Row*>(call.rows) + first * call.row_stride + k, call.row_stride,
-                                  weights + k / 2 * kPanelOutputs, (last - k) / 2, results};
+      const W4A16Pairs<Row> pairs{
+          static_cast<const Row*>(call.rows) + row_offset<Row, Tile::kTileRows>(first, k, call.row_stride),
+          call.row_stride, weights + k / 2 * kPanelOutputs, (last - k) / 2, results};
       Tile::add(pairs, num_rows);
       k = last;
     }
@@ -103,6 +108,7 @@ void multiply_w4a16(const Int4LinearCall& call, int64_t panel, int64_t begin, in
       }
     }
   }
+  if (call.stream) S::fence();
 }
 
 // nothing to set up
@@ -118,6 +124,7 @@ struct FloatTile {
   using Row = float;
   using Session = NoSession;
   static constexpr int64_t kBlock = 24;
+  static constexpr int64_t kTileRows = 1;
   static MGT_INLINE U pack(F first, F second) {
     return S::bit_or(bfloat16_bits<S>(first), S::template shift_left<16>(bfloat16_bits<S>(second)));
   }
@@ -133,17 +140,25 @@ struct FloatTile {
     const float* x = pairs.x + first * pairs.x_stride;
     const uint32_t* panel = pairs.panel + column;
     for (int64_t pair = 0; pair < pairs.num_pairs; ++pair, panel += kPanelOutputs, x += 2) {
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        F w[kVectors];
 #pragma GCC unroll 4
-      for (int c = 0; c < kVectors; ++c) {
-        const U words = S::load_u(panel + 16 * c);
-        const F w0 = S::from_bits(S::template shift_left<16>(words));
-        const F w1 = S::from_bits(S::bit_and(words, S::set_u(0xffff0000)));
+        for (int c = 0; c < kVectors; ++c) {
+          const U words = S::load_u(panel + 16 * c);
+          w[c] = S::from_bits(half == 0 ? S::template shift_left<16>(words) : S::bit_and(words, S::set_u(0xffff0000)));
+        }
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
-          sum[r][c] = S::fma(w0, S::set(x[r * pairs.x_stride]), sum[r][c]);
-          sum[r][c] = S::fma(w1, S::set(x[r * pairs.x_stride + 1]), sum[r][c]);
+          const F input = S::set(x[r * pairs.x_stride + half]);
+#pragma GCC unroll 4
+          for (int c = 0; c < kVectors; ++c) sum[r][c] = S::fma(w[c], input, sum[r][c]);
         }
       }
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int c = 0; c < kVectors; ++c) S::hold(sum[r][c]);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)

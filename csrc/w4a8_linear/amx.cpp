@@ -12,8 +12,8 @@ MGT_TARGET_AMX_BEGIN
 namespace mgt {
 namespace {
 
-// The zero points are taken off the weights as they are unpacked. 32 x 32 sums at a time leave the tile registers once a
-// group, which at group 128 takes about as long as the multiplications.
+// The zero points are taken off the weights as they are unpacked. 32 x 32 sums at a time leave the tile registers once
+// a group, which at group 128 takes about as long as the multiplications.
 struct AmxTile {
   static int64_t tile_bytes(int64_t group_size) { return group_size % 64 == 0 ? 64 : 32; }
   struct Session : TileSession {
@@ -21,7 +21,14 @@ struct AmxTile {
   };
   static constexpr bool kSignedWeights = true;
   static constexpr int64_t kBlock = 32;
+  static constexpr int64_t kTileRows = 16;
   static int32_t zero_point(int32_t value) { return value; }
+
+  // from the first input of the group to its input k, in tiles of 16 rows
+  static MGT_INLINE int64_t row_step(const W4A8Group& group, int64_t k) {
+    const int64_t first = group.first_input % 64;
+    return row_offset<int8_t, 16>(0, first + k, 0) - first;
+  }
 
   template <bool kTwoRows>
   static MGT_INLINE void multiply(const W4A8Group& group, int64_t column) {
@@ -33,13 +40,14 @@ struct AmxTile {
       _tile_zero(3);
     }
     for (int64_t k = 0; k < 4 * group.num_quads; k += step) {
-      _tile_loadd(4, group.x_q + k, static_cast<size_t>(group.x_stride));
+      const int8_t* x_q = group.x_q + row_step(group, k);
+      _tile_loadd(4, x_q, 64);
       _tile_loadd(6, group.panel + (k * kPanelOutputs + 4 * column), 4 * kPanelOutputs);
       _tile_loadd(7, group.panel + (k * kPanelOutputs + 4 * column + 64), 4 * kPanelOutputs);
       _tile_dpbssd(0, 4, 6);
       _tile_dpbssd(1, 4, 7);
       if (kTwoRows) {
-        _tile_loadd(5, group.x_q + 16 * group.x_stride + k, static_cast<size_t>(group.x_stride));
+        _tile_loadd(5, x_q + 16 * group.x_stride, 64);
         _tile_dpbssd(2, 5, 6);
         _tile_dpbssd(3, 5, 7);
       }
@@ -73,7 +81,7 @@ struct AmxTile {
 
 }  // namespace
 
-const Int4LinearKernel w4a8_linear_amx = {prepare_w4a8<Avx512>, multiply_w4a8<Avx512, AmxTile>, 1, 1};
+const Int4LinearKernel w4a8_linear_amx = {prepare_w4a8<Avx512, 16>, multiply_w4a8<Avx512, AmxTile>, 1, 1};
 
 }  // namespace mgt
 

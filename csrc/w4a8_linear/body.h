@@ -1,5 +1,5 @@
-// w4a8_linear, written once against the lanes of simd_*.h but for its innermost loop, a Tile: the sums of one group over
-// a block of rows.
+// w4a8_linear, written once against the lanes of simd_*.h but for its innermost loop, a Tile: the sums of one group
+// over a block of rows.
 //
 // Bound by: the 8-bit multiplications, 2 M N K of them. What comes to them per group (a conversion, a multiplication by
 // the scale, the zero point) is 3 instructions on 32 group_size / 64 dot products: a tenth at group 128. The weights of
@@ -9,7 +9,7 @@
 namespace mgt {
 namespace {
 
-template <class S>
+template <class S, int64_t kTileRows = 1>
 int64_t prepare_w4a8(const Int4LinearCall& call, int64_t begin, int64_t end) {
   using F = typename S::F;
   using U = typename S::U;
@@ -40,7 +40,8 @@ int64_t prepare_w4a8(const Int4LinearCall& call, int64_t begin, int64_t end) {
     const F inverse = S::set(1.0f / scale);
     // adding 1.5 * 2^23 leaves the nearest integer, halves to even, in the low bits
     const F magic = S::set(12582912.0f);
-    int8_t* x_q = static_cast<int8_t*>(call.rows) + row * call.row_stride;
+    int8_t* x_q = static_cast<int8_t*>(call.rows);
+    const auto at = [&](int64_t k) { return row_offset<int8_t, kTileRows>(row, k, call.row_stride); };
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t last = std::min((g + 1) * a.group_size, padded_inputs(a));
       U sums = S::set_u(0);
@@ -49,7 +50,7 @@ int64_t prepare_w4a8(const Int4LinearCall& call, int64_t begin, int64_t end) {
         x = S::min(S::max(x, S::set(-128.0f)), S::set(127.0f));
         const U integer = S::sub_u(S::bits(S::add(x, magic)), S::bits(magic));
         sums = S::add_u(sums, integer);
-        S::store_low8(x_q + k, integer);
+        S::store_low8(x_q + at(k), integer);
       }
       uint32_t lanes[16];
       S::store_u(lanes, sums);
@@ -58,8 +59,7 @@ int64_t prepare_w4a8(const Int4LinearCall& call, int64_t begin, int64_t end) {
       call.row_sums[row * groups + g] = static_cast<uint32_t>(sum & 127) | static_cast<uint32_t>(sum >> 7) << 16;
     }
     // what the last group leaves of the padding
-    std::memset(x_q + groups * a.group_size, 0,
-                static_cast<size_t>(std::max<int64_t>(0, padded_inputs(a) - groups * a.group_size)));
+    for (int64_t k = groups * a.group_size; k < padded_inputs(a); k += 16) S::store_low8(x_q + at(k), S::set_u(0));
   }
   return first_bad;
 }
@@ -88,8 +88,8 @@ struct W4A8Group {
   const uint32_t* row_sums;
   int64_t sums_stride;
   const uint8_t* panel;
-  // of the layer, and 4 inputs each in this group
-  int64_t group_size, num_quads;
+  // of the layer; of this group, its first input, and how many times 4 it has
+  int64_t group_size, first_input, num_quads;
   const float* scale;
   const int32_t* zero_point;
   float* results;
@@ -103,20 +103,23 @@ void multiply_w4a8(const Int4LinearCall& call, int64_t panel, int64_t begin, int
   const mgt_int4_linear_args& a = call.args;
   const int64_t groups = num_groups(a);
   const W4A8Scratch scratch(a, memory);
-  load_groups(a, panel, scratch.scale, scratch.zero_point);
+  load_groups<S>(a, panel, scratch.scale, scratch.zero_point);
   const typename Tile::Session session(a.group_size);
 
   const auto unpack = [&](int64_t strip) {
     for (int64_t column = 0; column < 4; ++column) {
-      unpack_strip<S>(a, panel * kPanelOutputs + 16 * column, strip, [&](int64_t quad, U word) {
-        if (Tile::kSignedWeights) {
-          // w_q - zero_point in each byte, without a borrow from the next
-          const int64_t g = std::min(4 * quad / a.group_size, groups - 1);
-          const int32_t* zero_point = scratch.zero_point + g * kPanelOutputs + 16 * column;
-          const U high = S::set_u(0x80808080);
-          word = S::bit_xor(S::sub_u(S::bit_or(word, high), S::load_u(zero_point)), high);
+      unpack_strip<S>(a, panel * kPanelOutputs + 16 * column, strip, [&](int64_t quad, const U* words) {
+        auto* target = reinterpret_cast<uint32_t*>(scratch.panel) + quad * kPanelOutputs + 16 * column;
+        if (!Tile::kSignedWeights) {
+          for (int j = 0; j < 8; ++j) S::store_u(target + j * kPanelOutputs, words[j]);
+          return;
         }
-        S::store_u(reinterpret_cast<uint32_t*>(scratch.panel) + quad * kPanelOutputs + 16 * column, word);
+        // w_q - zero_point in each byte, without a borrow from the next
+        const int64_t g = std::min(4 * quad / a.group_size, groups - 1);
+        const U zero_point = S::load_u(scratch.zero_point + g * kPanelOutputs + 16 * column);
+        const U high = S::set_u(0x80808080);
+        for (int j = 0; j < 8; ++j)
+          S::store_u(target + j * kPanelOutputs, S::bit_xor(S::sub_u(S::bit_or(words[j], high), zero_point), high));
       });
     }
   };
@@ -129,22 +132,24 @@ void multiply_w4a8(const Int4LinearCall& call, int64_t panel, int64_t begin, int
   int64_t num_strips = 0;
   for (int64_t first = begin; first < end; first += Tile::kBlock) {
     const int64_t num_rows = std::min<int64_t>(Tile::kBlock, end - first);
-    std::memset(scratch.results, 0, static_cast<size_t>(num_rows * kPanelOutputs) * sizeof(float));
+    clear<S>(scratch.results, num_rows * kPanelOutputs);
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t k = g * a.group_size;
       const int64_t last = std::min(k + a.group_size, padded_inputs(a));
       for (; num_strips * kStripInputs < last; ++num_strips) unpack(num_strips);
-      const W4A8Group group{static_cast<const int8_t*>(call.rows) + first * call.row_stride + k,
-                            call.row_stride,
-                            call.row_sums + first * groups + g,
-                            groups,
-                            scratch.panel + k * kPanelOutputs,
-                            a.group_size,
-                            (last - k) / 4,
-                            scratch.scale + g * kPanelOutputs,
-                            scratch.zero_point + g * kPanelOutputs,
-                            scratch.results,
-                            scratch.sums};
+      const W4A8Group group{
+          static_cast<const int8_t*>(call.rows) + row_offset<int8_t, Tile::kTileRows>(first, k, call.row_stride),
+          call.row_stride,
+          call.row_sums + first * groups + g,
+          groups,
+          scratch.panel + k * kPanelOutputs,
+          a.group_size,
+          k,
+          (last - k) / 4,
+          scratch.scale + g * kPanelOutputs,
+          scratch.zero_point + g * kPanelOutputs,
+          scratch.results,
+          scratch.sums};
       Tile::add(group, num_rows);
     }
     for (int64_t i = 0; i < num_rows; ++i) {
@@ -157,6 +162,7 @@ void multiply_w4a8(const Int4LinearCall& call, int64_t panel, int64_t begin, int
       }
     }
   }
+  if (call.stream) S::fence();
 }
 
 // nothing to set up

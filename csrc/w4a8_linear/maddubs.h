@@ -10,6 +10,7 @@ struct MaddubsTile {
   using Session = NoSession;
   using V = typename L::V;
   static constexpr bool kSignedWeights = false;
+  static constexpr int64_t kTileRows = 1;
   static constexpr int64_t kBlock = 24;
   // times a row's sum = low + 128 high, in one instruction
   static int32_t zero_point(int32_t value) {
@@ -40,6 +41,8 @@ struct MaddubsTile {
           const V x = L::set(word);
           pairs[r][0] = i == 0 ? L::maddubs(w0, x) : L::add16(pairs[r][0], L::maddubs(w0, x));
           pairs[r][1] = i == 0 ? L::maddubs(w1, x) : L::add16(pairs[r][1], L::maddubs(w1, x));
+          MGT_HOLD(pairs[r][0]);
+          MGT_HOLD(pairs[r][1]);
         }
       }
       const V ones = L::set(0x00010001);
@@ -47,6 +50,8 @@ struct MaddubsTile {
       for (int r = 0; r < R; ++r) {
         sum[r][0] = L::add32(sum[r][0], L::madd(pairs[r][0], ones));
         sum[r][1] = L::add32(sum[r][1], L::madd(pairs[r][1], ones));
+        MGT_HOLD(sum[r][0]);
+        MGT_HOLD(sum[r][1]);
       }
     }
 #pragma GCC unroll 8

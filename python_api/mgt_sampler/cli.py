@@ -158,6 +158,7 @@ def info() -> None:
         raise typer.BadParameter(str(error), param_hint="the environment") from error
     width = max(map(len, facts))
     for name, value in facts.items():
+        value = [f"{op}: {isa}" for op, isa in value.items()] if isinstance(value, dict) else value
         shown = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
         typer.echo(f"{name:<{width}}  {'none' if shown is None else shown}")
 
