@@ -77,3 +77,22 @@ def philox(
     words_length: int,
 ) -> int: ...
 def gaussian(isa: int, seed: int, position: int, step: int, noise: int, noise_length: int) -> int: ...
+def kernel_isa(op: str, isa: int) -> tuple[int, int]: ...
+def int4_linear_workspace(
+    a8: bool, isa: int, num_threads: int, shape: tuple[int, ...], dtype: int, x_stride: int, group_size: int
+) -> int: ...
+def int4_linear(
+    a8: bool,
+    isa: int,
+    num_threads: int,
+    parallel: int,
+    shape: tuple[int, ...],
+    dtype: int,
+    x: int,
+    x_stride: int,
+    weight: tuple[int, ...],
+    bias: int,
+    x_scale: tuple[int, int],
+    y: tuple[int, int],
+    workspace: tuple[int, int],
+) -> tuple[int, int]: ...

@@ -82,8 +82,8 @@ class PackedInt4:
 
     def to(self, device: torch.device | str) -> PackedInt4:
         """Return the same weights on a device."""
-        moved = (tensor.to(device) for tensor in (self.w_q, self.scale, self.zero_point))
-        return PackedInt4(*moved, self.shape, self.group_size)
+        w_q, scale, zero_point = (tensor.to(device) for tensor in (self.w_q, self.scale, self.zero_point))
+        return PackedInt4(w_q, scale, zero_point, self.shape, self.group_size)
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Return what a safetensors file holds of it: w_q, scale, zero_point, and layout (N, K, group_size) int64."""

@@ -68,7 +68,7 @@ Skip = Annotated[
     list[int] | None, typer.Option(metavar="STEP", help="A step, from 0, that does without the model; repeat for more.")
 ]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same images.")]
-Backend = Annotated[str, typer.Option(help="Kernels: auto, reference, scalar, avx2, avx512 or triton.")]
+Backend = Annotated[str, typer.Option(help="Kernels: auto, reference, an instruction set of `mgt info`, or triton.")]
 Progress = Annotated[bool, typer.Option(help="Show a progress bar.")]
 
 
