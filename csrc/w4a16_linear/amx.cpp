@@ -16,7 +16,7 @@ namespace {
 struct AmxTile {
   using Row = uint16_t;
   using Session = TileSession;
-  static constexpr int64_t kBlock = 32;
+  static constexpr int64_t kBlock = 64;
   static constexpr int64_t kTileRows = 16;
   static constexpr int64_t kStride = kPanelOutputs * sizeof(float);
   static MGT_INLINE __m512i pack(__m512 first, __m512 second) { return pack_bfloat16(first, second); }
@@ -50,7 +50,15 @@ struct AmxTile {
     }
   }
 
-  static void add(const W4A16Pairs<uint16_t>& pairs, int64_t num_rows) {
+  static void add(W4A16Pairs<uint16_t> pairs, int64_t num_rows) {
+    for (; num_rows > 0; num_rows -= 32) {
+      add_32(pairs, num_rows);
+      pairs.x += 32 * pairs.x_stride;
+      pairs.results += 32 * kPanelOutputs;
+    }
+  }
+
+  static MGT_INLINE void add_32(const W4A16Pairs<uint16_t>& pairs, int64_t num_rows) {
     for (int64_t column = 0; column < kPanelOutputs; column += 32) {
       if (num_rows > 16)
         multiply<true>(pairs, column);

@@ -90,14 +90,14 @@ void multiply_w4a16(const Int4LinearCall& call, int64_t panel, int64_t begin, in
   for (int64_t first = begin; first < end; first += Tile::kBlock) {
     const int64_t num_rows = std::min<int64_t>(Tile::kBlock, end - first);
     clear<S>(results, num_rows * kPanelOutputs);
-    for (int64_t k = 0; k < all;) {
-      if (unpacked < all) unpack(unpacked / kStripInputs), unpacked += kStripInputs;
-      const int64_t last = std::min(unpacked, all);
+    // strip by strip, which stays in the first-level cache for all rows of the block
+    for (int64_t k = 0; k < all; k += kStripInputs) {
+      const int64_t last = std::min(k + kStripInputs, all);
+      for (; unpacked < last; unpacked += kStripInputs) unpack(unpacked / kStripInputs);
       const W4A16Pairs<Row> pairs{
           static_cast<const Row*>(call.rows) + row_offset<Row, Tile::kTileRows>(first, k, call.row_stride),
           call.row_stride, weights + k / 2 * kPanelOutputs, (last - k) / 2, results};
       Tile::add(pairs, num_rows);
-      k = last;
     }
     for (int64_t i = 0; i < num_rows; ++i) {
       for (int64_t column = 0; column < kPanelOutputs; column += 16) {
