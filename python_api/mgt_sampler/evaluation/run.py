@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from .. import sampling
 from ..models import FashionClassifier, FashionModel, load_classifier
+from ..tables import aligned
 from ..techniques import Differential
 from .configurations import Configuration
 from .intervals import Estimate, jackknife
@@ -327,16 +328,6 @@ def shown(estimate: Estimate, metric: Metric, index: int | None = None) -> str:
     if math.isnan(half_width) or half_width == 0:
         return f"{value:.{metric.digits}f}"
     return f"{value:.{metric.digits}f} ±{half_width:.{metric.digits}f}"
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows as text: the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for first, *others in rows:
-        cells = [f"{first:<{widths[0]}}", *(f"{x:>{w}}" for x, w in zip(others, widths[1:], strict=True))]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
 
 
 def _draw(
