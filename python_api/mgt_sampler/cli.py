@@ -165,9 +165,7 @@ def quantize_(
     ] = round(1 / 3, 3),
     rank_by: Annotated[
         str,
-        typer.Option(
-            help="Which those are: scale, of the smallest output scale; error, of the least error for the time."
-        ),
+        typer.Option(help="Which those are: scale, of the least output scale; error, of the least error for the time."),
     ] = "scale",
     group_size: Annotated[int, typer.Option(help="Weights that share a scale, a multiple of 32.")] = 128,
     second_calibration: Annotated[
@@ -179,7 +177,7 @@ def quantize_(
             "--num-images",
             "-n",
             min=1,
-            help="To calibrate on, rounded up to as many of each class; drawn by the model.",
+            help="Drawn to calibrate on, rounded up to as many of each class.",
         ),
     ] = 20,
     steps: Steps = 12,
