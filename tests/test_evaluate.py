@@ -255,6 +255,16 @@ class TestConfigurations:
         with pytest.raises(TypeError, match=r"a: differential: expected a table, got 0\.5"):
             self.read(tmp_path, "[[configuration]]\nname = 'a'\ndifferential = 0.5\n")
 
+    def test_quantization_is_no_argument_of_generate(self, tmp_path: Path) -> None:
+        text = "[[configuration]]\nname = 'a'\nmomentum = 0.1\nquantization = {share = 0.5}\n"
+        (configuration,) = self.read(tmp_path, text)
+        assert configuration.generate_arguments() == {"momentum": 0.1}
+        assert configuration.quantization == {"share": 0.5}
+        with pytest.raises(ValueError, match=r"a: quantization: expected keys among share, .*'bits'"):
+            self.read(tmp_path, "[[configuration]]\nname = 'a'\nquantization = {bits = 4}\n")
+        shares = [(c.quantization or {}).get("share") for c in load_configurations("quantization")]
+        assert shares == [None, 0, 0.3333, 0.3333, 0.6667, 0.6667, 1, 1]
+
     def test_the_shipped_list(self) -> None:
         techniques = load_configurations("techniques")
         assert techniques[0].name == "vanilla" and len(techniques) > 20
@@ -372,6 +382,32 @@ class TestRun:
         model.transformer.head.bias[0] += 1
         with pytest.raises(ValueError, match="expected images of this configuration, these seeds and weights"):
             run.evaluate(model, TWO, num_images=60, num_groups=3, out=tmp_path, progress=False)
+
+    def test_a_quantized_configuration_draws_with_quantized_layers(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        drawers = []
+        generate = sampling.generate
+
+        def spy(model: Any, **arguments: Any) -> Any:
+            drawers.append(model)
+            return generate(model, **arguments)
+
+        monkeypatch.setattr(sampling, "generate", spy)
+        arguments = {"num_inference_steps": 1}
+        quantization = {"share": 1, "include": ["head"], "group_size": 64}
+        pair = (
+            Configuration("float", arguments),
+            Configuration("w4a8", {**arguments, "quantization": quantization}),
+        )
+        results = evaluate(pair, num_images=20, num_groups=2, backend="reference")
+        plain, quantized = (float(result.estimates["weight_bytes"].value) for result in results)
+        # 192 x 128 weights: 4 bytes each before, half a byte, and scale and zero point of groups of 64, after
+        assert plain - quantized == 192 * 128 * 4 - 192 * 128 // 2 - 3 * 3 * 128 - 4
+        heads = [type(model.transformer.head).__name__ for model in drawers[2:]]
+        assert heads == ["Linear", "Int4Linear"] * 2
+        assert "weights, MB" in run.results_table(results)
+        bad = Configuration("bad", {**arguments, "quantization": {"share": 2}})
+        with pytest.raises(ValueError, match="bad: share"):
+            evaluate((pair[0], bad), num_images=20, num_groups=2, backend="reference")
 
     def test_bad_arguments(self, drawn: list[Any]) -> None:
         with pytest.raises(ValueError, match="num_groups: an interval needs two at least, got 1"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import hashlib
 import json
@@ -10,7 +11,7 @@ import os
 import re
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from tqdm.auto import tqdm
 
 from .. import sampling
 from ..models import FashionClassifier, FashionModel, load_classifier
+from ..quantize import ScaledModel, quantize, sampler_trajectories
 from ..tables import aligned
 from ..techniques import Differential
 from .configurations import Configuration
@@ -69,6 +71,7 @@ METRICS = {
     "divergence": Metric("KL, nats", digits=3),
     "model_calls": Metric("calls", "lower", digits=0),
     "seconds": Metric("seconds", "lower", digits=3),
+    "weight_bytes": Metric("weights, MB", "lower", 1e-6, 2),
     "win": Metric("win, %", "higher", 100, 0),
     "tie": Metric("tie, %", "", 100, 0),
     "loss": Metric("loss, %", "lower", 100, 0),
@@ -114,6 +117,9 @@ class Group:
 
     seconds: Tensor
     """A float64 scalar, for each image."""
+
+    weight_bytes: Tensor = field(default_factory=lambda: torch.tensor(math.nan, dtype=torch.float64))
+    """A float64 scalar, of the transformer; NaN in files from before it was kept."""
 
 
 @dataclass(frozen=True)
@@ -184,6 +190,8 @@ def evaluate(
     seeds = sampling.sample_seeds(seed, num_groups * group_size).split(group_size)
     weights = _digest_of_weights(model, classifier)
     groups: list[list[Group]] = [[] for _ in configurations]
+    # made when the first image is to be drawn with them
+    models: dict[str, FashionModel] = {}
     with tqdm(total=num_groups * group_size * len(configurations), unit="image", disable=not progress) as bar:
         # configurations in turn, so that a machine that slows down slows all of them
         for g in range(num_groups):
@@ -193,7 +201,10 @@ def evaluate(
                 path = None if folder is None else folder / f"{g:02}.safetensors"
                 group = _load(path, digest)
                 if group is None:
-                    group = _draw(model, configuration, labels, seeds[g], batch_size, backend, classifier)
+                    if configuration.name not in models:
+                        models[configuration.name] = _quantized(model, configuration, seed, backend)
+                    drawer = models[configuration.name]
+                    group = _draw(drawer, configuration, labels, seeds[g], batch_size, backend, classifier)
                     _save(group, path, digest)
                     bar.update(group_size)
                 else:
@@ -268,6 +279,7 @@ def measure(groups: Sequence[Group], baseline: Sequence[Group], real: RealStatis
     # the median forgives a busy machine, but the jackknife of a median tells nothing of its error
     seconds = torch.stack([group.seconds for group in groups]).median()
     estimates["seconds"] = Estimate(seconds, torch.tensor(math.nan, dtype=torch.float64))
+    estimates["weight_bytes"] = Estimate(groups[0].weight_bytes, torch.tensor(math.nan, dtype=torch.float64))
     return estimates
 
 
@@ -299,8 +311,11 @@ def save_results(results: Sequence[Result], out: str | Path) -> list[Path]:
 def results_table(results: Sequence[Result]) -> str:
     """Lay results out as text: a line for each configuration, or for each class and metric of a single one."""
     if len(results) > 1:
-        header = ["configuration", *(metric.label for metric in METRICS.values())]
-        lines = [[r.configuration.name, *(shown(r.estimates[name], m) for name, m in METRICS.items())] for r in results]
+        quantized = any(result.configuration.quantization is not None for result in results)
+        # the same for all where nothing is quantized
+        metrics = {name: metric for name, metric in METRICS.items() if quantized or name != "weight_bytes"}
+        header = ["configuration", *(metric.label for metric in metrics.values())]
+        lines = [[r.configuration.name, *(shown(r.estimates[name], m) for name, m in metrics.items())] for r in results]
         return aligned([header, *lines])
     (result,) = results
     estimates = result.estimates
@@ -313,7 +328,7 @@ def results_table(results: Sequence[Result]) -> str:
         ["mean", shown(estimates["accuracy"], METRICS["accuracy"]), shown(estimates["spread"], METRICS["spread"])]
     )
     # against itself there is nothing to win
-    names = [name for name in METRICS if name not in ("accuracy", "spread", "win", "tie", "loss")]
+    names = [name for name in METRICS if name not in ("accuracy", "spread", "win", "tie", "loss", "weight_bytes")]
     totals = [[METRICS[name].label, shown(estimates[name], METRICS[name])] for name in names]
     return "\n\n".join([aligned([header, *lines]), aligned([*totals, ["images", f"{result.num_images}"]])])
 
@@ -367,7 +382,33 @@ def _draw(
         step_divergence=divergence,
         model_calls=torch.tensor(model_calls),
         seconds=torch.tensor(seconds / len(labels), dtype=torch.float64),
+        weight_bytes=torch.tensor(
+            sum(tensor.numel() * tensor.element_size() for tensor in model.transformer.state_dict().values()),
+            dtype=torch.float64,
+        ),
     )
+
+
+def _quantized(model: FashionModel, configuration: Configuration, seed: int, backend: str) -> Any:
+    """The model that draws a configuration's images, calibrated on two of each class that it would draw otherwise."""
+    if configuration.quantization is None:
+        return model
+    try:
+        calibration = sampler_trajectories(
+            model,
+            labels=torch.arange(model.num_classes).repeat(2),
+            # of no seed that is evaluated
+            seed=~seed,
+            backend=backend,
+            **configuration.generate_arguments(),
+        )
+        duplicate = copy.copy(model)
+        duplicate.transformer, _ = quantize(  # type: ignore[assignment]
+            model.transformer, calibration, backend=backend, **configuration.quantization
+        )
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{configuration.name}: {error}") from error
+    return ScaledModel(duplicate)
 
 
 def _curves(step: SamplerStep, codebook_size: int) -> Tensor:
