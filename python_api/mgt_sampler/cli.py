@@ -203,6 +203,7 @@ def quantize_(
             guidance_scale=_values(guidance_scale),
             temperature=_values(temperature),
             seed=seed,
+            progress=progress,
             backend=backend,
         )
         transformer, layers = quantize(

@@ -255,28 +255,27 @@ class QuantizationReport:
         return aligned([header, *rows, total])
 
     def plot(self, path: str | Path) -> None:
-        """Draw output scales and errors of every layer; needs matplotlib."""
+        """Draw every layer's output scale, error and what A8 adds to the error; needs matplotlib."""
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(10, 1.6 + 0.24 * len(self.layers)), layout="constrained")
-        scales, errors = figure.subplots(1, 2, sharey=True)
-        colours = {"a8": "tab:blue", "a16": "tab:orange"}
-        for activation, colour in colours.items():
-            rows = [row for row, layer in enumerate(self.layers) if layer.activation == activation]
-            values = [self.layers[row].output_scale for row in rows]
-            scales.barh(rows, values, color=colour, label=f"w4{activation}", height=0.75)
-            of_path = [100 * getattr(layer, f"error_{activation}") for layer in self.layers]
-            errors.plot(of_path, range(len(of_path)), "o", ms=4, color=colour, alpha=0.35)
-            # the path that a layer takes stands out
-            errors.plot([of_path[row] for row in rows], rows, "o", ms=6, color=colour)
-        scales.set_yticks(range(len(self.layers)), [layer.name for layer in self.layers], fontsize=8)
-        scales.invert_yaxis()
-        scales.set_xlabel("output scale, max |y| / 127")
-        errors.set_xlabel("error against float, % (faint: the other path)")
-        for ax in (scales, errors):
+        figure = Figure(figsize=(12, 1.6 + 0.24 * len(self.layers)), layout="constrained")
+        columns = {
+            "output scale, max |y| / 127": [layer.output_scale for layer in self.layers],
+            "error against float, %": [100 * getattr(layer, f"error_{layer.activation}") for layer in self.layers],
+            "what A8 adds to the error, %": [100 * (layer.error_a8 - layer.error_a16) for layer in self.layers],
+        }
+        axes = figure.subplots(1, len(columns), sharey=True)
+        for ax, (label, values) in zip(axes, columns.items(), strict=True):
+            for activation, colour in (("a8", "tab:blue"), ("a16", "tab:orange")):
+                rows = [row for row, layer in enumerate(self.layers) if layer.activation == activation]
+                ax.plot([values[row] for row in rows], rows, "o", ms=5, color=colour, label=f"w4{activation}")
+            ax.set_xlabel(label)
             ax.grid(color="0.93")
-            ax.set_axisbelow(True)
-        figure.legend(*scales.get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
+        if min(columns["output scale, max |y| / 127"]) > 0:
+            axes[0].set_xscale("log")
+        axes[0].set_yticks(range(len(self.layers)), [layer.name for layer in self.layers], fontsize=8)
+        axes[0].invert_yaxis()
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
         figure.savefig(path, dpi=110, bbox_inches="tight")
 
 

@@ -399,6 +399,7 @@ def _quantized(model: FashionModel, configuration: Configuration, seed: int, bac
             labels=torch.arange(model.num_classes).repeat(2),
             # of no seed that is evaluated
             seed=~seed,
+            progress=False,
             backend=backend,
             **configuration.generate_arguments(),
         )
