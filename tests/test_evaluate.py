@@ -30,6 +30,7 @@ from mgt_sampler.evaluation.metrics import (
     judge,
     kernel_distance,
     load_real_statistics,
+    masked_token_nll,
     pixel_spread,
     token_entropy,
     winning_rate,
@@ -157,6 +158,27 @@ class TestSpread:
 
 
 class TestJudge:
+    def test_masked_token_nll_by_hand(self) -> None:
+        class Model:
+            num_tokens, codebook_size, mask_token_id, device = 4, 3, 3, torch.device("cpu")
+
+            def encode(self, images: torch.Tensor) -> torch.Tensor:
+                return images.view(len(images), 4).long()
+
+            def predict_logits(self, tokens: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+                seen.append(tokens)
+                return torch.tensor([0.0, 1.0, 2.0]).expand(len(tokens), 4, 3)
+
+        seen: list[torch.Tensor] = []
+        images = torch.randint(3, (40, 1, 2, 2), generator=torch.Generator().manual_seed(0))
+        nll = masked_token_nll(Model(), images, torch.zeros(40).long(), batch_size=16)  # type: ignore[arg-type]
+        log_prob = torch.tensor([0.0, 1.0, 2.0]).log_softmax(0)
+        tokens, masked = images.view(40, 4), torch.cat(seen) == 3
+        assert set(masked.sum(1).tolist()) == {1, 2, 3, 4}
+        expected = [-log_prob[row[hidden]].mean() for row, hidden in zip(tokens, masked, strict=True)]
+        assert torch.allclose(nll, torch.stack(expected))
+        assert ((torch.cat(seen) == tokens) | masked).all()
+
     def test_accuracy_is_by_class(self) -> None:
         log_prob, features = judge(torch.rand(30, 1, 28, 28), load_classifier())
         torch.testing.assert_close(log_prob.exp().sum(1), torch.ones(30))
@@ -407,7 +429,21 @@ class TestRun:
         assert "weights, MB" in run.results_table(results)
         bad = Configuration("bad", {**arguments, "quantization": {"share": 2}})
         with pytest.raises(ValueError, match="bad: share"):
-            evaluate((pair[0], bad), num_images=20, num_groups=2, backend="reference")
+            evaluate([bad], num_images=20, num_groups=2, backend="reference")
+
+    def test_likelihood_of_real_images(self, drawn: list[Any], tmp_path: Path) -> None:
+        images = torch.rand(50, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+        validation = (images, torch.arange(50) % 10)
+        results = evaluate(num_images=40, num_groups=2, validation=validation, out=tmp_path)
+        estimate = results[0].estimates["token_nll"]
+        # the same images and the same masks for every configuration
+        assert float(estimate.value) == float(results[1].estimates["token_nll"].value)
+        nll = masked_token_nll(load_model(), images[:20], validation[1][:20], seed=0, batch_size=7)
+        second = masked_token_nll(load_model(), images[20:40], validation[1][20:40], seed=1)
+        assert float(estimate.value) == pytest.approx(float((nll.mean() + second.mean()) / 2), rel=1e-4)
+        assert "NLL" in run.results_table(results) and "NLL" in run.results_table(results[:1])
+        with pytest.raises(ValueError, match="expected images of this configuration"):
+            evaluate(num_images=40, num_groups=2, out=tmp_path)
 
     def test_bad_arguments(self, drawn: list[Any]) -> None:
         with pytest.raises(ValueError, match="num_groups: an interval needs two at least, got 1"):

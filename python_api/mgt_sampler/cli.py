@@ -17,6 +17,7 @@ from mgt_kernels import sample_tokens
 
 from .images import ANIMATIONS, STILLS, check_suffix, save_grid, save_trajectory, trajectory_images
 from .models import load_model
+from .models.data import load_fashion_mnist, to_float_images
 from .quantize import ScaledModel, load_quantized, quantize, sampler_trajectories, save_quantized
 from .sampling import SamplerStep, generate
 from .schedules import MASK_SCHEDULES, VALUE_SCHEDULES
@@ -281,6 +282,10 @@ def evaluate(
     skip: Skip = None,
     seed: Seed = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Images drawn at once.")] = 100,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="A folder with Fashion-MNIST: also finds the likelihood of real images' masked tokens."),
+    ] = None,
     model: ModelName = "fashion",
     device: Device = "cpu",
     dtype: Annotated[
@@ -316,6 +321,10 @@ def evaluate(
                     raise ValueError(f"--{name.replace('_', '-')}: expected in {configurations}, got it as an option")
             chosen = load_configurations(configurations)
             out = out or Path("evaluation")
+        validation: dict[str, Any] = {}
+        if data is not None:
+            images, labels = load_fashion_mnist(data, "test")
+            validation["validation"] = (to_float_images(images), labels)
         results = evaluate(
             load_model(model, device=_device(device, backend), dtype=_dtype(dtype)),
             chosen,
@@ -326,6 +335,7 @@ def evaluate(
             backend=backend,
             out=out,
             progress=progress,
+            **validation,
         )
         typer.echo(results_table(results))
         if out is not None:

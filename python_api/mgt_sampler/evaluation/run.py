@@ -11,7 +11,7 @@ import os
 import re
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,7 @@ from .metrics import (
     judge,
     kernel_distance,
     load_real_statistics,
+    masked_token_nll,
     mean_similarity,
     pixel_spread,
     token_entropy,
@@ -72,6 +73,7 @@ METRICS = {
     "model_calls": Metric("calls", "lower", digits=0),
     "seconds": Metric("seconds", "lower", digits=3),
     "weight_bytes": Metric("weights, MB", "lower", 1e-6, 2),
+    "token_nll": Metric("NLL, nats", "lower", digits=3),
     "win": Metric("win, %", "higher", 100, 0),
     "tie": Metric("tie, %", "", 100, 0),
     "loss": Metric("loss, %", "lower", 100, 0),
@@ -121,6 +123,9 @@ class Group:
     weight_bytes: Tensor = field(default_factory=lambda: torch.tensor(math.nan, dtype=torch.float64))
     """A float64 scalar, of the transformer; NaN in files from before it was kept."""
 
+    token_nll: Tensor = field(default_factory=lambda: torch.zeros(0))
+    """(n,) float32, see `masked_token_nll`, of n real images; (0,) without any."""
+
 
 @dataclass(frozen=True)
 class Result:
@@ -149,6 +154,7 @@ def evaluate(
     progress: bool = True,
     classifier: FashionClassifier | None = None,
     real: RealStatistics | None = None,
+    validation: tuple[Tensor, Tensor] | None = None,
 ) -> list[Result]:
     """Draw images of every class under each configuration and measure them.
 
@@ -167,6 +173,8 @@ def evaluate(
         progress: show a progress bar.
         classifier: the judge; the bundled one by default.
         real: what to compare with; the bundled statistics by default. They belong to the classifier.
+        validation: images (M, C, H, W) in [0, 1] and labels (M,) int64, from which each group takes as many as it draws
+            to find the likelihood of their masked tokens; None: it is not found.
 
     Returns:
         A result for each configuration.
@@ -189,6 +197,8 @@ def evaluate(
     labels = torch.arange(group_size) % model.num_classes
     seeds = sampling.sample_seeds(seed, num_groups * group_size).split(group_size)
     weights = _digest_of_weights(model, classifier)
+    if validation is not None:
+        weights += hashlib.sha256(validation[0].numpy().tobytes()).hexdigest()
     groups: list[list[Group]] = [[] for _ in configurations]
     # made when the first image is to be drawn with them
     models: dict[str, FashionModel] = {}
@@ -205,6 +215,11 @@ def evaluate(
                         models[configuration.name] = _quantized(model, configuration, seed, backend)
                     drawer = models[configuration.name]
                     group = _draw(drawer, configuration, labels, seeds[g], batch_size, backend, classifier)
+                    if validation is not None:
+                        chosen = torch.arange(g * group_size, (g + 1) * group_size) % len(validation[1])
+                        images, real_labels = (tensor[chosen] for tensor in validation)
+                        nll = masked_token_nll(drawer, images, real_labels, seed=g, batch_size=batch_size)
+                        group = replace(group, token_nll=nll)
                     _save(group, path, digest)
                     bar.update(group_size)
                 else:
@@ -270,6 +285,7 @@ def measure(groups: Sequence[Group], baseline: Sequence[Group], real: RealStatis
             "unique": steps["step_unique"][-1],
             "divergence": steps["step_divergence"].nanmean(),
             "model_calls": ours["model_calls"].double().mean(),
+            "token_nll": ours["token_nll"].double().mean(),
             "class_accuracy": accuracy,
             "class_spread": spread,
             **steps,
@@ -311,9 +327,13 @@ def save_results(results: Sequence[Result], out: str | Path) -> list[Path]:
 def results_table(results: Sequence[Result]) -> str:
     """Lay results out as text: a line for each configuration, or for each class and metric of a single one."""
     if len(results) > 1:
-        quantized = any(result.configuration.quantization is not None for result in results)
-        # the same for all where nothing is quantized
-        metrics = {name: metric for name, metric in METRICS.items() if quantized or name != "weight_bytes"}
+        hidden = set()
+        # the same for all
+        if all(result.configuration.quantization is None for result in results):
+            hidden.add("weight_bytes")
+        if all(result.estimates["token_nll"].value.isnan() for result in results):
+            hidden.add("token_nll")
+        metrics = {name: metric for name, metric in METRICS.items() if name not in hidden}
         header = ["configuration", *(metric.label for metric in metrics.values())]
         lines = [[r.configuration.name, *(shown(r.estimates[name], m) for name, m in metrics.items())] for r in results]
         return aligned([header, *lines])
@@ -328,7 +348,10 @@ def results_table(results: Sequence[Result]) -> str:
         ["mean", shown(estimates["accuracy"], METRICS["accuracy"]), shown(estimates["spread"], METRICS["spread"])]
     )
     # against itself there is nothing to win
-    names = [name for name in METRICS if name not in ("accuracy", "spread", "win", "tie", "loss", "weight_bytes")]
+    hidden = {"accuracy", "spread", "win", "tie", "loss", "weight_bytes"}
+    if estimates["token_nll"].value.isnan():
+        hidden.add("token_nll")
+    names = [name for name in METRICS if name not in hidden]
     totals = [[METRICS[name].label, shown(estimates[name], METRICS[name])] for name in names]
     return "\n\n".join([aligned([header, *lines]), aligned([*totals, ["images", f"{result.num_images}"]])])
 
