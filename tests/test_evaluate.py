@@ -30,6 +30,7 @@ from mgt_sampler.evaluation.metrics import (
     judge,
     kernel_distance,
     load_real_statistics,
+    masked_token_nll,
     pixel_spread,
     token_entropy,
     winning_rate,
@@ -157,6 +158,27 @@ class TestSpread:
 
 
 class TestJudge:
+    def test_masked_token_nll_by_hand(self) -> None:
+        class Model:
+            num_tokens, codebook_size, mask_token_id, device = 4, 3, 3, torch.device("cpu")
+
+            def encode(self, images: torch.Tensor) -> torch.Tensor:
+                return images.view(len(images), 4).long()
+
+            def predict_logits(self, tokens: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+                seen.append(tokens)
+                return torch.tensor([0.0, 1.0, 2.0]).expand(len(tokens), 4, 3)
+
+        seen: list[torch.Tensor] = []
+        images = torch.randint(3, (40, 1, 2, 2), generator=torch.Generator().manual_seed(0))
+        nll = masked_token_nll(Model(), images, torch.zeros(40).long(), batch_size=16)  # type: ignore[arg-type]
+        log_prob = torch.tensor([0.0, 1.0, 2.0]).log_softmax(0)
+        tokens, masked = images.view(40, 4), torch.cat(seen) == 3
+        assert set(masked.sum(1).tolist()) == {1, 2, 3, 4}
+        expected = [-log_prob[row[hidden]].mean() for row, hidden in zip(tokens, masked, strict=True)]
+        assert torch.allclose(nll, torch.stack(expected))
+        assert ((torch.cat(seen) == tokens) | masked).all()
+
     def test_accuracy_is_by_class(self) -> None:
         log_prob, features = judge(torch.rand(30, 1, 28, 28), load_classifier())
         torch.testing.assert_close(log_prob.exp().sum(1), torch.ones(30))
@@ -254,6 +276,16 @@ class TestConfigurations:
     def test_a_table_is_no_number(self, tmp_path: Path) -> None:
         with pytest.raises(TypeError, match=r"a: differential: expected a table, got 0\.5"):
             self.read(tmp_path, "[[configuration]]\nname = 'a'\ndifferential = 0.5\n")
+
+    def test_quantization_is_no_argument_of_generate(self, tmp_path: Path) -> None:
+        text = "[[configuration]]\nname = 'a'\nmomentum = 0.1\nquantization = {share = 0.5}\n"
+        (configuration,) = self.read(tmp_path, text)
+        assert configuration.generate_arguments() == {"momentum": 0.1}
+        assert configuration.quantization == {"share": 0.5}
+        with pytest.raises(ValueError, match=r"a: quantization: expected keys among share, .*'bits'"):
+            self.read(tmp_path, "[[configuration]]\nname = 'a'\nquantization = {bits = 4}\n")
+        shares = [(c.quantization or {}).get("share") for c in load_configurations("quantization")]
+        assert shares == [None, 0, 0.3333, 0.3333, 0.6667, 0.6667, 1, 1]
 
     def test_the_shipped_list(self) -> None:
         techniques = load_configurations("techniques")
@@ -372,6 +404,46 @@ class TestRun:
         model.transformer.head.bias[0] += 1
         with pytest.raises(ValueError, match="expected images of this configuration, these seeds and weights"):
             run.evaluate(model, TWO, num_images=60, num_groups=3, out=tmp_path, progress=False)
+
+    def test_a_quantized_configuration_draws_with_quantized_layers(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        drawers = []
+        generate = sampling.generate
+
+        def spy(model: Any, **arguments: Any) -> Any:
+            drawers.append(model)
+            return generate(model, **arguments)
+
+        monkeypatch.setattr(sampling, "generate", spy)
+        arguments = {"num_inference_steps": 1}
+        quantization = {"share": 1, "include": ["head"], "group_size": 64}
+        pair = (
+            Configuration("float", arguments),
+            Configuration("w4a8", {**arguments, "quantization": quantization}),
+        )
+        results = evaluate(pair, num_images=20, num_groups=2, backend="reference")
+        plain, quantized = (float(result.estimates["weight_bytes"].value) for result in results)
+        # 192 x 128 weights: 4 bytes each before, half a byte, and scale and zero point of groups of 64, after
+        assert plain - quantized == 192 * 128 * 4 - 192 * 128 // 2 - 3 * 3 * 128 - 4
+        heads = [type(model.transformer.head).__name__ for model in drawers[2:]]
+        assert heads == ["Linear", "Int4Linear"] * 2
+        assert "weights, MB" in run.results_table(results)
+        bad = Configuration("bad", {**arguments, "quantization": {"share": 2}})
+        with pytest.raises(ValueError, match="bad: share"):
+            evaluate([bad], num_images=20, num_groups=2, backend="reference")
+
+    def test_likelihood_of_real_images(self, drawn: list[Any], tmp_path: Path) -> None:
+        images = torch.rand(50, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+        validation = (images, torch.arange(50) % 10)
+        results = evaluate(num_images=40, num_groups=2, validation=validation, out=tmp_path)
+        estimate = results[0].estimates["token_nll"]
+        # the same images and the same masks for every configuration
+        assert float(estimate.value) == float(results[1].estimates["token_nll"].value)
+        nll = masked_token_nll(load_model(), images[:20], validation[1][:20], seed=0, batch_size=7)
+        second = masked_token_nll(load_model(), images[20:40], validation[1][20:40], seed=1)
+        assert float(estimate.value) == pytest.approx(float((nll.mean() + second.mean()) / 2), rel=1e-4)
+        assert "NLL" in run.results_table(results) and "NLL" in run.results_table(results[:1])
+        with pytest.raises(ValueError, match="expected images of this configuration"):
+            evaluate(num_images=40, num_groups=2, out=tmp_path)
 
     def test_bad_arguments(self, drawn: list[Any]) -> None:
         with pytest.raises(ValueError, match="num_groups: an interval needs two at least, got 1"):

@@ -163,6 +163,7 @@ FLOORS = {
     "mgt_kernels.triton": 4,
     "mgt_kernels": 5,
     "mgt_sampler.schedules": 6,
+    "mgt_sampler.tables": 6,
     "mgt_sampler.techniques": 7,
     "mgt_sampler.sampling": 8,
     "mgt_sampler.models": 9,

@@ -12,6 +12,7 @@ diffusers = pytest.importorskip("diffusers")
 from diffusers import AmusedScheduler  # noqa: E402
 
 from mgt_sampler import MGTScheduler, ZSampling, z_sample  # noqa: E402
+from mgt_sampler.quantize import CalibrationInput, quantize  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -315,3 +316,23 @@ class TestZSampling:
             self.z_call(pipe, ZSampling(steps=[7]))
         assert "step" not in vars(pipe.scheduler) and not parts["transformer"]._forward_hooks
         assert self.z_call(pipe, ZSampling(1.0), guidance_scale=1.0).max() < 8
+
+
+def test_a_quantized_transformer_draws(parts):
+    calls = []
+
+    def record(module, args, kwargs):
+        calls.append(CalibrationInput(args, kwargs))
+
+    scheduler = MGTScheduler(mask_token_id=31)
+    settings = {**SIZE, "num_inference_steps": 2}
+    handle = parts["transformer"].register_forward_pre_hook(record, with_kwargs=True)
+    before = call(pipeline("AmusedPipeline", parts, scheduler), seeded(0), **settings)
+    handle.remove()
+    transformer, report = quantize(
+        parts["transformer"], calls, share=0.5, guidance_halves=True, group_size=32, backend="reference"
+    )
+    assert {layer.activation for layer in report.layers} == {"a8", "a16"}
+    pipe = pipeline("AmusedPipeline", {**parts, "transformer": transformer}, scheduler)
+    after = call(pipe, seeded(0), **settings)
+    assert after.shape == before.shape and ((after >= 0) & (after < 8)).all()

@@ -1,7 +1,8 @@
 """Sampling from masked generative transformers, on the fused kernels of `mgt_kernels`.
 
 `generate` is the decoding loop over any model, `MGTScheduler` the drop-in for diffusers' aMUSEd scheduler and
-for Meissonic's (needs diffusers), `load_model` the bundled model.
+for Meissonic's (needs diffusers), `load_model` the bundled model; `mgt_sampler.quantize.quantize` makes a model's
+linear layers 4-bit ones.
 """
 
 from __future__ import annotations
@@ -15,26 +16,41 @@ from .techniques import Differential, ZSampling
 if TYPE_CHECKING:
     from .models import load_model as load_model
     from .pipelines import z_sample as z_sample
+    from .quantize import Int4Linear as Int4Linear
+    from .quantize import QuantizationReport as QuantizationReport
+    from .quantize import load_quantized as load_quantized
+    from .quantize import sampler_trajectories as sampler_trajectories
+    from .quantize import save_quantized as save_quantized
     from .scheduler import MGTScheduler as MGTScheduler
     from .scheduler import MGTSchedulerOutput as MGTSchedulerOutput
 
 __all__ = [
     "Differential",
     "GenerateOutput",
+    "Int4Linear",
     "MGTScheduler",
     "MGTSchedulerOutput",
+    "QuantizationReport",
     "SamplerStep",
     "ZSampling",
     "generate",
     "load_model",
+    "load_quantized",
+    "sampler_trajectories",
+    "save_quantized",
     "z_sample",
 ]
 
 # imported when first asked for: diffusers is optional and slow to import
 _LAZY = {
+    "Int4Linear": ".quantize",
     "MGTScheduler": ".scheduler",
     "MGTSchedulerOutput": ".scheduler",
+    "QuantizationReport": ".quantize",
     "load_model": ".models",
+    "load_quantized": ".quantize",
+    "sampler_trajectories": ".quantize",
+    "save_quantized": ".quantize",
     "z_sample": ".pipelines",
 }
 

@@ -1,4 +1,4 @@
-"""The command `mgt`: sample images, show what is installed, evaluate sampling techniques, export the CUDA kernels."""
+"""The command `mgt`: sample images, quantize a model, show what is installed, evaluate techniques, export kernels."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from mgt_kernels import sample_tokens
 
 from .images import ANIMATIONS, STILLS, check_suffix, save_grid, save_trajectory, trajectory_images
 from .models import load_model
+from .models.data import load_fashion_mnist, to_float_images
+from .quantize import ScaledModel, load_quantized, quantize, sampler_trajectories, save_quantized
 from .sampling import SamplerStep, generate
 from .schedules import MASK_SCHEDULES, VALUE_SCHEDULES
 from .techniques import Differential, ZSampling
@@ -105,6 +107,9 @@ def sample(
     skip: Skip = None,
     seed: Seed = 0,
     model: ModelName = "fashion",
+    quantized: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Its transformer as `mgt quantize` wrote it.")
+    ] = None,
     device: Device = "cpu",
     backend: Backend = "auto",
     progress: Progress = True,
@@ -119,7 +124,10 @@ def sample(
         check_suffix("--out", out, STILLS)
         if trajectory is not None:
             check_suffix("--trajectory", trajectory, (*ANIMATIONS, ".png"))
-        network = load_model(model, device=_device(device, backend))
+        network: Any = load_model(model, device=_device(device, backend))
+        if quantized is not None:
+            network.transformer = load_quantized(network.transformer, quantized, backend=backend)
+            network = ScaledModel(network)
         classes = _classes(class_, network.class_names)
         num_each = math.ceil(num_images / len(classes))
         output = generate(
@@ -147,6 +155,74 @@ def sample(
         if trajectory is not None:
             save_trajectory(trajectory_images(network, states), trajectory, num_columns=num_columns)
             typer.echo(f"{trajectory}: {len(states)} draws")
+
+
+@app.command("quantize")
+def quantize_(
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file of the quantized transformer: .safetensors.")],
+    report: Annotated[Path | None, typer.Option(help="Also a picture of the layers: .png.")] = None,
+    share: Annotated[
+        float, typer.Option(help="Of the layers that compute as W4A8, 0 to 1; the others as W4A16.")
+    ] = round(1 / 3, 3),
+    rank_by: Annotated[
+        str,
+        typer.Option(help="Which those are: scale, of the least output scale; error, of the least error for the time."),
+    ] = "scale",
+    group_size: Annotated[int, typer.Option(help="Weights that share a scale, a multiple of 32.")] = 128,
+    second_calibration: Annotated[
+        bool, typer.Option(help="Measure the scales again once the paths are assigned.")
+    ] = True,
+    num_images: Annotated[
+        int,
+        typer.Option(
+            "--num-images",
+            "-n",
+            min=1,
+            help="Drawn to calibrate on, rounded up to as many of each class.",
+        ),
+    ] = 20,
+    steps: Steps = 12,
+    guidance_scale: Guidance = "1,3",
+    temperature: Temperature = "8,0",
+    seed: Seed = 0,
+    model: ModelName = "fashion",
+    device: Device = "cpu",
+    backend: Backend = "auto",
+    progress: Progress = True,
+) -> None:
+    """Quantize a model's transformer to 4-bit weights by secondary calibration, and print what became of its layers."""
+    with _errors_of_users(), _extra():
+        check_suffix("--out", out, (".safetensors",))
+        if report is not None:
+            check_suffix("--report", report, (".png",))
+        network = load_model(model, device=_device(device, backend))
+        num_classes = len(network.class_names)
+        calibration = sampler_trajectories(
+            network,
+            labels=torch.arange(num_classes).repeat(math.ceil(num_images / num_classes)),
+            num_inference_steps=steps,
+            guidance_scale=_values(guidance_scale),
+            temperature=_values(temperature),
+            seed=seed,
+            progress=progress,
+            backend=backend,
+        )
+        transformer, layers = quantize(
+            network.transformer,
+            calibration,
+            share=share,
+            rank_by=rank_by,
+            group_size=group_size,
+            second_calibration=second_calibration,
+            backend=backend,
+            progress=progress,
+        )
+        typer.echo(layers.table())
+        save_quantized(transformer, out)
+        typer.echo(f"{out}: {out.stat().st_size:,} bytes")
+        if report is not None:
+            layers.plot(report)
+            typer.echo(report)
 
 
 @app.command()
@@ -207,6 +283,10 @@ def evaluate(
     skip: Skip = None,
     seed: Seed = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Images drawn at once.")] = 100,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="A folder with Fashion-MNIST: also finds the likelihood of real images' masked tokens."),
+    ] = None,
     model: ModelName = "fashion",
     device: Device = "cpu",
     dtype: Annotated[
@@ -242,6 +322,10 @@ def evaluate(
                     raise ValueError(f"--{name.replace('_', '-')}: expected in {configurations}, got it as an option")
             chosen = load_configurations(configurations)
             out = out or Path("evaluation")
+        validation: dict[str, Any] = {}
+        if data is not None:
+            images, labels = load_fashion_mnist(data, "test")
+            validation["validation"] = (to_float_images(images), labels)
         results = evaluate(
             load_model(model, device=_device(device, backend), dtype=_dtype(dtype)),
             chosen,
@@ -252,6 +336,7 @@ def evaluate(
             backend=backend,
             out=out,
             progress=progress,
+            **validation,
         )
         typer.echo(results_table(results))
         if out is not None:

@@ -27,34 +27,56 @@ ARGUMENTS = (
     "differential",
     "z_sampling",
 )
+# of `quantize`; what it calibrates on is drawn with the configuration's other arguments
+QUANTIZATION = (
+    "share",
+    "rank_by",
+    "group_size",
+    "include",
+    "exclude",
+    "second_calibration",
+    "momentum",
+    "guidance_halves",
+    "num_timestep_buckets",
+)
 
 
 @dataclass(frozen=True)
 class Configuration:
     """Arguments of `generate` under a name, whose first word is the family that plots show together.
 
+    Beside them a table `quantization` of arguments of `quantize.quantize`, for the model's transformer.
+
     Raises:
         TypeError: an argument of the wrong type.
-        ValueError: an argument that is not in ARGUMENTS, or a key that Differential or ZSampling does not have.
+        ValueError: an argument that is not in ARGUMENTS, or a key that Differential, ZSampling or QUANTIZATION does not
+            have.
     """
 
     name: str
     arguments: Mapping[str, Any]
-    """As in a TOML file: differential and z_sampling are tables."""
+    """As in a TOML file: differential, z_sampling and quantization are tables."""
 
     def __post_init__(self) -> None:
         """Check the names of the arguments."""
-        _check_keys(self.name, self.arguments, ARGUMENTS)
+        _check_keys(self.name, self.arguments, (*ARGUMENTS, "quantization"))
         self.generate_arguments()
+        if self.quantization is not None:
+            self._check_table("quantization", QUANTIZATION)
 
     @property
     def family(self) -> str:
         """The name's first word."""
         return self.name.split()[0]
 
+    @property
+    def quantization(self) -> Mapping[str, Any] | None:
+        """The keyword arguments of `quantize.quantize`; None: the model stays as it is."""
+        return self.arguments.get("quantization")
+
     def generate_arguments(self) -> dict[str, Any]:
         """The keyword arguments of `generate`."""
-        arguments = dict(self.arguments)
+        arguments = {name: value for name, value in self.arguments.items() if name != "quantization"}
         if "differential" in arguments:
             arguments["differential"] = self._of_table("differential", Differential)
         if "z_sampling" in arguments:
@@ -62,11 +84,14 @@ class Configuration:
         return arguments
 
     def _of_table(self, key: str, kind: Any) -> Any:
+        return kind(**self._check_table(key, [field.name for field in fields(kind)]))
+
+    def _check_table(self, key: str, known: tuple[str, ...] | list[str]) -> Mapping[str, Any]:
         table = self.arguments[key]
         if not isinstance(table, Mapping):
             raise TypeError(f"{self.name}: {key}: expected a table, got {table!r}")
-        _check_keys(f"{self.name}: {key}", table, [field.name for field in fields(kind)])
-        return kind(**table)
+        _check_keys(f"{self.name}: {key}", table, known)
+        return table
 
 
 def load_configurations(path: str | Path) -> list[Configuration]:
@@ -76,7 +101,7 @@ def load_configurations(path: str | Path) -> list[Configuration]:
     `[defaults]` of arguments for all of them. The first is the baseline of the winning rates.
 
     Args:
-        path: a TOML file, or the name of a shipped list: "techniques".
+        path: a TOML file, or the name of a shipped list: "techniques" or "quantization".
 
     Returns:
         The configurations in the order of the file.

@@ -11,9 +11,10 @@ from tqdm.auto import tqdm
 
 from .. import sampling
 from ..models.markov import MarkovModel, total_variation
+from ..tables import aligned
 from .configurations import Configuration, load_configurations
 from .intervals import Estimate, jackknife
-from .run import Metric, aligned, shown
+from .run import Metric, shown
 
 STEPS = (1, 2, 3, 6)
 _DISTANCE = Metric("total variation", "lower", digits=3)

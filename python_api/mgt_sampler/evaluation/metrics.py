@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..models import FashionClassifier
+from ..models import FashionClassifier, FashionModel
 from ..models.fashion import WEIGHTS_DIR
 
 _BATCH_SIZE = 500
@@ -217,6 +218,40 @@ def winning_rate(log_prob: Tensor, baseline: Tensor, *, tie: float = 0.01) -> tu
 def in_batches(function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     """Apply a network to images (num_images, ...) some hundred at a time; the result is on the CPU."""
     return torch.cat([function(part).cpu() for part in images.split(_BATCH_SIZE)])
+
+
+@torch.no_grad()
+def masked_token_nll(
+    model: FashionModel, images: Tensor, labels: Tensor, *, seed: int = 0, batch_size: int = 100
+) -> Tensor:
+    r"""Negative log-likelihood of masked tokens of real images, as in training.
+
+    For image i with tokens t, u_i uniform in [0, 1) and M_i of ceil(cos(pi u_i / 2) N) positions at random::
+
+        nll_i = -1 / |M_i| sum_{n in M_i} log p(t_n | the tokens not in M_i, label)
+
+    Args:
+        model: with `encode`.
+        images: (num_images, C, H, W) in [0, 1].
+        labels: (num_images,) int64.
+        seed: of shares and positions.
+        batch_size: images at once.
+
+    Returns:
+        (num_images,) float32, in nats.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    shares = torch.cos(torch.rand(len(images), 1, generator=generator) * (torch.pi / 2))
+    num_masked = (shares * model.num_tokens).ceil().clamp(1, model.num_tokens)
+    order = torch.rand(len(images), model.num_tokens, generator=generator).argsort(1).argsort(1)
+    losses = [torch.zeros(0)]
+    batches = (x.split(batch_size) for x in (images, labels, order < num_masked))
+    for batch, batch_labels, masked in zip(*batches, strict=True):
+        tokens, masked = model.encode(batch), masked.to(model.device)
+        logits = model.predict_logits(tokens.masked_fill(masked, model.mask_token_id), batch_labels.to(model.device))
+        loss = F.cross_entropy(logits.float().transpose(1, 2), tokens, reduction="none")
+        losses.append(((loss * masked).sum(1) / masked.sum(1)).cpu())
+    return torch.cat(losses)
 
 
 def judge(images: Tensor, classifier: FashionClassifier) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import hashlib
 import json
@@ -10,7 +11,7 @@ import os
 import re
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ from tqdm.auto import tqdm
 
 from .. import sampling
 from ..models import FashionClassifier, FashionModel, load_classifier
+from ..quantize import ScaledModel, quantize, sampler_trajectories
+from ..tables import aligned
 from ..techniques import Differential
 from .configurations import Configuration
 from .intervals import Estimate, jackknife
@@ -34,6 +37,7 @@ from .metrics import (
     judge,
     kernel_distance,
     load_real_statistics,
+    masked_token_nll,
     mean_similarity,
     pixel_spread,
     token_entropy,
@@ -68,6 +72,8 @@ METRICS = {
     "divergence": Metric("KL, nats", digits=3),
     "model_calls": Metric("calls", "lower", digits=0),
     "seconds": Metric("seconds", "lower", digits=3),
+    "weight_bytes": Metric("weights, MB", "lower", 1e-6, 2),
+    "token_nll": Metric("NLL, nats", "lower", digits=3),
     "win": Metric("win, %", "higher", 100, 0),
     "tie": Metric("tie, %", "", 100, 0),
     "loss": Metric("loss, %", "lower", 100, 0),
@@ -114,6 +120,12 @@ class Group:
     seconds: Tensor
     """A float64 scalar, for each image."""
 
+    weight_bytes: Tensor = field(default_factory=lambda: torch.tensor(math.nan, dtype=torch.float64))
+    """A float64 scalar, of the transformer; NaN in files from before it was kept."""
+
+    token_nll: Tensor = field(default_factory=lambda: torch.zeros(0))
+    """(n,) float32, see `masked_token_nll`, of n real images; (0,) without any."""
+
 
 @dataclass(frozen=True)
 class Result:
@@ -142,6 +154,7 @@ def evaluate(
     progress: bool = True,
     classifier: FashionClassifier | None = None,
     real: RealStatistics | None = None,
+    validation: tuple[Tensor, Tensor] | None = None,
 ) -> list[Result]:
     """Draw images of every class under each configuration and measure them.
 
@@ -160,6 +173,8 @@ def evaluate(
         progress: show a progress bar.
         classifier: the judge; the bundled one by default.
         real: what to compare with; the bundled statistics by default. They belong to the classifier.
+        validation: images (M, C, H, W) in [0, 1] and labels (M,) int64, from which each group takes as many as it draws
+            to find the likelihood of their masked tokens; None: it is not found.
 
     Returns:
         A result for each configuration.
@@ -182,7 +197,11 @@ def evaluate(
     labels = torch.arange(group_size) % model.num_classes
     seeds = sampling.sample_seeds(seed, num_groups * group_size).split(group_size)
     weights = _digest_of_weights(model, classifier)
+    if validation is not None:
+        weights += hashlib.sha256(validation[0].numpy().tobytes()).hexdigest()
     groups: list[list[Group]] = [[] for _ in configurations]
+    # made when the first image is to be drawn with them
+    models: dict[str, FashionModel] = {}
     with tqdm(total=num_groups * group_size * len(configurations), unit="image", disable=not progress) as bar:
         # configurations in turn, so that a machine that slows down slows all of them
         for g in range(num_groups):
@@ -192,7 +211,15 @@ def evaluate(
                 path = None if folder is None else folder / f"{g:02}.safetensors"
                 group = _load(path, digest)
                 if group is None:
-                    group = _draw(model, configuration, labels, seeds[g], batch_size, backend, classifier)
+                    if configuration.name not in models:
+                        models[configuration.name] = _quantized(model, configuration, seed, backend)
+                    drawer = models[configuration.name]
+                    group = _draw(drawer, configuration, labels, seeds[g], batch_size, backend, classifier)
+                    if validation is not None:
+                        chosen = torch.arange(g * group_size, (g + 1) * group_size) % len(validation[1])
+                        images, real_labels = (tensor[chosen] for tensor in validation)
+                        nll = masked_token_nll(drawer, images, real_labels, seed=g, batch_size=batch_size)
+                        group = replace(group, token_nll=nll)
                     _save(group, path, digest)
                     bar.update(group_size)
                 else:
@@ -258,6 +285,7 @@ def measure(groups: Sequence[Group], baseline: Sequence[Group], real: RealStatis
             "unique": steps["step_unique"][-1],
             "divergence": steps["step_divergence"].nanmean(),
             "model_calls": ours["model_calls"].double().mean(),
+            "token_nll": ours["token_nll"].double().mean(),
             "class_accuracy": accuracy,
             "class_spread": spread,
             **steps,
@@ -267,6 +295,7 @@ def measure(groups: Sequence[Group], baseline: Sequence[Group], real: RealStatis
     # the median forgives a busy machine, but the jackknife of a median tells nothing of its error
     seconds = torch.stack([group.seconds for group in groups]).median()
     estimates["seconds"] = Estimate(seconds, torch.tensor(math.nan, dtype=torch.float64))
+    estimates["weight_bytes"] = Estimate(groups[0].weight_bytes, torch.tensor(math.nan, dtype=torch.float64))
     return estimates
 
 
@@ -298,8 +327,15 @@ def save_results(results: Sequence[Result], out: str | Path) -> list[Path]:
 def results_table(results: Sequence[Result]) -> str:
     """Lay results out as text: a line for each configuration, or for each class and metric of a single one."""
     if len(results) > 1:
-        header = ["configuration", *(metric.label for metric in METRICS.values())]
-        lines = [[r.configuration.name, *(shown(r.estimates[name], m) for name, m in METRICS.items())] for r in results]
+        hidden = set()
+        # the same for all
+        if all(result.configuration.quantization is None for result in results):
+            hidden.add("weight_bytes")
+        if all(result.estimates["token_nll"].value.isnan() for result in results):
+            hidden.add("token_nll")
+        metrics = {name: metric for name, metric in METRICS.items() if name not in hidden}
+        header = ["configuration", *(metric.label for metric in metrics.values())]
+        lines = [[r.configuration.name, *(shown(r.estimates[name], m) for name, m in metrics.items())] for r in results]
         return aligned([header, *lines])
     (result,) = results
     estimates = result.estimates
@@ -312,7 +348,10 @@ def results_table(results: Sequence[Result]) -> str:
         ["mean", shown(estimates["accuracy"], METRICS["accuracy"]), shown(estimates["spread"], METRICS["spread"])]
     )
     # against itself there is nothing to win
-    names = [name for name in METRICS if name not in ("accuracy", "spread", "win", "tie", "loss")]
+    hidden = {"accuracy", "spread", "win", "tie", "loss", "weight_bytes"}
+    if estimates["token_nll"].value.isnan():
+        hidden.add("token_nll")
+    names = [name for name in METRICS if name not in hidden]
     totals = [[METRICS[name].label, shown(estimates[name], METRICS[name])] for name in names]
     return "\n\n".join([aligned([header, *lines]), aligned([*totals, ["images", f"{result.num_images}"]])])
 
@@ -327,16 +366,6 @@ def shown(estimate: Estimate, metric: Metric, index: int | None = None) -> str:
     if math.isnan(half_width) or half_width == 0:
         return f"{value:.{metric.digits}f}"
     return f"{value:.{metric.digits}f} ±{half_width:.{metric.digits}f}"
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows as text: the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for first, *others in rows:
-        cells = [f"{first:<{widths[0]}}", *(f"{x:>{w}}" for x, w in zip(others, widths[1:], strict=True))]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
 
 
 def _draw(
@@ -376,7 +405,34 @@ def _draw(
         step_divergence=divergence,
         model_calls=torch.tensor(model_calls),
         seconds=torch.tensor(seconds / len(labels), dtype=torch.float64),
+        weight_bytes=torch.tensor(
+            sum(tensor.numel() * tensor.element_size() for tensor in model.transformer.state_dict().values()),
+            dtype=torch.float64,
+        ),
     )
+
+
+def _quantized(model: FashionModel, configuration: Configuration, seed: int, backend: str) -> Any:
+    """The model that draws a configuration's images, calibrated on two of each class that it would draw otherwise."""
+    if configuration.quantization is None:
+        return model
+    try:
+        calibration = sampler_trajectories(
+            model,
+            labels=torch.arange(model.num_classes).repeat(2),
+            # of no seed that is evaluated
+            seed=~seed,
+            progress=False,
+            backend=backend,
+            **configuration.generate_arguments(),
+        )
+        duplicate = copy.copy(model)
+        duplicate.transformer, _ = quantize(  # type: ignore[assignment]
+            model.transformer, calibration, backend=backend, **configuration.quantization
+        )
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{configuration.name}: {error}") from error
+    return ScaledModel(duplicate)
 
 
 def _curves(step: SamplerStep, codebook_size: int) -> Tensor:
