@@ -47,6 +47,11 @@ def tiles(counts: sass.Counts, elements: float, num_warps: int) -> float:
     return elements / 4096
 
 
+def times(number: int) -> Iterations:
+    """Describe a loop by how often it runs."""
+    return lambda counts, elements, num_warps: number
+
+
 def never(counts: sass.Counts, elements: float, num_warps: int) -> float:
     """Describe a loop that hardly ever runs."""
     return 0.0
@@ -243,6 +248,31 @@ def _differential_sample(
     )
 
 
+def _w4a8_linear(num_rows: int, *, reason: str = "") -> Configuration:
+    """Describe a layer of 1024 inputs and 4096 outputs; an element is a byte that a kernel's main loop loads."""
+    num_inputs, num_outputs, group_size = 1024, 4096, 128
+    num_groups = num_inputs // group_size
+
+    def launch() -> None:
+        x = torch.empty(num_rows, num_inputs, dtype=torch.bfloat16)
+        w_q = torch.empty(num_outputs, num_inputs // 2, dtype=torch.uint8)
+        scale = torch.empty(num_outputs, num_groups, dtype=torch.float16)
+        zero_point = torch.empty(num_outputs, num_groups, dtype=torch.uint8)
+        kernels.w4a8_linear(x, w_q, scale, zero_point, group_size, None, torch.empty(num_outputs))
+
+    def quantized_bytes(launches: list[driver.Launch]) -> int:
+        return num_rows * num_inputs * (2 + 1)
+
+    def linear_bytes(launches: list[driver.Launch]) -> int:
+        weight = num_outputs * (num_inputs // 2 + num_groups * (2 + 1) + 4)
+        return weight + num_rows * (num_inputs + num_groups * 4 + 4 + num_outputs * 2)
+
+    quantize = Case("_quantize_rows_kernel", (loads(2), loads(2)), quantized_bytes, _FEW_ROWS)
+    linear = Case("_w4a8_linear_kernel", (times(num_groups),), linear_bytes, reason)
+    name = f"bf16, {num_rows} row{'s' if num_rows > 1 else ''}"
+    return Configuration("w4a8_linear", name, launch, num_rows * num_inputs, 1, (quantize, linear))
+
+
 _UNGUIDED = "issue: each element takes a draw and an exponential as it does with guidance, for half the bytes"
 _NOISE = "issue: a Gaussian per element on top of the draw, and the Philox words for both"
 _PER_SAMPLE = "one program per sample, and so one multiprocessor at batch 1: a matter of latency, not of bandwidth"
@@ -250,6 +280,10 @@ _ORDER_OF_THE_CPU = (
     "issue: sums in the CPU's order take a thread for each of 16 lanes, a column at a time, in three readings"
 )
 _SHORT_PROGRAMS = "issue: the beginning and the end of a program around one iteration of its main loop"
+_FEW_ROWS = "a few kilobytes: the launch itself takes longer"
+_GROUPS = (
+    "issue: each group of 128 inputs ends in three instructions for each output, to add it in float32 and in order"
+)
 
 CONFIGURATIONS = (
     _sample_tokens("bf16 guided"),
@@ -266,4 +300,6 @@ CONFIGURATIONS = (
     _mask_by_confidence(256),
     _mask_by_confidence(4096),
     _mask_by_confidence(16384),
+    _w4a8_linear(4096, reason=_GROUPS),
+    _w4a8_linear(16),
 )
