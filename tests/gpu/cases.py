@@ -504,6 +504,54 @@ def check_w4a8_linear(arguments: tuple, expected: Outputs, outputs: Outputs, los
     assert_no_worse_than_naive(outputs[0][kept], truth, naive.to(linear.x.dtype))
 
 
+def w4a16_linear_case(
+    name: str,
+    num_rows: int,
+    num_outputs: int,
+    num_inputs: int,
+    group_size: int = 128,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    scale_dtype: torch.dtype = torch.float16,
+    has_bias: bool = True,
+    edit: Callable[[Linear], Linear] = lambda arguments: arguments,
+    lost: tuple[int, ...] = (),
+) -> Case:
+    """Make a case of random numbers; `lost` rows come out as NaN."""
+
+    def make_arguments() -> tuple:
+        x, weight, bias = linear_inputs(num_rows, num_outputs, num_inputs, group_size, dtype, scale_dtype)
+        linear = edit(Linear(x, weight.w_q, weight.scale, weight.zero_point, group_size, None, bias))
+        weight = linear.weight
+        return linear.x, weight.w_q, weight.scale, weight.zero_point, group_size, bias if has_bias else None
+
+    def linear_of(*arguments: Any) -> Linear:
+        *factors, bias = arguments
+        return Linear(*factors, x_scale=None, bias=bias)
+
+    def expected(*arguments: Any) -> Outputs:
+        linear = linear_of(*arguments)
+        y = reference.w4a16_linear(linear.x, linear.weight, linear.bias)
+        y[list(lost)] = torch.nan
+        return (y,)
+
+    def check(arguments: tuple, expected: Outputs, outputs: Outputs) -> None:
+        linear = linear_of(*arguments)
+        assert outputs[0].dtype == linear.x.dtype
+        assert torch.equal(outputs[0].isnan(), expected[0].isnan())
+        kept = [row for row in range(num_rows) if row not in lost]
+        weight = linear.weight.dequantize(torch.bfloat16).float()
+        naive = torch.nn.functional.linear(linear.x[kept].bfloat16().float(), weight, linear.bias)
+        assert_no_worse_than_naive(outputs[0][kept], expected[0][kept], naive.to(linear.x.dtype))
+
+    return Case("w4a16_linear", name, make_arguments, expected, check)
+
+
+def rows_apart(linear: Linear) -> Linear:
+    """Activations that are a part of the columns of something wider."""
+    return replace(linear, x=torch.nn.functional.pad(linear.x, (3, 10), value=torch.nan)[:, 3:-10])
+
+
 def worst_sums(linear: Linear) -> Linear:
     """All products are 15 * -128 or 15 * 127, the most there is, with scales that leave the sums as they are."""
     x, w_q = torch.full_like(linear.x, -1e3), torch.full_like(linear.w_q, 255)
@@ -531,6 +579,14 @@ def extreme_activations(linear: Linear) -> Linear:
     x[1] *= 1e-39
     x[2] = x[2].sign() * 3e38
     for row, value in enumerate((torch.nan, torch.inf, -torch.inf), 3):
+        x[row, -1 - row] = value
+    return replace(linear, x=x)
+
+
+def bad_activations(linear: Linear) -> Linear:
+    """NaN and infinities in rows 3 to 5, and in row 6 what is infinite as bfloat16."""
+    x = linear.x.clone()
+    for row, value in enumerate((torch.nan, torch.inf, -torch.inf, 3.4e38), 3):
         x[row, -1 - row] = value
     return replace(linear, x=x)
 
@@ -605,7 +661,7 @@ CASES = [
     w4a8_linear_case("w4a8 bf16, two static scales, a short group", 70, 136, 576, num_scales=2),
     w4a8_linear_case("w4a8 fp32, a row, a scale, odd", 1, 33, 1000, dtype=FP32, num_scales=1, scale_dtype=FP32),
     w4a8_linear_case("w4a8 bf16, few rows", 16, 72, 1024, num_scales=16),
-    w4a8_linear_case("w4a8 fp32, groups of 32", 33, 40, 224, 32, dtype=FP32),
+    w4a8_linear_case("w4a8 fp32, groups of 32", 33, 40, 224, 32, dtype=FP32, edit=rows_apart),
     w4a8_linear_case("w4a8 fp32, few rows, groups of 64, odd", 7, 19, 333, 64, dtype=FP32, num_scales=7),
     w4a8_linear_case("w4a8 bf16, groups of 96", 20, 30, 450, 96, has_bias=False),
     w4a8_linear_case("w4a8 fp32, groups of 256, an input past one", 18, 24, 257, 256, dtype=FP32, scale_dtype=FP32),
@@ -615,4 +671,12 @@ CASES = [
     w4a8_linear_case("w4a8 fp32, all weights and zero points", 12, 64, 512, 32, dtype=FP32, edit=all_weights),
     w4a8_linear_case("w4a8 fp32, extreme rows", 20, 16, 128, dtype=FP32, scale_dtype=FP32, edit=extreme_activations,
                      lost=(3, 4, 5)),
+    w4a16_linear_case("w4a16 bf16, groups of 128", 130, 140, 384),
+    w4a16_linear_case("w4a16 bf16, few rows, a short group", 16, 72, 576),
+    w4a16_linear_case("w4a16 fp32, a row, odd", 1, 33, 1000, dtype=FP32, scale_dtype=FP32),
+    w4a16_linear_case("w4a16 fp32, groups of 32", 33, 40, 224, 32, dtype=FP32, edit=rows_apart),
+    w4a16_linear_case("w4a16 fp32, few rows, groups of 64, odd", 7, 19, 333, 64, dtype=FP32),
+    w4a16_linear_case("w4a16 bf16, groups of 96", 20, 30, 450, 96, has_bias=False),
+    w4a16_linear_case("w4a16 fp32, an input", 3, 5, 1, 32, dtype=FP32, has_bias=False),
+    w4a16_linear_case("w4a16 fp32, bad rows", 20, 16, 128, dtype=FP32, edit=bad_activations, lost=(3, 4, 5, 6)),
 ]  # fmt: skip

@@ -28,6 +28,11 @@ _BYTES_PER_SPLIT = 5 * 4
 # token, key, choice, its log-probability, divergence and whether the history is written
 _BYTES_PER_DIFFERENCE = 8 + 8 + 4 + 4 + 4 + 1
 
+# an int4 linear layer: nibbles, scales in float16, zero points and a bias in float32
+_NUM_INPUTS, _NUM_OUTPUTS, _GROUP_SIZE = 1024, 4096, 128
+_NUM_GROUPS = _NUM_INPUTS // _GROUP_SIZE
+_WEIGHT_BYTES = _NUM_OUTPUTS * (_NUM_INPUTS // 2 + _NUM_GROUPS * (2 + 1) + 4)
+
 # from a loop's counts, the elements that a warp goes through and the warps of a program: how often the loop runs
 Iterations = Callable[[sass.Counts, float, int], float]
 
@@ -249,28 +254,50 @@ def _differential_sample(
 
 
 def _w4a8_linear(num_rows: int, *, reason: str = "") -> Configuration:
-    """Describe a layer of 1024 inputs and 4096 outputs; an element is a byte that a kernel's main loop loads."""
-    num_inputs, num_outputs, group_size = 1024, 4096, 128
-    num_groups = num_inputs // group_size
+    """Describe a layer; an element is a byte that a kernel's main loop loads."""
 
     def launch() -> None:
-        x = torch.empty(num_rows, num_inputs, dtype=torch.bfloat16)
-        w_q = torch.empty(num_outputs, num_inputs // 2, dtype=torch.uint8)
-        scale = torch.empty(num_outputs, num_groups, dtype=torch.float16)
-        zero_point = torch.empty(num_outputs, num_groups, dtype=torch.uint8)
-        kernels.w4a8_linear(x, w_q, scale, zero_point, group_size, None, torch.empty(num_outputs))
+        x, w_q, scale, zero_point, bias = _linear_layer(num_rows)
+        kernels.w4a8_linear(x, w_q, scale, zero_point, _GROUP_SIZE, None, bias)
 
     def quantized_bytes(launches: list[driver.Launch]) -> int:
-        return num_rows * num_inputs * (2 + 1)
+        return num_rows * _NUM_INPUTS * (2 + 1)
 
     def linear_bytes(launches: list[driver.Launch]) -> int:
-        weight = num_outputs * (num_inputs // 2 + num_groups * (2 + 1) + 4)
-        return weight + num_rows * (num_inputs + num_groups * 4 + 4 + num_outputs * 2)
+        # activations, their sums, their scales, outputs
+        return _WEIGHT_BYTES + num_rows * (_NUM_INPUTS + _NUM_GROUPS * 4 + 4 + _NUM_OUTPUTS * 2)
 
     quantize = Case("_quantize_rows_kernel", (loads(2), loads(2)), quantized_bytes, _FEW_ROWS)
-    linear = Case("_w4a8_linear_kernel", (times(num_groups),), linear_bytes, reason)
-    name = f"bf16, {num_rows} row{'s' if num_rows > 1 else ''}"
-    return Configuration("w4a8_linear", name, launch, num_rows * num_inputs, 1, (quantize, linear))
+    linear = Case("_w4a8_linear_kernel", (times(_NUM_GROUPS),), linear_bytes, reason)
+    return Configuration("w4a8_linear", _rows(num_rows), launch, num_rows * _NUM_INPUTS, 1, (quantize, linear))
+
+
+def _w4a16_linear(num_rows: int, *, reason: str = "") -> Configuration:
+    """Describe a layer; an element is a byte that the main loop loads."""
+
+    def launch() -> None:
+        x, w_q, scale, zero_point, bias = _linear_layer(num_rows)
+        kernels.w4a16_linear(x, w_q, scale, zero_point, _GROUP_SIZE, bias)
+
+    def dram_bytes(launches: list[driver.Launch]) -> int:
+        return _WEIGHT_BYTES + num_rows * (_NUM_INPUTS + _NUM_OUTPUTS) * 2
+
+    linear = Case("_w4a16_linear_kernel", (times(_NUM_GROUPS),), dram_bytes, reason)
+    return Configuration("w4a16_linear", _rows(num_rows), launch, num_rows * _NUM_INPUTS, 1, (linear,))
+
+
+def _rows(num_rows: int) -> str:
+    return f"bf16, {num_rows} rows"
+
+
+def _linear_layer(num_rows: int) -> tuple[Tensor, ...]:
+    return (
+        torch.empty(num_rows, _NUM_INPUTS, dtype=torch.bfloat16),
+        torch.empty(_NUM_OUTPUTS, _NUM_INPUTS // 2, dtype=torch.uint8),
+        torch.empty(_NUM_OUTPUTS, _NUM_GROUPS, dtype=torch.float16),
+        torch.empty(_NUM_OUTPUTS, _NUM_GROUPS, dtype=torch.uint8),
+        torch.empty(_NUM_OUTPUTS),
+    )
 
 
 _UNGUIDED = "issue: each element takes a draw and an exponential as it does with guidance, for half the bytes"
@@ -284,6 +311,7 @@ _FEW_ROWS = "a few kilobytes: the launch itself takes longer"
 _GROUPS = (
     "issue: each group of 128 inputs ends in three instructions for each output, to add it in float32 and in order"
 )
+_UNSHARED = "issue: four instructions make a weight a bfloat16, which only 16 rows share"
 
 CONFIGURATIONS = (
     _sample_tokens("bf16 guided"),
@@ -302,4 +330,6 @@ CONFIGURATIONS = (
     _mask_by_confidence(16384),
     _w4a8_linear(4096, reason=_GROUPS),
     _w4a8_linear(16),
+    _w4a16_linear(4096),
+    _w4a16_linear(16, reason=_UNSHARED),
 )
