@@ -4,14 +4,16 @@ A kernel gets in by adding its cases to CASES.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from compare import assert_no_worse_than_naive
+from ptx_emulator.floating import fma_float32
 from torch import Tensor
 
-from mgt_kernels import reference, triton
+from mgt_kernels import PackedInt4, quantize_int4, reference, triton
 
 Outputs = tuple[Tensor, ...]
 
@@ -397,6 +399,198 @@ def other_step_case() -> Case:
     )
 
 
+@dataclass(frozen=True)
+class Linear:
+    """The arguments of an int4 linear layer, and what they mean."""
+
+    x: Tensor
+    w_q: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    group_size: int
+    x_scale: Tensor | None
+    bias: Tensor | None
+
+    @property
+    def weight(self) -> PackedInt4:
+        shape = (len(self.w_q), self.x.shape[1])
+        return PackedInt4(self.w_q, self.scale, self.zero_point, shape, self.group_size)
+
+    @property
+    def row_scale(self) -> Tensor:
+        if self.x_scale is None:
+            return reference.dynamic_scale(self.x)
+        return self.x_scale.repeat_interleave(len(self.x) // len(self.x_scale))[:, None]
+
+    @property
+    def x_q(self) -> Tensor:
+        return reference.quantize_activations(self.x, self.row_scale)
+
+    @property
+    def sums(self) -> Tensor:
+        """(M, N, groups), exact."""
+        return reference.group_sums(self.x_q, self.weight)
+
+
+def linear_inputs(
+    num_rows: int, num_outputs: int, num_inputs: int, group_size: int, dtype: torch.dtype, scale_dtype: torch.dtype
+) -> tuple[Tensor, PackedInt4, Tensor]:
+    """Return random x with outliers, a weight and a bias."""
+    generator = torch.Generator().manual_seed(num_rows + num_outputs + num_inputs)
+    x = torch.randn(num_rows, num_inputs, generator=generator)
+    x[:, ::37] *= 8
+    weight = torch.randn(num_outputs, num_inputs, generator=generator) * 0.05 + 0.02
+    bias = torch.randn(num_outputs, generator=generator)
+    return x.to(dtype), quantize_int4(weight, group_size, scale_dtype=scale_dtype), bias
+
+
+def w4a8_linear_case(
+    name: str,
+    num_rows: int,
+    num_outputs: int,
+    num_inputs: int,
+    group_size: int = 128,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    scale_dtype: torch.dtype = torch.float16,
+    num_scales: int | None = None,
+    has_bias: bool = True,
+    edit: Callable[[Linear], Linear] = lambda arguments: arguments,
+    lost: tuple[int, ...] = (),
+) -> Case:
+    """Make a case with static scales, which clip the outliers, or dynamic ones; `lost` rows come out as NaN."""
+
+    def make_arguments() -> tuple:
+        x, weight, bias = linear_inputs(num_rows, num_outputs, num_inputs, group_size, dtype, scale_dtype)
+        # a power of two among the scales makes ties
+        x_scale = None if num_scales is None else 2.0**-6 * (1 + torch.arange(num_scales) * 0.3)
+        linear = edit(Linear(
+            x, weight.w_q, weight.scale, weight.zero_point, group_size, x_scale, bias if has_bias else None
+        ))  # fmt: skip
+        return tuple(vars(linear).values())
+
+    def expected(*arguments: Any) -> Outputs:
+        with np.errstate(invalid="ignore"):
+            y = w4a8_in_float32(Linear(*arguments))
+        y[list(lost)] = torch.nan
+        return (y.to(arguments[0].dtype),)
+
+    def check(arguments: tuple, expected: Outputs, outputs: Outputs) -> None:
+        check_w4a8_linear(arguments, expected, outputs, lost)
+
+    return Case("w4a8_linear", name, make_arguments, expected, check)
+
+
+def w4a8_in_float32(linear: Linear) -> Tensor:
+    """Take the exact sums through the float32 operations of the kernel, in its order."""
+    sums, scale = linear.sums.float().numpy(), linear.scale.float().numpy()
+    acc = np.zeros(sums.shape[:2], np.float32)
+    for group in range(sums.shape[2]):
+        acc = fma_float32(np.broadcast_to(scale[:, group], acc.shape), sums[..., group], acc)
+    if linear.bias is None:
+        return torch.from_numpy(acc) * linear.row_scale
+    row_scale, bias = np.broadcast_to(linear.row_scale, acc.shape), np.broadcast_to(linear.bias, acc.shape)
+    return torch.from_numpy(fma_float32(acc, row_scale, bias))
+
+
+def check_w4a8_linear(arguments: tuple, expected: Outputs, outputs: Outputs, lost: tuple[int, ...]) -> None:
+    """Equal to the bit; and no worse than PyTorch's own product of the same integers."""
+    torch.testing.assert_close(outputs[0], expected[0], rtol=0, atol=0, equal_nan=True)
+    linear = Linear(*arguments)
+    kept = [row for row in range(len(linear.x)) if row not in lost]
+    truth = reference.w4a8_linear(linear.x[kept], linear.weight, linear.row_scale[kept], linear.bias)
+    naive = torch.nn.functional.linear(linear.x_q[kept] * linear.row_scale[kept], linear.weight.dequantize())
+    naive = naive if linear.bias is None else naive + linear.bias
+    assert_no_worse_than_naive(outputs[0][kept], truth, naive.to(linear.x.dtype))
+
+
+def w4a16_linear_case(
+    name: str,
+    num_rows: int,
+    num_outputs: int,
+    num_inputs: int,
+    group_size: int = 128,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    scale_dtype: torch.dtype = torch.float16,
+    has_bias: bool = True,
+    edit: Callable[[Linear], Linear] = lambda arguments: arguments,
+    lost: tuple[int, ...] = (),
+) -> Case:
+    """Make a case of random numbers; `lost` rows come out as NaN."""
+
+    def make_arguments() -> tuple:
+        x, weight, bias = linear_inputs(num_rows, num_outputs, num_inputs, group_size, dtype, scale_dtype)
+        linear = edit(Linear(x, weight.w_q, weight.scale, weight.zero_point, group_size, None, bias))
+        weight = linear.weight
+        return linear.x, weight.w_q, weight.scale, weight.zero_point, group_size, bias if has_bias else None
+
+    def linear_of(*arguments: Any) -> Linear:
+        *factors, bias = arguments
+        return Linear(*factors, x_scale=None, bias=bias)
+
+    def expected(*arguments: Any) -> Outputs:
+        linear = linear_of(*arguments)
+        y = reference.w4a16_linear(linear.x, linear.weight, linear.bias)
+        y[list(lost)] = torch.nan
+        return (y,)
+
+    def check(arguments: tuple, expected: Outputs, outputs: Outputs) -> None:
+        linear = linear_of(*arguments)
+        assert outputs[0].dtype == linear.x.dtype
+        assert torch.equal(outputs[0].isnan(), expected[0].isnan())
+        kept = [row for row in range(num_rows) if row not in lost]
+        weight = linear.weight.dequantize(torch.bfloat16).float()
+        naive = torch.nn.functional.linear(linear.x[kept].bfloat16().float(), weight, linear.bias)
+        assert_no_worse_than_naive(outputs[0][kept], expected[0][kept], naive.to(linear.x.dtype))
+
+    return Case("w4a16_linear", name, make_arguments, expected, check)
+
+
+def rows_apart(linear: Linear) -> Linear:
+    """Activations that are a part of the columns of something wider."""
+    return replace(linear, x=torch.nn.functional.pad(linear.x, (3, 10), value=torch.nan)[:, 3:-10])
+
+
+def worst_sums(linear: Linear) -> Linear:
+    """All products are 15 * -128 or 15 * 127, the most there is, with scales that leave the sums as they are."""
+    x, w_q = torch.full_like(linear.x, -1e3), torch.full_like(linear.w_q, 255)
+    x[1::2] = 1e3
+    return replace(
+        linear, x=x, w_q=w_q, scale=torch.ones_like(linear.scale), zero_point=torch.zeros_like(linear.zero_point),
+        x_scale=torch.ones(1), bias=None,
+    )  # fmt: skip
+
+
+def all_weights(linear: Linear) -> Linear:
+    """Every nibble with every zero point, with scales that leave the sums as they are."""
+    w_q = torch.arange(linear.w_q.numel()).remainder(256).to(torch.uint8).view_as(linear.w_q)
+    zero_point = torch.arange(linear.zero_point.numel()).remainder(16).to(torch.uint8).view_as(linear.zero_point)
+    return replace(
+        linear, w_q=w_q, scale=torch.ones_like(linear.scale), zero_point=zero_point, x_scale=torch.ones(1), bias=None,
+        x=linear.x * 40,
+    )  # fmt: skip
+
+
+def extreme_activations(linear: Linear) -> Linear:
+    """Rows of zeros, of denormals, of the largest numbers; NaN and infinities in rows 3 to 5."""
+    x = linear.x.clone()
+    x[0] = 0
+    x[1] *= 1e-39
+    x[2] = x[2].sign() * 3e38
+    for row, value in enumerate((torch.nan, torch.inf, -torch.inf), 3):
+        x[row, -1 - row] = value
+    return replace(linear, x=x)
+
+
+def bad_activations(linear: Linear) -> Linear:
+    """NaN and infinities in rows 3 to 5, and in row 6 what is infinite as bfloat16."""
+    x = linear.x.clone()
+    for row, value in enumerate((torch.nan, torch.inf, -torch.inf, 3.4e38), 3):
+        x[row, -1 - row] = value
+    return replace(linear, x=x)
+
+
 FP32, FP16 = torch.float32, torch.float16
 MANY_ROWS: dict[str, Any] = dict(batch=1, num_positions=5000, known_share=0.0, check=check_ids)
 
@@ -463,4 +657,26 @@ CASES = [
     bad_differential_rows_case("official", aliased_history=True),
     other_seed_case(),
     other_step_case(),
+    w4a8_linear_case("w4a8 bf16, groups of 128", 130, 257, 384),
+    w4a8_linear_case("w4a8 bf16, two static scales, a short group", 70, 136, 576, num_scales=2),
+    w4a8_linear_case("w4a8 fp32, a row, a scale, odd", 1, 33, 1000, dtype=FP32, num_scales=1, scale_dtype=FP32),
+    w4a8_linear_case("w4a8 bf16, few rows", 16, 72, 1024, num_scales=16),
+    w4a8_linear_case("w4a8 fp32, groups of 32", 33, 40, 224, 32, dtype=FP32, edit=rows_apart),
+    w4a8_linear_case("w4a8 fp32, few rows, groups of 64, odd", 7, 19, 333, 64, dtype=FP32, num_scales=7),
+    w4a8_linear_case("w4a8 bf16, groups of 96", 20, 30, 450, 96, has_bias=False),
+    w4a8_linear_case("w4a8 fp32, groups of 256, an input past one", 18, 24, 257, 256, dtype=FP32, scale_dtype=FP32),
+    w4a8_linear_case("w4a8 fp32, an input", 3, 5, 1, 32, dtype=FP32, has_bias=False),
+    w4a8_linear_case("w4a8 fp32, the largest sums", 66, 16, 1024, dtype=FP32, edit=worst_sums),
+    w4a8_linear_case("w4a8 fp32, the largest sums of a large group", 18, 8, 8192, 16384, dtype=FP32, edit=worst_sums),
+    w4a8_linear_case("w4a8 fp32, all weights and zero points", 12, 64, 512, 32, dtype=FP32, edit=all_weights),
+    w4a8_linear_case("w4a8 fp32, extreme rows", 20, 16, 128, dtype=FP32, scale_dtype=FP32, edit=extreme_activations,
+                     lost=(3, 4, 5)),
+    w4a16_linear_case("w4a16 bf16, groups of 128", 130, 140, 384),
+    w4a16_linear_case("w4a16 bf16, few rows, a short group", 16, 72, 576),
+    w4a16_linear_case("w4a16 fp32, a row, odd", 1, 33, 1000, dtype=FP32, scale_dtype=FP32),
+    w4a16_linear_case("w4a16 fp32, groups of 32", 33, 40, 224, 32, dtype=FP32, edit=rows_apart),
+    w4a16_linear_case("w4a16 fp32, few rows, groups of 64, odd", 7, 19, 333, 64, dtype=FP32),
+    w4a16_linear_case("w4a16 bf16, groups of 96", 20, 30, 450, 96, has_bias=False),
+    w4a16_linear_case("w4a16 fp32, an input", 3, 5, 1, 32, dtype=FP32, has_bias=False),
+    w4a16_linear_case("w4a16 fp32, bad rows", 20, 16, 128, dtype=FP32, edit=bad_activations, lost=(3, 4, 5, 6)),
 ]  # fmt: skip

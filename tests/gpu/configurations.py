@@ -28,6 +28,11 @@ _BYTES_PER_SPLIT = 5 * 4
 # token, key, choice, its log-probability, divergence and whether the history is written
 _BYTES_PER_DIFFERENCE = 8 + 8 + 4 + 4 + 4 + 1
 
+# an int4 linear layer: nibbles, scales in float16, zero points and a bias in float32
+_NUM_INPUTS, _NUM_OUTPUTS, _GROUP_SIZE = 1024, 4096, 128
+_NUM_GROUPS = _NUM_INPUTS // _GROUP_SIZE
+_WEIGHT_BYTES = _NUM_OUTPUTS * (_NUM_INPUTS // 2 + _NUM_GROUPS * (2 + 1) + 4)
+
 # from a loop's counts, the elements that a warp goes through and the warps of a program: how often the loop runs
 Iterations = Callable[[sass.Counts, float, int], float]
 
@@ -45,6 +50,11 @@ def reductions(times: int) -> Iterations:
 def tiles(counts: sass.Counts, elements: float, num_warps: int) -> float:
     """Describe the loop over the tiles of two rows, 2048 columns each."""
     return elements / 4096
+
+
+def times(number: int) -> Iterations:
+    """Describe a loop by how often it runs."""
+    return lambda counts, elements, num_warps: number
 
 
 def never(counts: sass.Counts, elements: float, num_warps: int) -> float:
@@ -243,6 +253,53 @@ def _differential_sample(
     )
 
 
+def _w4a8_linear(num_rows: int, *, reason: str = "") -> Configuration:
+    """Describe a layer; an element is a byte that a kernel's main loop loads."""
+
+    def launch() -> None:
+        x, w_q, scale, zero_point, bias = _linear_layer(num_rows)
+        kernels.w4a8_linear(x, w_q, scale, zero_point, _GROUP_SIZE, None, bias)
+
+    def quantized_bytes(launches: list[driver.Launch]) -> int:
+        return num_rows * _NUM_INPUTS * (2 + 1)
+
+    def linear_bytes(launches: list[driver.Launch]) -> int:
+        # activations, their sums, their scales, outputs
+        return _WEIGHT_BYTES + num_rows * (_NUM_INPUTS + _NUM_GROUPS * 4 + 4 + _NUM_OUTPUTS * 2)
+
+    quantize = Case("_quantize_rows_kernel", (loads(2), loads(2)), quantized_bytes, _FEW_ROWS)
+    linear = Case("_w4a8_linear_kernel", (times(_NUM_GROUPS),), linear_bytes, reason)
+    return Configuration("w4a8_linear", _rows(num_rows), launch, num_rows * _NUM_INPUTS, 1, (quantize, linear))
+
+
+def _w4a16_linear(num_rows: int, *, reason: str = "") -> Configuration:
+    """Describe a layer; an element is a byte that the main loop loads."""
+
+    def launch() -> None:
+        x, w_q, scale, zero_point, bias = _linear_layer(num_rows)
+        kernels.w4a16_linear(x, w_q, scale, zero_point, _GROUP_SIZE, bias)
+
+    def dram_bytes(launches: list[driver.Launch]) -> int:
+        return _WEIGHT_BYTES + num_rows * (_NUM_INPUTS + _NUM_OUTPUTS) * 2
+
+    linear = Case("_w4a16_linear_kernel", (times(_NUM_GROUPS),), dram_bytes, reason)
+    return Configuration("w4a16_linear", _rows(num_rows), launch, num_rows * _NUM_INPUTS, 1, (linear,))
+
+
+def _rows(num_rows: int) -> str:
+    return f"bf16, {num_rows} rows"
+
+
+def _linear_layer(num_rows: int) -> tuple[Tensor, ...]:
+    return (
+        torch.empty(num_rows, _NUM_INPUTS, dtype=torch.bfloat16),
+        torch.empty(_NUM_OUTPUTS, _NUM_INPUTS // 2, dtype=torch.uint8),
+        torch.empty(_NUM_OUTPUTS, _NUM_GROUPS, dtype=torch.float16),
+        torch.empty(_NUM_OUTPUTS, _NUM_GROUPS, dtype=torch.uint8),
+        torch.empty(_NUM_OUTPUTS),
+    )
+
+
 _UNGUIDED = "issue: each element takes a draw and an exponential as it does with guidance, for half the bytes"
 _NOISE = "issue: a Gaussian per element on top of the draw, and the Philox words for both"
 _PER_SAMPLE = "one program per sample, and so one multiprocessor at batch 1: a matter of latency, not of bandwidth"
@@ -250,6 +307,11 @@ _ORDER_OF_THE_CPU = (
     "issue: sums in the CPU's order take a thread for each of 16 lanes, a column at a time, in three readings"
 )
 _SHORT_PROGRAMS = "issue: the beginning and the end of a program around one iteration of its main loop"
+_FEW_ROWS = "a few kilobytes: the launch itself takes longer"
+_GROUPS = (
+    "issue: each group of 128 inputs ends in three instructions for each output, to add it in float32 and in order"
+)
+_UNSHARED = "issue: four instructions make a weight a bfloat16, which only 16 rows share"
 
 CONFIGURATIONS = (
     _sample_tokens("bf16 guided"),
@@ -266,4 +328,8 @@ CONFIGURATIONS = (
     _mask_by_confidence(256),
     _mask_by_confidence(4096),
     _mask_by_confidence(16384),
+    _w4a8_linear(4096, reason=_GROUPS),
+    _w4a8_linear(16),
+    _w4a16_linear(4096),
+    _w4a16_linear(16, reason=_UNSHARED),
 )

@@ -296,7 +296,9 @@ def control_flow(code: list[Instruction], labels: dict[str, int]) -> tuple[int, 
     last_of: dict[int, int] = {}
     for i, target in targets.items():
         # from code out of line, which its target does not lead to, a branch backwards returns and does not loop
-        if target <= i and shortest_way(code, targets, [target], {i}):
+        loops_back = target <= i and shortest_way(code, targets, [target], {i})
+        # tensor memory is asked for until it is there: as a rule once
+        if loops_back and not any(x.base == "UTCATOMSWS" for x in code[target:i]):
             last_of[target] = max(i, last_of.get(target, 0))
     loops = sorted((Loop(*span) for span in last_of.items()), key=lambda loop: (loop.first, -loop.last))
     return cold, targets, tuple(loops)

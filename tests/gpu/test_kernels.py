@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from cases import CASES, Case
+from cases import CASES, Case, Linear
 from driver import standin_gpu
 from ptx_emulator import PtxError
 
@@ -117,6 +117,55 @@ def test_re_masking_is_made_of_these_kernels(capability, variant, monkeypatch):
     torch.testing.assert_close(score, expected_score, rtol=1e-6, atol=2e-6)
 
 
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize(
+    "name", ["w4a8 bf16, groups of 128", "w4a8 fp32, few rows, groups of 64, odd", "w4a8 bf16, groups of 96"]
+)
+def test_activations_and_their_sums_are_the_references(name, capability):
+    arguments = case_named(name).make_arguments()
+    with standin_gpu(capability) as launches:
+        case_named(name).run(arguments)
+    linear, (num_rows, num_inputs) = Linear(*arguments), arguments[0].shape
+    x_q, x_sum = (launches[0].arguments[key] for key in ("x_q_ptr", "x_sum_ptr"))
+    # from the planes of the nibbles to the order of the inputs
+    x_q = x_q[:num_rows].view(num_rows, 2, -1, 32).transpose(1, 2).reshape(num_rows, -1)
+    assert torch.equal(x_q[:, :num_inputs], linear.x_q) and not x_q[:, num_inputs:].any()
+    for group, in_group in enumerate(linear.x_q.int().split(linear.group_size, dim=1)):
+        assert torch.equal(x_sum[group, :num_rows].long(), in_group.sum(1))
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("name", ["w4a8 bf16, groups of 128", "w4a16 bf16, groups of 128"])
+def test_a_row_does_not_depend_on_the_others(name, capability):
+    case = case_named(name)
+    x, *rest = case.make_arguments()
+    with standin_gpu(capability) as launches:
+        (together,) = case.run((x, *rest))
+        for rows in (slice(0, 1), slice(3, 19), slice(60, 130)):
+            assert torch.equal(case.run((x[rows].clone(), *rest))[0], together[rows])
+    assert len({launch.constants.get("BLOCK_ROWS") for launch in launches} - {None}) == 2
+
+
+@pytest.mark.parametrize(
+    "name, capability, product",
+    [
+        ("w4a8 bf16, groups of 128", 80, "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32"),
+        ("w4a8 bf16, few rows", 80, "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32"),
+        ("w4a8 bf16, groups of 128", 90, "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8"),
+        ("w4a8 bf16, few rows", 90, "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32"),
+        ("w4a16 bf16, groups of 128", 80, "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"),
+        ("w4a16 bf16, groups of 128", 90, "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16"),
+    ],
+)
+def test_products_are_those_of_the_tensor_cores(name, capability, product):
+    with standin_gpu(capability, execute=False) as launches:
+        case_named(name).run(case_named(name).make_arguments())
+    ptx = launches[-1].ptx
+    assert set(re.findall(r"\b(?:wgmma\.mma_async|mma\.sync)[\w.]*", ptx)) == {product}
+    # the weights come from registers: {...} after the sums
+    assert all("{" in line.split("}", 1)[1] for line in ptx.splitlines() if product in line)
+
+
 # a constant of each file with kernels or what they share, as PTX writes it, and what to make of it
 MUTATIONS = {
     "draws.py: Philox's multiplier": ("bf16 aligned", "-766435501", "-766435503"),
@@ -134,6 +183,14 @@ MUTATIONS = {
     "differential_sample.py: what is left out of the softmax": (
         "paper share 1, peaked", "0fC1E00000", "0fC0E00000",
     ),
+    "w4a16_linear.py: the bits of a nibble": ("w4a16 bf16, few rows, a short group", "0x0F0F0F0F", "0x070F0F0F"),
+    "w4a16_linear.py: the order of the nibbles": ("w4a16 bf16, few rows, a short group", "0x7441", "0x7442"),
+    "w4a16_linear.py: 2^23": ("w4a16 bf16, few rows, a short group", "0f4B000000", "0f4B000001"),
+    "w4a8_linear.py: the bits of a nibble": ("w4a8 bf16, few rows", "0xF0F0F0F0", "0x70F0F0F0"),
+    "w4a8_linear.py: the sign of a nibble": ("w4a8 bf16, few rows", "0x80808080", "0x80808000"),
+    "w4a8_linear.py: the bits of 1.5 * 2^23": ("w4a8 bf16, few rows", "1262485504", "1262485505"),
+    "w4a8_linear.py: 1.5 * 2^19": ("w4a8 bf16, few rows", "0fC9400000", "0fC9400001"),
+    "w4a8_linear.py: the smallest scale": ("w4a8 fp32, extreme rows", "0f00800000", "0f3F800000"),
     "differential_sample.py: p = q": ("extreme rows, paper", "0f3A000000", "0f00000000"),
 }  # fmt: skip
 
@@ -173,6 +230,9 @@ def drop_barrier(ptx: str, kernel: str, which: int) -> str:
         ("bf16 aligned", "_sample_tokens_kernel", 0),
         ("N=4097 temperature=1.3 digits=3", "_mask_by_confidence_kernel", 1),
         ("more positions than registers hold", "_select_kernel", 1),
+        ("w4a8 bf16, groups of 128", "_quantize_rows_kernel", 0),
+        ("w4a8 bf16, groups of 128", "_w4a8_linear_kernel", 0),
+        ("w4a16 bf16, groups of 128", "_w4a16_linear_kernel", 0),
     ],
 )
 def test_a_dropped_barrier_turns_it_red(name, kernel, barrier):

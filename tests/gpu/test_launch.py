@@ -15,12 +15,14 @@ from triton.runtime import JITFunction
 import mgt_kernels
 from mgt_kernels import ops
 from mgt_kernels import triton as kernels
-from mgt_kernels.triton import differential_sample, mask_by_confidence, sample_tokens
+from mgt_kernels.triton import differential_sample, mask_by_confidence, sample_tokens, w4a8_linear, w4a16_linear
 
 SPLIT = next(case for case in CASES if case.name == "bf16 split over four programs")
 MASK = next(case for case in CASES if case.name == "N=256 temperature=1.3 digits=3")
 DIFFERENCE = next(case for case in CASES if case.name == "official, aliased, bf16, noise")
-ONE_OF_EACH = [SPLIT, MASK, DIFFERENCE]
+LINEAR = next(case for case in CASES if case.name == "w4a8 bf16, two static scales, a short group")
+LINEAR_16 = next(case for case in CASES if case.name == "w4a16 fp32, groups of 32")
+ONE_OF_EACH = [SPLIT, MASK, DIFFERENCE, LINEAR, LINEAR_16]
 
 
 def launches_of(*arguments, op="sample_tokens"):
@@ -29,7 +31,9 @@ def launches_of(*arguments, op="sample_tokens"):
     return launches
 
 
-@pytest.mark.parametrize("op", ["sample_tokens", "mask_by_confidence", "differential_sample"])
+@pytest.mark.parametrize(
+    "op", ["sample_tokens", "mask_by_confidence", "differential_sample", "w4a8_linear", "w4a16_linear"]
+)
 def test_ops_have_a_cuda_kernel(op):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"mgt_kernels::{op}", "CUDA")
 
@@ -148,12 +152,12 @@ def test_settings_of_a_step_do_not_compile_anew():
 def test_nothing_is_tuned_at_run_time():
     found = [
         value
-        for module in (sample_tokens, mask_by_confidence, differential_sample)
+        for module in (sample_tokens, mask_by_confidence, differential_sample, w4a8_linear, w4a16_linear)
         for name, value in vars(sys.modules[module.__module__]).items()
         if name.endswith("_kernel")
     ]
     # a tuner would wrap it; what is launched is a function of dtype, layout and shape
-    assert len(found) == 6 and all(type(kernel) is JITFunction for kernel in found)
+    assert len(found) == 9 and all(type(kernel) is JITFunction for kernel in found)
 
 
 def assert_exact_arithmetic(ptx: str) -> None:
@@ -168,7 +172,7 @@ def test_arithmetic_is_exact(case, monkeypatch):
     for launch in launches_of(*arguments, op=case.op):
         assert_exact_arithmetic(launch.ptx)
     # with fusion left on, the check is red
-    for module in (sample_tokens, mask_by_confidence, differential_sample):
+    for module in (sample_tokens, mask_by_confidence, differential_sample, w4a8_linear, w4a16_linear):
         monkeypatch.setitem(sys.modules[module.__module__].LAUNCH_OPTIONS, "enable_fp_fusion", True)
     with pytest.raises(AssertionError):
         for launch in launches_of(*arguments, op=case.op):

@@ -122,6 +122,16 @@ def test_shortest_way_leaves_out_what_can_be_jumped_over() -> None:
     assert straight.instructions == 3 and not bodies
 
 
+def test_waiting_for_tensor_memory_is_no_loop() -> None:
+    wait = """
+        .L_x_0:
+        UTCATOMSWS.FIND_AND_SET.ALIGN UP0, UR4, UR4
+        BRA.U !UP0, `(.L_x_0)
+        EXIT
+    """
+    assert not kernel_of(wait).loops and kernel_of(wait.replace("UTCATOMSWS", "UIADD3")).loops == (Loop(0, 1),)
+
+
 def test_unknown_opcode_is_an_error() -> None:
     with pytest.raises(sass.UnknownOpcodeError, match=r"FROB\.X"):
         _ = kernel_of("FROB.X R0, R1\nEXIT").straight
