@@ -49,6 +49,9 @@ _NOW: ContextVar[tuple[float, int | None]] = ContextVar("mgt_sampler.quantize", 
 def activation_scales(*, masked: float = 1.0, guidance_half: int | None = None) -> Iterator[None]:
     """Say which activation scales quantized layers use, where they have several.
 
+    Which half is the conditional one is up to the caller, the same in calibration as later: `ScaledModel` and
+    `sampler_trajectories` have it first, diffusers' pipelines, whose batch holds both, second.
+
     Args:
         masked: share of the tokens that is masked, in [0, 1]; of L timestep buckets it chooses floor(masked L).
         guidance_half: 0 or 1, of all rows; None: the first half of the rows is half 0, the second half 1.
