@@ -419,6 +419,66 @@ def z_sampling_case(name: str, *, batch: int = 8) -> Case:
     )
 
 
+def linear_case(
+    name: str,
+    *,
+    op: str,
+    num_rows: int = 1101,
+    num_inputs: int = 1024,
+    num_outputs: int = 4096,
+    group_size: int = 128,
+    backend: str = "auto",
+    targets: tuple[Target, ...] = (),
+) -> Case:
+    """An int4 layer, float32 in and out, against PyTorch's layers; 1101 rows are the tokens of a Meissonic image."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(num_rows, num_inputs, generator=generator)
+    dense = torch.randn(num_outputs, num_inputs, generator=generator)
+    weight = mgt_kernels.quantize_int4(dense, group_size)
+    layer = getattr(mgt_kernels, op)
+    run = partial(layer, x, weight, backend=backend)
+
+    def check() -> None:
+        y, some = run(), slice(0, num_rows, max(1, num_rows // 16))
+        truth = layer(x[some], weight, backend="reference")
+        error = float((y[some] - truth).abs().max() / truth.abs().max())
+        if not error < 1e-5:
+            raise AssertionError(f"results differ from the oracle's by {error:.1e} of the largest")
+
+    peers: dict[str, Run] = {
+        "torch fp32": partial(torch.nn.functional.linear, x, dense),
+        "torch bf16": partial(torch.nn.functional.linear, x.bfloat16(), dense.bfloat16()),
+    }
+    bytes_moved = (x.numel() + num_rows * num_outputs) * 4 + weight.nbytes
+    return Case(name, run, peers, check, bytes_moved, num_rows, targets, math.inf)
+
+
+def linear_cases() -> dict[str, Callable[[str], Case]]:
+    """The int4 layers at Meissonic's sizes, on every instruction set with a kernel of its own, and over the rows."""
+    cases: dict[str, Callable[[str], Case]] = {}
+    for op, num_inputs, num_outputs, figure in (
+        ("w4a8_linear", 1024, 4096, 4.0),
+        ("w4a8_linear", 4096, 1024, 3.9),
+        ("w4a16_linear", 1024, 4096, 2.2),
+        ("w4a16_linear", 4096, 1024, 2.2),
+    ):
+        cases[f"{op} fp32, M=1101 K={num_inputs} N={num_outputs}"] = partial(
+            linear_case, op=op, num_inputs=num_inputs, num_outputs=num_outputs, targets=(Target(figure, "torch fp32"),)
+        )
+    name = "w4a8_linear fp32, group 32, M=1101 K=1024 N=4096"
+    cases[name] = partial(linear_case, op="w4a8_linear", group_size=32, targets=(Target(3.0, "torch fp32"),))
+    for isa in cpu.available_isas():
+        if isa == cpu.kernel_isa("w4a8_linear", isa) not in ("scalar", cpu.kernel_isa("w4a8_linear")):
+            targets = (Target(2.2, "torch fp32"),) if isa == "avx2" else ()
+            name = f"w4a8_linear fp32, {isa}, M=1101 K=1024 N=4096"
+            cases[name] = partial(linear_case, op="w4a8_linear", backend=isa, targets=targets)
+    for num_rows in (1, 4, 16, 64, 256, 4096):
+        cases[f"w4a8_linear fp32, M={num_rows} K=1024 N=4096"] = partial(
+            linear_case, op="w4a8_linear", num_rows=num_rows, targets=(Target(1.0, "torch fp32"),)
+        )
+    return cases
+
+
 def ours_fp32(guidance_scale: float) -> Run:
     """Our own step with every position masked, as the yardstick of the other cases."""
     inputs = (*logits_pair(1, 64, CODEBOOK_SIZE, torch.float32), masked_tokens(1, 64, 1.0))
@@ -445,7 +505,7 @@ def builders() -> dict[str, Callable[[str], Case]]:
     cases[f"remask_tokens fp32 guided, {big}"] = remask_case
     cases["Z-Sampling, bundled model, B=8"] = z_sampling_case
     for isa in cpu.available_isas():
-        if isa != cpu.resolve_isa():
+        if isa == cpu.kernel_isa("sample_tokens", isa) != cpu.kernel_isa("sample_tokens"):
             targets = (Target(1 / 2.5, "ours"),) if isa == "avx2" else ()
             cases[f"step fp32 flat, {isa}, {big}"] = partial(
                 step_case, guidance_scale=1.0, backend=isa, against={"ours": 1.0}, targets=targets
@@ -455,4 +515,4 @@ def builders() -> dict[str, Callable[[str], Case]]:
     cases["step fp32 guided, N=1024 V=8192"] = partial(step_case, height=32)
     cases["step fp32 guided, N=256 V=8192"] = partial(step_case, height=16)
     cases["step fp32 guided, N=256 V=1024"] = partial(step_case, height=16, codebook_size=1024, targets=(Target(1.0),))
-    return cases
+    return cases | linear_cases()

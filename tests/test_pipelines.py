@@ -329,9 +329,7 @@ def test_a_quantized_transformer_draws(parts):
     handle = parts["transformer"].register_forward_pre_hook(record, with_kwargs=True)
     before = call(pipeline("AmusedPipeline", parts, scheduler), seeded(0), **settings)
     handle.remove()
-    transformer, report = quantize(
-        parts["transformer"], calls, share=0.5, guidance_halves=True, group_size=32, backend="reference"
-    )
+    transformer, report = quantize(parts["transformer"], calls, share=0.5, guidance_halves=True, group_size=32)
     assert {layer.activation for layer in report.layers} == {"a8", "a16"}
     pipe = pipeline("AmusedPipeline", {**parts, "transformer": transformer}, scheduler)
     after = call(pipe, seeded(0), **settings)

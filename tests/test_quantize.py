@@ -13,7 +13,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 from typer.testing import CliRunner
 
-from mgt_kernels import PackedInt4, quantize_int4, w4a8_linear, w4a16_linear
+from mgt_kernels import PackedInt4, cpu, quantize_int4, w4a8_linear, w4a16_linear
 from mgt_sampler import cli, generate
 from mgt_sampler import quantize as scq
 from mgt_sampler.models.fashion import FashionModel, Tokenizer, TokenizerConfig, Transformer, TransformerConfig
@@ -28,7 +28,7 @@ from mgt_sampler.quantize import (
 )
 
 # of the kernels in these tests
-BACKEND = "reference"
+BACKEND = "auto"
 
 
 class Net(nn.Module):
@@ -89,7 +89,7 @@ def test_a_layer_runs_the_op_that_it_names():
     assert torch.equal(a16(x), w4a16_linear(x, packed, bias, backend=BACKEND))
     assert torch.equal(a8(x), w4a8_linear(x, packed, 0.02, bias, backend=BACKEND))
     assert (a8.activation, a16.activation) == ("a8", "a16")
-    assert "w4a8, group_size=32, kernel=reference" in repr(a8) and "w4a16" in repr(a16)
+    assert f"w4a8, group_size=32, kernel={cpu.kernel_isa('w4a8_linear')}" in repr(a8) and "w4a16" in repr(a16)
 
 
 def test_scales_of_halves_and_buckets():
@@ -473,7 +473,9 @@ def test_the_report(tmp_path):
     pytest.importorskip("matplotlib")
     quantized, report = quantize(Net())
     lines = report.table().splitlines()
-    assert len(lines) == 5 and "w4a8" in lines[3] and "reference" in lines[3] and "24 x 40" in lines[1]
+    assert (
+        len(lines) == 5 and "w4a8" in lines[3] and cpu.kernel_isa("w4a8_linear") in lines[3] and "24 x 40" in lines[1]
+    )
     assert lines[-1].split() == ["all", "1", "of", "3", "w4a8", f"{report.weight_bytes:,}"]
     packed: list[PackedInt4] = [layer.packed for layer in quantized.layers]
     assert report.weight_bytes == sum(weight.nbytes for weight in packed)

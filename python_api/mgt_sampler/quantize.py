@@ -149,10 +149,7 @@ def _kernel_name(activation: str, backend: str, device: torch.device) -> str:
         return "reference" if backend == "reference" else "none"
     if device.type != "cpu":
         return "triton"
-    kernel_isa = getattr(cpu, "kernel_isa", None)
-    if kernel_isa is None:
-        return "none"
-    return kernel_isa(f"w4{activation}_linear", cpu.resolve_isa(backend))
+    return cpu.kernel_isa(f"w4{activation}_linear", backend)
 
 
 class _FakeInt4Linear(nn.Module):
