@@ -32,6 +32,8 @@ def test_equals_the_cpu(case, capability):
             outputs = case.run(arguments)
         assert launches and all(launch.report for launch in launches)
         case.check(arguments, expected, outputs)
+        if not any(".approx" in launch.ptx for launch in launches):
+            break
 
 
 def test_many_rows_are_many():
