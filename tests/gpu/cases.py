@@ -525,9 +525,10 @@ def w4a16_linear_case(
         weight = linear.weight
         return linear.x, weight.w_q, weight.scale, weight.zero_point, group_size, bias if has_bias else None
 
-    def linear_of(*arguments: Any) -> Linear:
-        *factors, bias = arguments
-        return Linear(*factors, x_scale=None, bias=bias)
+    def linear_of(
+        x: Tensor, w_q: Tensor, scale: Tensor, zero_point: Tensor, group_size: int, bias: Tensor | None
+    ) -> Linear:
+        return Linear(x, w_q, scale, zero_point, group_size, None, bias)
 
     def expected(*arguments: Any) -> Outputs:
         linear = linear_of(*arguments)

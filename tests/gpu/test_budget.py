@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from budget import Record
-from configurations import CONFIGURATIONS, Case, Configuration, compile_for, loads, never
+from configurations import CAPABILITIES, CONFIGURATIONS, Case, Configuration, compile_for, loads, never
 
 # counts are those of one ptxas
 of_the_same_triton = pytest.mark.skipif(
@@ -27,9 +27,15 @@ RECORD = Record(
 
 
 @of_the_same_triton
-def test_kernels_keep_their_budget() -> None:
-    found = budget.compare(budget.read(), budget.records())
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_kernels_keep_their_budget(capability: int) -> None:
+    expected = {name: record for name, record in budget.read().items() if name.endswith(f", sm_{capability}")}
+    found = budget.compare(expected, budget.records((capability,)))
     assert not found, "\n".join(found)
+
+
+def test_every_budget_is_of_a_capability_that_is_counted() -> None:
+    assert {name.rsplit(", sm_", 1)[1] for name in budget.read()} == set(map(str, CAPABILITIES))
 
 
 @of_the_same_triton

@@ -32,6 +32,8 @@ def test_equals_the_cpu(case, capability):
             outputs = case.run(arguments)
         assert launches and all(launch.report for launch in launches)
         case.check(arguments, expected, outputs)
+        if not any(".approx" in launch.ptx for launch in launches):
+            break
 
 
 def test_many_rows_are_many():
@@ -243,3 +245,22 @@ def test_a_dropped_barrier_turns_it_red(name, kernel, barrier):
         pytest.raises(PtxError, match="race"),
     ):
         case.run(arguments)
+
+
+@pytest.mark.parametrize("name", ["w4a8 bf16, groups of 128", "w4a16 bf16, groups of 128", "w4a8 bf16, few rows"])
+def test_a_wait_for_copies_that_waits_for_too_few_turns_it_red(name):
+    case = case_named(name)
+    arguments = case.make_arguments()
+    expected = case.expected(*arguments)
+    found = []
+
+    def edit(ptx: str) -> str:
+        ptx, edits = re.subn(r"cp\.async\.wait_group\s+[1-9]\d*;", "cp.async.wait_group 9;", ptx)
+        found.append(edits)
+        return ptx
+
+    with standin_gpu(90, edit_ptx=edit):
+        outputs = case.run(arguments)
+    assert any(found), "the kernel waits for all copies now"
+    with pytest.raises(AssertionError):
+        case.check(arguments, expected, outputs)
