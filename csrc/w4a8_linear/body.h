@@ -157,8 +157,9 @@ void multiply_w4a8(const Int4LinearCall& call, int64_t panel, int64_t begin, int
       for (int64_t column = 0; column < kPanelOutputs; column += 16) {
         const int64_t output = panel * kPanelOutputs + column;
         if (output >= a.num_outputs) break;
-        const F result = S::mul(S::load(scratch.results + i * kPanelOutputs + column), row_scale);
-        store_y<S>(call, first + i, output, a.bias ? S::add(result, load_bias<S>(a, output)) : result);
+        const F result = S::load(scratch.results + i * kPanelOutputs + column);
+        store_y<S>(call, first + i, output,
+                   a.bias ? S::fma(result, row_scale, load_bias<S>(a, output)) : S::mul(result, row_scale));
       }
     }
   }
