@@ -8,6 +8,7 @@ MGT_TARGET_AMX_BEGIN
 #include "int4_linear/amx.h"
 #include "int4_linear/panel.h"
 #include "w4a8_linear/body.h"
+#include "w4a8_linear/vnni.h"
 
 namespace mgt {
 namespace {
@@ -79,9 +80,23 @@ struct AmxTile {
   }
 };
 
+// a tile register is mostly empty then, and its sums still leave it once a group
+bool has_few_rows(const Int4LinearCall& call) { return call.args.num_rows <= 8; }
+
+int64_t prepare(const Int4LinearCall& call, int64_t begin, int64_t end) {
+  return has_few_rows(call) ? prepare_w4a8<Avx512>(call, begin, end) : prepare_w4a8<Avx512, 16>(call, begin, end);
+}
+
+void multiply(const Int4LinearCall& call, int64_t panel, int64_t begin, int64_t end, void* scratch) {
+  if (has_few_rows(call))
+    multiply_w4a8<Avx512, VnniTile>(call, panel, begin, end, scratch);
+  else
+    multiply_w4a8<Avx512, AmxTile>(call, panel, begin, end, scratch);
+}
+
 }  // namespace
 
-const Int4LinearKernel w4a8_linear_amx = {prepare_w4a8<Avx512, 16>, multiply_w4a8<Avx512, AmxTile>, 1, 1};
+const Int4LinearKernel w4a8_linear_amx = {prepare, multiply, 1, 1};
 
 }  // namespace mgt
 

@@ -126,7 +126,7 @@ def generate(
         tokens: int64 (B, N) to start from, mask_token_id where a token is wanted; None: all masked.
         callback: called with a `SamplerStep` after every draw.
         progress: show a progress bar.
-        backend: of `mgt_kernels`: "auto", "reference", "scalar", "avx2", "avx512" or "triton".
+        backend: of `mgt_kernels`: "auto", "reference", "triton" or an instruction set, as `sample_tokens` takes it.
 
     Returns:
         The tokens, the images, each sample's seed and the number of model calls. Where nothing is masked at the start

@@ -79,8 +79,8 @@ class MGTScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         momentum: carries the logits on along their change since the last step, times this: a number, [start, end]
             or T values (`techniques.Extrapolation`).
         rng: "philox" or "torch"; the latter has neither differential sampling nor momentum.
-        backend: of `mgt_kernels`, for rng "philox": "auto", "reference", "scalar", "avx2", "avx512" or
-            "triton".
+        backend: of `mgt_kernels`, for rng "philox": "auto", "reference", "triton" or an instruction set, as
+            `sample_tokens` takes it.
 
     Raises:
         TypeError: differential has arguments that `Differential` does not know.
