@@ -61,7 +61,7 @@ def sample_tokens(
         noise_scale: standard deviation of the Gaussian logit noise, >= 0 (arXiv 2411.10781, noise regularization).
         temperature: 0, or at least 1e-30.
         backend: "auto" (CPU: the best instruction set, or MGT_ISA; CUDA: Triton), or one of "reference", "scalar",
-            "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx", "triton"; from "avx512" on the CPU kernel is the same.
+            "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx", "triton"; from "avx512" on, one kernel.
 
     Returns:
         token_ids (B, N) int64, and logprob (B, N) float32; known positions keep their token and get logprob +inf.
