@@ -1,9 +1,15 @@
 """What every test runs on: all CPU instruction sets of this machine, poisoned outputs, two threads."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from mgt_kernels import cpu
+
+# the benchmarks are not installed; last, so that an installed package is what is tested
+sys.path.append(str(Path(__file__).parent.parent))
 
 LINEAR = ("w4a8_linear", "w4a16_linear")
 
