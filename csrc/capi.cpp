@@ -67,17 +67,23 @@ constexpr Kernels kKernels[] = {
 constexpr int kNumIsas = sizeof kKernels / sizeof *kKernels;
 
 #if defined(__x86_64__)
-// The processor has tile registers for both types, and the system lets this process use them.
-bool has_amx() {
 #if defined(__linux__)
+bool allow_amx() {
   unsigned a, b, c, d;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
   // AMX-BF16, AMX-TILE, AMX-INT8
   const unsigned wanted = 1u << 22 | 1u << 24 | 1u << 25;
-  if ((d & wanted) != wanted) return false;
-  // ARCH_REQ_XCOMP_PERM for the tile data; asking again changes nothing
-  static const bool permitted = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
-  return permitted;
+  // ARCH_REQ_XCOMP_PERM for the tile data
+  return (d & wanted) == wanted && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+}
+#endif
+
+// The processor has tile registers for both types, and the system lets this process use them.
+bool has_amx() {
+#if defined(__linux__)
+  // asked once: a virtual machine takes longer over cpuid than over a small call
+  static const bool allowed = allow_amx();
+  return allowed;
 #else
   return false;
 #endif
@@ -253,15 +259,16 @@ mgt_status run_linear(const mgt_context* context, const mgt_int4_linear_args* ar
   auto* row_scale = rows + layout.rows;
   auto* row_sums = row_scale + layout.row_scale;
   auto* scratch = row_sums + layout.row_sums;
-  const mgt::Int4LinearCall call{a,
-                                 x_scale,
-                                 num_x_scales,
-                                 rows,
-                                 layout.row_stride,
-                                 reinterpret_cast<float*>(row_scale),
-                                 reinterpret_cast<uint32_t*>(row_sums),
-                                 y,
-                                 a.num_rows * a.num_outputs * 4 > kStreamBytes};
+  const mgt::Int4LinearCall call{
+      a,
+      x_scale,
+      num_x_scales,
+      rows,
+      layout.row_stride,
+      reinterpret_cast<float*>(row_scale),
+      reinterpret_cast<uint32_t*>(row_sums),
+      y,
+      a.dtype == MGT_FLOAT32 && a.dtype == MGT_FLOAT32 && a.num_rows * a.num_outputs * 4 > kStreamBytes};
   std::memset(rows + a.num_rows * layout.row_stride * kernel.row_bytes, 0,
               static_cast<size_t>((layout.num_padded_rows - a.num_rows) * layout.row_stride * kernel.row_bytes));
   FirstIndex bad_row;

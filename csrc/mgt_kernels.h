@@ -216,7 +216,8 @@ MGT_API mgt_status mgt_gaussian(const mgt_context* context, int64_t seed, uint32
 /* The instruction set that `requested` stands for on this processor; MGT_ISA_AUTO honours MGT_ISA. */
 MGT_API mgt_status mgt_resolve_isa(mgt_isa requested, mgt_isa* isa);
 
-/* The kernel that an op ("sample_tokens", "w4a8_linear", ...) runs where `isa` may be used. */
+/* The kernel that an op ("sample_tokens", "w4a8_linear", ...) runs where `isa` may be used. "amx" uses tile registers
+ * for more than 8 rows, vector registers for fewer. */
 MGT_API mgt_status mgt_kernel_isa(const char* op, mgt_isa isa, mgt_isa* kernel);
 
 /* "scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx"; NULL for anything else */

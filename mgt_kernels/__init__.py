@@ -1,4 +1,4 @@
-"""Fused sampling kernels for masked generative transformers: exact, seeded, independent of the batch."""
+"""Kernels for masked generative transformers, exact and independent of the batch: seeded sampling, int4 layers."""
 
 from mgt_kernels.info import __version__, info
 from mgt_kernels.linear import w4a8_linear, w4a16_linear

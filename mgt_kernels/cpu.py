@@ -226,28 +226,7 @@ def kernel_isa(op: str, isa: str = "auto") -> str:
     return ISAS[kernel]
 
 
-def w4a8_linear(
-    x: Tensor,
-    w_q: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    group_size: int,
-    x_scale: Tensor | None,
-    bias: Tensor | None,
-    isa: str,
-) -> Tensor:
-    """Run the C kernel on checked arguments."""
-    return _int4_linear(True, x, w_q, scale, zero_point, group_size, x_scale, bias, isa)
-
-
-def w4a16_linear(
-    x: Tensor, w_q: Tensor, scale: Tensor, zero_point: Tensor, group_size: int, bias: Tensor | None, isa: str
-) -> Tensor:
-    """Run the C kernel on checked arguments."""
-    return _int4_linear(False, x, w_q, scale, zero_point, group_size, None, bias, isa)
-
-
-def _int4_linear(
+def int4_linear(
     a8: bool,
     x: Tensor,
     w_q: Tensor,
@@ -258,6 +237,7 @@ def _int4_linear(
     bias: Tensor | None,
     isa: str,
 ) -> Tensor:
+    """Run the C kernel of w4a8_linear, or of w4a16_linear, on checked arguments."""
     (num_rows, num_inputs), num_outputs = x.shape, w_q.shape[0]
     y = torch.empty(num_rows, num_outputs, dtype=x.dtype)
     if num_rows == 0:

@@ -29,7 +29,7 @@ def w4a8_linear(
 
         x_q[m, k]  = clamp(round(x[m, k] * (1 / x_scale[m])), -128, 127)           halves to even, in float32
         sum[m, g]  = sum_{k in g} x_q[m, k] (w_q[n, k] - zero_point[n, g])         exact in 32 bits
-        y[m, n]    = x_scale[m] * sum_g scale[n, g] sum[m, g] + bias[n]            float32, g in order
+        y[m, n]    = x_scale[m] * sum_g scale[n, g] sum[m, g] + bias[n]            fused float32, g in order
 
     A row's result depends on nothing but the row: not on the batch, threads, or the instruction set.
 
@@ -93,8 +93,9 @@ def w4a16_linear(x: Tensor, weight: PackedInt4, bias: Tensor | None = None, *, b
 
     Raises:
         TypeError: if an argument has the wrong type or dtype.
-        ValueError: if a shape or device is wrong, or a row of x holds NaN or inf (the message names it; on CUDA, where
-            raising would wait for the device, such a row of y is NaN).
+        ValueError: if a shape or device is wrong, or a row of x holds NaN or inf, or rounds to inf (the message names
+            it; on CUDA, where raising would wait for the device, such a row of y is NaN, and so is a sum that
+            overflows).
         RuntimeError: if the backend asked for is not available.
 
     Source: W4A16 of secondary calibration quantization, arXiv 2411.10781.
@@ -197,14 +198,14 @@ def _(x, w_q, scale, zero_point, group_size, x_scale, bias, backend):  # type: i
         return _reference_w4a8_linear(x, w_q, scale, zero_point, group_size, x_scale, bias, backend)
     if x_scale is not None:
         check_scales(x_scale)
-    return cpu.w4a8_linear(x, w_q, scale, zero_point, group_size, x_scale, bias, backend)
+    return cpu.int4_linear(True, x, w_q, scale, zero_point, group_size, x_scale, bias, backend)
 
 
 @_w4a16_linear.register_kernel("cpu")
 def _(x, w_q, scale, zero_point, group_size, bias, backend):  # type: ignore[no-untyped-def]
     if backend == "reference":
         return _reference_w4a16_linear(x, w_q, scale, zero_point, group_size, bias, backend)
-    return cpu.w4a16_linear(x, w_q, scale, zero_point, group_size, bias, backend)
+    return cpu.int4_linear(False, x, w_q, scale, zero_point, group_size, None, bias, backend)
 
 
 @_w4a8_linear.register_kernel("cuda")

@@ -7,17 +7,16 @@ import pytest
 import torch
 
 from mgt_kernels import cpu
+from mgt_kernels.info import OPS
 
 # the benchmarks are not installed; last, so that an installed package is what is tested
 sys.path.append(str(Path(__file__).parent.parent))
-
-LINEAR = ("w4a8_linear", "w4a16_linear")
 
 
 def kernels_of(module: str) -> list[str]:
     """The instruction sets that have a kernel of their own for what a test file is about."""
     op = module.removeprefix("test_")
-    op = op if op in LINEAR else "sample_tokens"
+    op = op if op in OPS else "sample_tokens"
     return [isa for isa in cpu.available_isas() if cpu.kernel_isa(op, isa) == isa]
 
 

@@ -118,12 +118,25 @@ MGT_INLINE int64_t row_offset(int64_t row, int64_t k, int64_t stride) {
   return row / kRows * kRows * stride + k / kLine * kLine * kRows + row % kRows * kLine + k % kLine;
 }
 
+// add(R, row) with R = kRows, an integral constant, from the first row on, and with the R that is left
+template <int kRows, class Add>
+MGT_INLINE void for_rows(int64_t num_rows, const Add& add, int64_t row = 0) {
+  for (; row + kRows <= num_rows; row += kRows) add(std::integral_constant<int, kRows>{}, row);
+  if constexpr (kRows > 1) {
+    if (row < num_rows) for_rows<kRows - 1>(num_rows, add, row);
+  }
+}
+
+// of a tile that has nothing to set up
+struct NoSession {
+  explicit NoSession(int64_t) {}
+};
+
 // count is a multiple of 16
 template <class S>
 MGT_INLINE void clear(float* values, int64_t count) {
   typename S::F zero = S::set(0.0f);
   for (int64_t i = 0; i < count; i += 16) {
-    // or the loop becomes `rep stos`, which takes thousands of cycles to start
     S::hold(zero);
     S::store(values + i, zero);
   }

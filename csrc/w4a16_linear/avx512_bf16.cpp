@@ -60,16 +60,7 @@ struct Bf16Tile {
   }
 
   static void add(const W4A16Pairs<uint16_t>& pairs, int64_t num_rows) {
-    int64_t row = 0;
-    for (; row + 6 <= num_rows; row += 6) add_rows<6>(pairs, row);
-    switch (num_rows - row) {
-      case 5: return add_rows<5>(pairs, row);
-      case 4: return add_rows<4>(pairs, row);
-      case 3: return add_rows<3>(pairs, row);
-      case 2: return add_rows<2>(pairs, row);
-      case 1: return add_rows<1>(pairs, row);
-      default: return;
-    }
+    for_rows<6>(num_rows, [&](auto rows, int64_t first) { add_rows<decltype(rows)::value>(pairs, first); });
   }
 };
 

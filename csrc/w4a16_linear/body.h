@@ -111,11 +111,6 @@ void multiply_w4a16(const Int4LinearCall& call, int64_t panel, int64_t begin, in
   if (call.stream) S::fence();
 }
 
-// nothing to set up
-struct NoSession {
-  explicit NoSession(int64_t) {}
-};
-
 // two float32 multiply-adds per pair, kRows rows and kVectors times 16 outputs at a time
 template <class S, int kRows, int kVectors>
 struct FloatTile {
@@ -168,9 +163,8 @@ struct FloatTile {
 
   static void add(const W4A16Pairs<float>& pairs, int64_t num_rows) {
     for (int64_t column = 0; column < kPanelOutputs; column += 16 * kVectors) {
-      int64_t row = 0;
-      for (; row + kRows <= num_rows; row += kRows) add_rows<kRows>(pairs, row, column);
-      for (; row < num_rows; ++row) add_rows<1>(pairs, row, column);
+      for_rows<kRows>(num_rows,
+                      [&](auto rows, int64_t first) { add_rows<decltype(rows)::value>(pairs, first, column); });
     }
   }
 };

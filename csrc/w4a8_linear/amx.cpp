@@ -14,7 +14,7 @@ namespace mgt {
 namespace {
 
 // The zero points are taken off the weights as they are unpacked. 32 x 32 sums at a time leave the tile registers once
-// a group, which at group 128 takes about as long as the multiplications.
+// a group, to be added in float32.
 struct AmxTile {
   static int64_t tile_bytes(int64_t group_size) { return group_size % 64 == 0 ? 64 : 32; }
   struct Session : TileSession {
@@ -23,7 +23,8 @@ struct AmxTile {
   static constexpr bool kSignedWeights = true;
   static constexpr int64_t kBlock = 32;
   static constexpr int64_t kTileRows = 16;
-  static int32_t zero_point(int32_t value) { return value; }
+  // in each byte
+  static int32_t zero_point(int32_t value) { return value * 0x01010101; }
 
   // from the first input of the group to its input k, in tiles of 16 rows
   static MGT_INLINE int64_t row_step(const W4A8Group& group, int64_t k) {
@@ -80,7 +81,8 @@ struct AmxTile {
   }
 };
 
-// a tile register is mostly empty then, and its sums still leave it once a group
+// A tile register is mostly empty then, and its sums still leave it once a group: vector registers give the same bits
+// sooner.
 bool has_few_rows(const Int4LinearCall& call) { return call.args.num_rows <= 8; }
 
 int64_t prepare(const Int4LinearCall& call, int64_t begin, int64_t end) {

@@ -1,9 +1,9 @@
 // w4a8_linear, written once against the lanes of simd_*.h but for its innermost loop, a Tile: the sums of one group
 // over a block of rows.
 //
-// Bound by: the 8-bit multiplications, 2 M N K of them. What comes to them per group (a conversion, a multiplication by
-// the scale, the zero point) is 3 instructions on 32 group_size / 64 dot products: a tenth at group 128. The weights of
-// a panel are unpacked once for all rows, 2 M N K / (64 M) of the work.
+// Bound by: the M N K 8-bit multiply-adds. With a 32-bit dot product of bytes, a group of 16 outputs takes group_size /
+// 4 of these instructions, and 3 more for the zero point, the conversion and the scale: a tenth at group 128. The
+// weights of a panel are unpacked once for all rows.
 #pragma once
 
 namespace mgt {
@@ -123,10 +123,7 @@ void multiply_w4a8(const Int4LinearCall& call, int64_t panel, int64_t begin, int
       });
     }
   };
-  for (int64_t i = 0; i < groups * kPanelOutputs; ++i) {
-    const int32_t zero_point = scratch.zero_point[i];
-    scratch.zero_point[i] = Tile::kSignedWeights ? zero_point * 0x01010101 : Tile::zero_point(zero_point);
-  }
+  for (int64_t i = 0; i < groups * kPanelOutputs; ++i) scratch.zero_point[i] = Tile::zero_point(scratch.zero_point[i]);
 
   // the first block of rows unpacks what it needs when it needs it; the others find the whole panel
   int64_t num_strips = 0;
@@ -166,10 +163,11 @@ void multiply_w4a8(const Int4LinearCall& call, int64_t panel, int64_t begin, int
   if (call.stream) S::fence();
 }
 
-// nothing to set up
-struct NoSession {
-  explicit NoSession(int64_t) {}
-};
+// -zero_point (low + 128 high), in one multiply-add of 16-bit pairs with a row's sum
+inline int32_t negated_zero_point(int32_t zero_point) {
+  return static_cast<int32_t>(static_cast<uint32_t>(-zero_point & 0xffff) | static_cast<uint32_t>(-128 * zero_point)
+                                                                                << 16);
+}
 
 }  // namespace
 }  // namespace mgt

@@ -12,10 +12,7 @@ struct MaddubsTile {
   static constexpr bool kSignedWeights = false;
   static constexpr int64_t kTileRows = 1;
   static constexpr int64_t kBlock = 24;
-  // times a row's sum = low + 128 high, in one instruction
-  static int32_t zero_point(int32_t value) {
-    return static_cast<int32_t>(static_cast<uint32_t>(-value & 0xffff) | static_cast<uint32_t>(-128 * value) << 16);
-  }
+  static int32_t zero_point(int32_t value) { return negated_zero_point(value); }
 
   template <int R>
   static MGT_INLINE void add_rows(const W4A8Group& group, int64_t first, int64_t column) {
@@ -64,9 +61,8 @@ struct MaddubsTile {
 
   static void add(const W4A8Group& group, int64_t num_rows) {
     for (int64_t column = 0; column < kPanelOutputs; column += 2 * L::kLanes) {
-      int64_t row = 0;
-      for (; row + kRows <= num_rows; row += kRows) add_rows<kRows>(group, row, column);
-      for (; row < num_rows; ++row) add_rows<1>(group, row, column);
+      for_rows<kRows>(num_rows,
+                      [&](auto rows, int64_t first) { add_rows<decltype(rows)::value>(group, first, column); });
     }
   }
 };

@@ -10,10 +10,7 @@ struct VnniTile {
   static constexpr bool kSignedWeights = false;
   static constexpr int64_t kTileRows = 1;
   static constexpr int64_t kBlock = 48;
-  // times a row's sum = low + 128 high, in one instruction
-  static int32_t zero_point(int32_t value) {
-    return static_cast<int32_t>(static_cast<uint32_t>(-value & 0xffff) | static_cast<uint32_t>(-128 * value) << 16);
-  }
+  static int32_t zero_point(int32_t value) { return negated_zero_point(value); }
 
   template <int R>
   static MGT_INLINE void add_rows(const W4A8Group& group, int64_t first) {
@@ -68,16 +65,7 @@ struct VnniTile {
   }
 
   static void add(const W4A8Group& group, int64_t num_rows) {
-    int64_t row = 0;
-    for (; row + 6 <= num_rows; row += 6) add_rows<6>(group, row);
-    switch (num_rows - row) {
-      case 5: return add_rows<5>(group, row);
-      case 4: return add_rows<4>(group, row);
-      case 3: return add_rows<3>(group, row);
-      case 2: return add_rows<2>(group, row);
-      case 1: return add_rows<1>(group, row);
-      default: return;
-    }
+    for_rows<6>(num_rows, [&](auto rows, int64_t first) { add_rows<decltype(rows)::value>(group, first); });
   }
 };
 
