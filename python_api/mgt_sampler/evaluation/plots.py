@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from ..images import image_grid
 from .intervals import Estimate
-from .run import METRICS, STEP_METRICS, Metric, Result
+from .run import METRICS, STEP_METRICS, Metric, Result, hidden_metrics
 
 _BASELINE = "0.35"
 _DOTS = (
@@ -60,10 +60,13 @@ def save_plots(results: Sequence[Result], out: str | Path) -> list[Path]:
 
 
 def _metrics(results: Sequence[Result]) -> Figure:
-    columns = math.ceil(len(_DOTS) / 2)
+    dots = [*_DOTS, *(name for name in ("token_nll", "weight_bytes") if name not in hidden_metrics(results))]
+    columns = math.ceil(len(dots) / 2)
     figure = Figure(figsize=(3 + 2.2 * columns, 2 * (1.2 + 0.23 * len(results))), layout="constrained")
     axes = figure.subplots(2, columns, sharey=True).flatten()
-    for ax, name in zip(axes, _DOTS, strict=False):
+    for ax in axes[len(dots) :]:
+        ax.set_axis_off()
+    for ax, name in zip(axes, dots, strict=False):
         metric = METRICS[name]
         for row, result in enumerate(results):
             value, half_width = _numbers(result.estimates[name], metric)

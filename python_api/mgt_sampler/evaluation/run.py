@@ -324,15 +324,20 @@ def save_results(results: Sequence[Result], out: str | Path) -> list[Path]:
     return paths
 
 
+def hidden_metrics(results: Sequence[Result]) -> set[str]:
+    """Metrics that say nothing here: the weights where none are quantized, the likelihood where it was not found."""
+    hidden = set()
+    if all(result.configuration.quantization is None for result in results):
+        hidden.add("weight_bytes")
+    if all(result.estimates["token_nll"].value.isnan() for result in results):
+        hidden.add("token_nll")
+    return hidden
+
+
 def results_table(results: Sequence[Result]) -> str:
     """Lay results out as text: a line for each configuration, or for each class and metric of a single one."""
     if len(results) > 1:
-        hidden = set()
-        # the same for all
-        if all(result.configuration.quantization is None for result in results):
-            hidden.add("weight_bytes")
-        if all(result.estimates["token_nll"].value.isnan() for result in results):
-            hidden.add("token_nll")
+        hidden = hidden_metrics(results)
         metrics = {name: metric for name, metric in METRICS.items() if name not in hidden}
         header = ["configuration", *(metric.label for metric in metrics.values())]
         lines = [[r.configuration.name, *(shown(r.estimates[name], m) for name, m in metrics.items())] for r in results]
@@ -348,9 +353,7 @@ def results_table(results: Sequence[Result]) -> str:
         ["mean", shown(estimates["accuracy"], METRICS["accuracy"]), shown(estimates["spread"], METRICS["spread"])]
     )
     # against itself there is nothing to win
-    hidden = {"accuracy", "spread", "win", "tie", "loss", "weight_bytes"}
-    if estimates["token_nll"].value.isnan():
-        hidden.add("token_nll")
+    hidden = {"accuracy", "spread", "win", "tie", "loss", *hidden_metrics(results)}
     names = [name for name in METRICS if name not in hidden]
     totals = [[METRICS[name].label, shown(estimates[name], METRICS[name])] for name in names]
     return "\n\n".join([aligned([header, *lines]), aligned([*totals, ["images", f"{result.num_images}"]])])
