@@ -259,16 +259,15 @@ mgt_status run_linear(const mgt_context* context, const mgt_int4_linear_args* ar
   auto* row_scale = rows + layout.rows;
   auto* row_sums = row_scale + layout.row_scale;
   auto* scratch = row_sums + layout.row_sums;
-  const mgt::Int4LinearCall call{
-      a,
-      x_scale,
-      num_x_scales,
-      rows,
-      layout.row_stride,
-      reinterpret_cast<float*>(row_scale),
-      reinterpret_cast<uint32_t*>(row_sums),
-      y,
-      a.dtype == MGT_FLOAT32 && a.dtype == MGT_FLOAT32 && a.num_rows * a.num_outputs * 4 > kStreamBytes};
+  const mgt::Int4LinearCall call{a,
+                                 x_scale,
+                                 num_x_scales,
+                                 rows,
+                                 layout.row_stride,
+                                 reinterpret_cast<float*>(row_scale),
+                                 reinterpret_cast<uint32_t*>(row_sums),
+                                 y,
+                                 a.num_rows * a.num_outputs * (a.dtype == MGT_FLOAT32 ? 4 : 2) > kStreamBytes};
   std::memset(rows + a.num_rows * layout.row_stride * kernel.row_bytes, 0,
               static_cast<size_t>((layout.num_padded_rows - a.num_rows) * layout.row_stride * kernel.row_bytes));
   FirstIndex bad_row;

@@ -51,11 +51,16 @@ struct Avx2 {
     return {_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
             _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)))};
   }
-  static MGT_INLINE void store_low16(uint16_t* p, U a) {
+  static MGT_INLINE __m256i low16(U a) {
     const __m256i low = _mm256_set1_epi32(0xffff);
     // packing works within 128-bit halves: the quarters come out in the order 0, 2, 1, 3
     const __m256i packed = _mm256_packus_epi32(_mm256_and_si256(a.lo, low), _mm256_and_si256(a.hi, low));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xD8));
+    return _mm256_permute4x64_epi64(packed, 0xD8);
+  }
+  static MGT_INLINE void store_low16(uint16_t* p, U a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), low16(a)); }
+  static MGT_INLINE void stream_low16(uint16_t* p, U a) {
+    if (reinterpret_cast<std::uintptr_t>(p) % 32 != 0) return store_low16(p, a);
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), low16(a));
   }
   static MGT_INLINE void store_low8(int8_t* p, U a) {
     const __m256i low = _mm256_set1_epi32(0xff);

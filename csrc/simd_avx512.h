@@ -37,6 +37,10 @@ struct Avx512 {
   static MGT_INLINE void store_low16(uint16_t* p, U a) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(a));
   }
+  static MGT_INLINE void stream_low16(uint16_t* p, U a) {
+    if (reinterpret_cast<std::uintptr_t>(p) % 32 != 0) return store_low16(p, a);
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(a));
+  }
   static MGT_INLINE void store_low8(int8_t* p, U a) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a));
   }

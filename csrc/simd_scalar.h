@@ -127,6 +127,7 @@ struct Scalar16 {
   static MGT_INLINE void store_low16(uint16_t* p, U a) {
     for (int i = 0; i < 16; ++i) p[i] = static_cast<uint16_t>(a.lane[i]);
   }
+  static MGT_INLINE void stream_low16(uint16_t* p, U a) { store_low16(p, a); }
   static MGT_INLINE void store_low8(int8_t* p, U a) {
     for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(a.lane[i]);
   }

@@ -8,6 +8,7 @@ from torch import Tensor
 from mgt_kernels import cpu, reference
 from mgt_kernels.checks import check_backend, check_range, check_shape, check_tensor
 from mgt_kernels.packing import PackedInt4
+from mgt_kernels.registration import register
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _BIAS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -178,49 +179,19 @@ def check_scales(x_scale: Tensor) -> None:
         )
 
 
-_w4a8_linear = torch.library.custom_op("mgt_kernels::w4a8_linear", _reference_w4a8_linear, mutates_args=())
-_w4a16_linear = torch.library.custom_op("mgt_kernels::w4a16_linear", _reference_w4a16_linear, mutates_args=())
-
-
-@_w4a8_linear.register_fake
-def _(x, w_q, *_):  # type: ignore[no-untyped-def]
+def _fake_linear(x, w_q, *_):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape[0], w_q.shape[0])
 
 
-@_w4a16_linear.register_fake
-def _(x, w_q, *_):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape[0], w_q.shape[0])
-
-
-@_w4a8_linear.register_kernel("cpu")
-def _(x, w_q, scale, zero_point, group_size, x_scale, bias, backend):  # type: ignore[no-untyped-def]
-    if backend == "reference":
-        return _reference_w4a8_linear(x, w_q, scale, zero_point, group_size, x_scale, bias, backend)
+def _cpu_w4a8_linear(x, w_q, scale, zero_point, group_size, x_scale, bias, isa):  # type: ignore[no-untyped-def]
     if x_scale is not None:
         check_scales(x_scale)
-    return cpu.int4_linear(True, x, w_q, scale, zero_point, group_size, x_scale, bias, backend)
+    return cpu.int4_linear(True, x, w_q, scale, zero_point, group_size, x_scale, bias, isa)
 
 
-@_w4a16_linear.register_kernel("cpu")
-def _(x, w_q, scale, zero_point, group_size, bias, backend):  # type: ignore[no-untyped-def]
-    if backend == "reference":
-        return _reference_w4a16_linear(x, w_q, scale, zero_point, group_size, bias, backend)
-    return cpu.int4_linear(False, x, w_q, scale, zero_point, group_size, None, bias, backend)
+def _cpu_w4a16_linear(x, w_q, scale, zero_point, group_size, bias, isa):  # type: ignore[no-untyped-def]
+    return cpu.int4_linear(False, x, w_q, scale, zero_point, group_size, None, bias, isa)
 
 
-@_w4a8_linear.register_kernel("cuda")
-def _(x, w_q, scale, zero_point, group_size, x_scale, bias, backend):  # type: ignore[no-untyped-def]
-    if backend == "reference":
-        return _reference_w4a8_linear(x, w_q, scale, zero_point, group_size, x_scale, bias, backend)
-    from mgt_kernels import triton
-
-    return triton.w4a8_linear(x, w_q, scale, zero_point, group_size, x_scale, bias)
-
-
-@_w4a16_linear.register_kernel("cuda")
-def _(x, w_q, scale, zero_point, group_size, bias, backend):  # type: ignore[no-untyped-def]
-    if backend == "reference":
-        return _reference_w4a16_linear(x, w_q, scale, zero_point, group_size, bias, backend)
-    from mgt_kernels import triton
-
-    return triton.w4a16_linear(x, w_q, scale, zero_point, group_size, bias)
+register("w4a8_linear", _reference_w4a8_linear, _fake_linear, _cpu_w4a8_linear)
+register("w4a16_linear", _reference_w4a16_linear, _fake_linear, _cpu_w4a16_linear)

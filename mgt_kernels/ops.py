@@ -18,6 +18,7 @@ from mgt_kernels.checks import (
     per_sample,
     step_value,
 )
+from mgt_kernels.registration import register
 
 REMASK_VARIANTS = ("paper", "official", "random")
 
@@ -204,10 +205,12 @@ def differential_sample(
     else:
         _check_state(state, logits, settings)
         history, written, history_seed, history_step = state.history, state.written, state.seed, state.step
-    token_ids, logprob, divergence = torch.ops.mgt_kernels.differential_sample(
-        logits, tokens, history, written, history_step, history_seed, state is not None, seed, step, mask_token_id,
-        uncond_logits, guidance_scale, noise_scale, temperature, share, variant, aliased_history, backend,
-    )  # fmt: skip
+    # torch refuses a gradient to an op that writes to its arguments
+    with torch.no_grad():
+        token_ids, logprob, divergence = torch.ops.mgt_kernels.differential_sample(
+            logits, tokens, history, written, history_step, history_seed, state is not None, seed, step, mask_token_id,
+            uncond_logits, guidance_scale, noise_scale, temperature, share, variant, aliased_history, backend,
+        )  # fmt: skip
     return (
         token_ids,
         logprob,
@@ -529,90 +532,43 @@ def _remask_tokens(
     return remasked, score
 
 
-# any device runs the reference; what is registered below are the kernels of a device
-_sample_tokens = torch.library.custom_op("mgt_kernels::sample_tokens", _reference_sample_tokens, mutates_args=())
-_differential_sample = torch.library.custom_op(
-    "mgt_kernels::differential_sample",
-    _reference_differential_sample,
-    mutates_args=("history", "written", "history_step"),
-)
-_mask_by_confidence = torch.library.custom_op(
-    "mgt_kernels::mask_by_confidence", _reference_mask_by_confidence, mutates_args=()
-)
-
-# the same on every device: what differs is in the ops it is made of
-_remask = torch.library.custom_op("mgt_kernels::remask_tokens", _remask_tokens, mutates_args=())
-
-
-@_remask.register_fake
-def _(logits, tokens, *_):  # type: ignore[no-untyped-def]
+def _fake_draw(logits, tokens, *_):  # type: ignore[no-untyped-def]
     return tokens.new_empty(tokens.shape), tokens.new_empty(tokens.shape, dtype=torch.float32)
 
 
-@_sample_tokens.register_fake
-def _(logits, tokens, *_):  # type: ignore[no-untyped-def]
-    return tokens.new_empty(tokens.shape), tokens.new_empty(tokens.shape, dtype=torch.float32)
-
-
-@_sample_tokens.register_kernel("cpu")
-def _(logits, tokens, seed, step, *options):  # type: ignore[no-untyped-def]
-    if options[-1] == "reference":
-        return _reference_sample_tokens(logits, tokens, seed, step, *options)
+def _cpu_sample_tokens(logits, tokens, seed, step, *options):  # type: ignore[no-untyped-def]
     return cpu.sample_tokens(logits, tokens, seed, step_value(step), *options)
 
 
-@_sample_tokens.register_kernel("cuda")
-def _(*arguments):  # type: ignore[no-untyped-def]
-    if arguments[-1] == "reference":
-        return _reference_sample_tokens(*arguments)
-    from mgt_kernels import triton
-
-    return triton.sample_tokens(*arguments[:-1])
+def _fake_differential_sample(logits, tokens, *_):  # type: ignore[no-untyped-def]
+    return *_fake_draw(logits, tokens), tokens.new_empty(tokens.shape, dtype=torch.float32)
 
 
-@_differential_sample.register_fake
-def _(logits, tokens, *_):  # type: ignore[no-untyped-def]
-    logprob, divergence = (tokens.new_empty(tokens.shape, dtype=torch.float32) for _ in range(2))
-    return tokens.new_empty(tokens.shape), logprob, divergence
-
-
-@_differential_sample.register_kernel("cpu")
-def _(logits, tokens, history, written, history_step, history_seed, has_history, seed, step, *options):  # type: ignore[no-untyped-def]
-    if options[-1] == "reference":
-        return _reference_differential_sample(
-            logits, tokens, history, written, history_step, history_seed, has_history, seed, step, *options
-        )
+def _cpu_differential_sample(  # type: ignore[no-untyped-def]
+    logits, tokens, history, written, history_step, history_seed, has_history, seed, step, *options
+):
     _check_generation(has_history, history_step, history_seed, seed, step)
     outputs = cpu.differential_sample(logits, tokens, history, written, has_history, seed, step_value(step), *options)
     history_step.copy_(step)
     return outputs
 
 
-@_differential_sample.register_kernel("cuda")
-def _(*arguments):  # type: ignore[no-untyped-def]
-    if arguments[-1] == "reference":
-        return _reference_differential_sample(*arguments)
-    from mgt_kernels import triton
-
-    return triton.differential_sample(*arguments[:-1])
-
-
-@_mask_by_confidence.register_fake
-def _(token_ids, *_):  # type: ignore[no-untyped-def]
+def _fake_mask_by_confidence(token_ids, *_):  # type: ignore[no-untyped-def]
     return token_ids.new_empty(token_ids.shape)
 
 
-@_mask_by_confidence.register_kernel("cpu")
-def _(token_ids, logprob, mask_len, seed, step, *options):  # type: ignore[no-untyped-def]
-    if options[-1] == "reference":
-        return _reference_mask_by_confidence(token_ids, logprob, mask_len, seed, step, *options)
+def _cpu_mask_by_confidence(token_ids, logprob, mask_len, seed, step, *options):  # type: ignore[no-untyped-def]
     return cpu.mask_by_confidence(token_ids, logprob, mask_len, seed, step_value(step), *options)
 
 
-@_mask_by_confidence.register_kernel("cuda")
-def _(*arguments):  # type: ignore[no-untyped-def]
-    if arguments[-1] == "reference":
-        return _reference_mask_by_confidence(*arguments)
-    from mgt_kernels import triton
-
-    return triton.mask_by_confidence(*arguments[:-1])
+register("sample_tokens", _reference_sample_tokens, _fake_draw, _cpu_sample_tokens)
+register(
+    "differential_sample",
+    _reference_differential_sample,
+    _fake_differential_sample,
+    _cpu_differential_sample,
+    mutates_args=("history", "written", "history_step"),
+)
+register("mask_by_confidence", _reference_mask_by_confidence, _fake_mask_by_confidence, _cpu_mask_by_confidence)
+# the same on every device: what differs is in the ops it is made of
+register("remask_tokens", _remask_tokens, _fake_draw)

@@ -1,6 +1,8 @@
 """The ops as PyTorch sees them: opcheck, torch.compile without a graph break, the floors of the house."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -145,6 +147,46 @@ def test_logits_that_require_grad_are_sampled():
     logits = torch.randn(1, 4, 9, requires_grad=True)
     token_ids, _ = mgt_kernels.sample_tokens(logits, torch.full((1, 4), 9), mask_token_id=9, seed=0, step=0)
     assert (token_ids < 9).all()
+
+
+def test_a_gradient_is_refused():
+    weight = mgt_kernels.quantize_int4(torch.randn(8, 64))
+    for linear in (mgt_kernels.w4a8_linear, mgt_kernels.w4a16_linear):
+        y = linear(torch.randn(2, 64, requires_grad=True), weight)
+        with pytest.raises(NotImplementedError, match=f"mgt_kernels.{linear.__name__} has no gradient"):
+            y.sum().backward()
+    logits, tokens = torch.randn(1, 4, 9, requires_grad=True), torch.full((1, 4), 9)
+    _, logprob = mgt_kernels.sample_tokens(logits, tokens, mask_token_id=9, seed=0, step=0)
+    with pytest.raises(NotImplementedError, match=r"mgt_kernels\.sample_tokens has no gradient"):
+        logprob.sum().backward()
+    _, logprob, _ = mgt_kernels.differential_sample(logits, tokens, None, mask_token_id=9, seed=0, step=0)
+    assert not logprob.requires_grad
+
+
+def test_what_is_written_to_has_a_new_version():
+    logits, tokens = torch.randn(1, 4, 9), torch.full((1, 4), 9)
+    _, _, state = mgt_kernels.differential_sample(logits, tokens, None, mask_token_id=9, seed=0, step=0)
+    written = (state.history, state.written, state.step)
+    before = [tensor._version for tensor in written]
+    mgt_kernels.differential_sample(logits, tokens, state, mask_token_id=9, seed=0, step=1)
+    assert all(tensor._version > version for tensor, version in zip(written, before, strict=True))
+
+
+def test_the_compiler_stays_out_of_eager_calls():
+    script = """
+import sys, torch, mgt_kernels
+logits, tokens, draw = torch.randn(1, 4, 9), torch.full((1, 4), 9), dict(mask_token_id=9, seed=0, step=0)
+token_ids, logprob = mgt_kernels.sample_tokens(logits, tokens, **draw)
+mgt_kernels.differential_sample(logits, tokens, None, **draw)
+mgt_kernels.mask_by_confidence(token_ids, logprob, 2, temperature=1.0, **draw)
+mgt_kernels.remask_tokens(logits, token_ids, 2, **draw)
+weight = mgt_kernels.quantize_int4(torch.randn(8, 64))
+mgt_kernels.w4a8_linear(torch.randn(2, 64), weight)
+mgt_kernels.w4a16_linear(torch.randn(2, 64), weight)
+print([name for name in ("torch._dynamo", "sympy", "triton") if name in sys.modules])
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]", run.stdout + run.stderr
 
 
 def test_info_names_what_runs():

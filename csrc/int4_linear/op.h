@@ -29,7 +29,7 @@ struct Int4LinearCall {
   float* row_scale;
   uint32_t* row_sums;
   void* y;
-  // y is float32 and larger than a cache, so that it is written past it
+  // y is larger than a cache, so that it is written past it
   bool stream;
 };
 

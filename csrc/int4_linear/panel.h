@@ -142,37 +142,65 @@ MGT_INLINE void clear(float* values, int64_t count) {
   }
 }
 
-// y of 16 outputs from `output` on, as many of them as there are
-template <class S>
-MGT_INLINE void store_y(const Int4LinearCall& call, int64_t row, int64_t output, typename S::F y) {
-  const mgt_int4_linear_args& a = call.args;
-  const int64_t left = a.num_outputs - output;
-  const int64_t index = row * a.num_outputs + output;
-  if (a.dtype == MGT_FLOAT32) {
-    float* target = static_cast<float*>(call.y) + index;
-    if (left >= 16) return call.stream ? S::stream(target, y) : S::store(target, y);
-    float copy[16];
-    S::store(copy, y);
-    std::copy(copy, copy + left, target);
-    return;
-  }
-  // inf - inf, where float32 itself was too small
-  const typename S::F quiet = S::from_bits(S::set_u(0x7fc00000));
-  const typename S::U bits = bfloat16_bits<S>(S::select(S::is_nan(y), quiet, y));
-  uint16_t* target = static_cast<uint16_t*>(call.y) + index;
-  if (left >= 16) return S::store_low16(target, bits);
-  uint16_t copy[16];
-  S::store_low16(copy, bits);
-  std::copy(copy, copy + left, target);
-}
-
+// 16 values of bias, or of -0, which adds to nothing; zeros past the end
 template <class S>
 MGT_INLINE typename S::F load_bias(const mgt_int4_linear_args& a, int64_t output) {
-  if (a.bias == nullptr || output >= a.num_outputs) return S::set(0.0f);
+  if (a.bias == nullptr) return S::set(-0.0f);
   if (output + 16 <= a.num_outputs) return S::load(a.bias + output);
   float copy[16] = {};
-  std::copy(a.bias + output, a.bias + a.num_outputs, copy);
+  for (int64_t i = 0; output + i < a.num_outputs; ++i) copy[i] = a.bias[output + i];
   return S::load(copy);
+}
+
+// y of a panel's outputs, of rows from `first` on: results (num_rows, 64), times row_scale where it is given, plus bias
+template <class S>
+MGT_INLINE void store_panel(const Int4LinearCall& call, int64_t panel, int64_t first, int64_t num_rows,
+                            const float* results, const float* row_scale) {
+  using F = typename S::F;
+  using U = typename S::U;
+  const mgt_int4_linear_args& a = call.args;
+  const int64_t output = panel * kPanelOutputs;
+  F bias[4];
+  for (int64_t c = 0; c < 4; ++c) bias[c] = load_bias<S>(a, output + 16 * c);
+  // store(index of 16 elements of y, how many of them there are, their values)
+  const auto each = [&](int64_t num_outputs, const auto& store) {
+    for (int64_t i = 0; i < num_rows; ++i, results += kPanelOutputs) {
+      const F scale = S::set(row_scale != nullptr ? row_scale[first + i] : 1.0f);
+      const int64_t index = (first + i) * a.num_outputs + output;
+#pragma GCC unroll 4
+      for (int64_t c = 0; c < 4; ++c) {
+        if (16 * c >= num_outputs) break;
+        store(index + 16 * c, num_outputs - 16 * c, S::fma(S::load(results + 16 * c), scale, bias[c]));
+      }
+    }
+  };
+  // inf - inf, where float32 itself was too small
+  const F quiet = S::from_bits(S::set_u(0x7fc00000));
+  const auto rounded = [&](F y) { return bfloat16_bits<S>(S::select(S::is_nan(y), quiet, y)); };
+  float* y32 = static_cast<float*>(call.y);
+  uint16_t* y16 = static_cast<uint16_t*>(call.y);
+  const bool is_float = a.dtype == MGT_FLOAT32;
+  if (output + kPanelOutputs > a.num_outputs) {
+    each(a.num_outputs - output, [&](int64_t index, int64_t left, F y) {
+      float floats[16];
+      uint16_t halves[16];
+      left = std::min<int64_t>(left, 16);
+      S::store(floats, y);
+      S::store_low16(halves, rounded(y));
+      if (is_float)
+        std::copy(floats, floats + left, y32 + index);
+      else
+        std::copy(halves, halves + left, y16 + index);
+    });
+  } else if (is_float && call.stream) {
+    each(kPanelOutputs, [&](int64_t index, int64_t, F y) { S::stream(y32 + index, y); });
+  } else if (is_float) {
+    each(kPanelOutputs, [&](int64_t index, int64_t, F y) { S::store(y32 + index, y); });
+  } else if (call.stream) {
+    each(kPanelOutputs, [&](int64_t index, int64_t, F y) { S::stream_low16(y16 + index, rounded(y)); });
+  } else {
+    each(kPanelOutputs, [&](int64_t index, int64_t, F y) { S::store_low16(y16 + index, rounded(y)); });
+  }
 }
 
 }  // namespace

@@ -99,14 +99,7 @@ void multiply_w4a16(const Int4LinearCall& call, int64_t panel, int64_t begin, in
           call.row_stride, weights + k / 2 * kPanelOutputs, (last - k) / 2, results};
       Tile::add(pairs, num_rows);
     }
-    for (int64_t i = 0; i < num_rows; ++i) {
-      for (int64_t column = 0; column < kPanelOutputs; column += 16) {
-        const int64_t output = panel * kPanelOutputs + column;
-        if (output >= a.num_outputs) break;
-        const F result = S::load(results + i * kPanelOutputs + column);
-        store_y<S>(call, first + i, output, a.bias ? S::add(result, load_bias<S>(a, output)) : result);
-      }
-    }
+    store_panel<S>(call, panel, first, num_rows, results, nullptr);
   }
   if (call.stream) S::fence();
 }

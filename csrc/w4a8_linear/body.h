@@ -98,7 +98,6 @@ struct W4A8Group {
 
 template <class S, class Tile>
 void multiply_w4a8(const Int4LinearCall& call, int64_t panel, int64_t begin, int64_t end, void* memory) {
-  using F = typename S::F;
   using U = typename S::U;
   const mgt_int4_linear_args& a = call.args;
   const int64_t groups = num_groups(a);
@@ -149,16 +148,7 @@ void multiply_w4a8(const Int4LinearCall& call, int64_t panel, int64_t begin, int
           scratch.sums};
       Tile::add(group, num_rows);
     }
-    for (int64_t i = 0; i < num_rows; ++i) {
-      const F row_scale = S::set(call.row_scale[first + i]);
-      for (int64_t column = 0; column < kPanelOutputs; column += 16) {
-        const int64_t output = panel * kPanelOutputs + column;
-        if (output >= a.num_outputs) break;
-        const F result = S::load(scratch.results + i * kPanelOutputs + column);
-        store_y<S>(call, first + i, output,
-                   a.bias ? S::fma(result, row_scale, load_bias<S>(a, output)) : S::mul(result, row_scale));
-      }
-    }
+    store_panel<S>(call, panel, first, num_rows, scratch.results, call.row_scale);
   }
   if (call.stream) S::fence();
 }
