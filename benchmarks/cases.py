@@ -1,6 +1,5 @@
 """The cases: op, real model shape, peers, bytes moved, and the target each is held to."""
 
-import ctypes
 import importlib.util
 import math
 from collections.abc import Callable
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 import mgt_kernels
+from benchmarks.kept_memory import keep_freed_memory
 from mgt_kernels import cpu, reference
 from mgt_kernels.reference.differential_sample import select_rows
 
@@ -418,19 +418,6 @@ def z_sampling_case(name: str, *, batch: int = 8) -> Case:
         (Target(0.95, "its model calls"),),
         math.inf,
     )
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep what is freed, from here on, for us and for the peers alike.
-
-    A layer's result is some megabytes. Whether it is fresh memory at each call, whose pages then take longer than the
-    layer, is otherwise up to what the process allocated before.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        # M_MMAP_MAX: no blocks of their own; M_TRIM_THRESHOLD: nothing goes back
-        mallopt(-4, 0)
-        mallopt(-1, 2**31 - 1)
 
 
 def linear_case(

@@ -73,6 +73,10 @@ struct Avx512 {
   }
   static MGT_INLINE U add_u(U a, U b) { return _mm512_add_epi32(a, b); }
   static MGT_INLINE U sub_u(U a, U b) { return _mm512_sub_epi32(a, b); }
+  // as signed integers
+  static MGT_INLINE U max_u(U a, U b) { return _mm512_max_epi32(a, b); }
+  static MGT_INLINE int32_t reduce_max(U a) { return _mm512_reduce_max_epi32(a); }
+  static MGT_INLINE int32_t reduce_add(U a) { return _mm512_reduce_add_epi32(a); }
   static MGT_INLINE U bit_and(U a, U b) { return _mm512_and_si512(a, b); }
   static MGT_INLINE U bit_or(U a, U b) { return _mm512_or_si512(a, b); }
   static MGT_INLINE U bit_xor(U a, U b) { return _mm512_xor_si512(a, b); }

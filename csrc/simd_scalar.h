@@ -212,6 +212,20 @@ struct Scalar16 {
   static MGT_INLINE U sub_u(U a, U b) {
     return each<U>([&](int i) { return a.lane[i] - b.lane[i]; });
   }
+  // as signed integers
+  static MGT_INLINE U max_u(U a, U b) {
+    return each<U>([&](int i) { return std::max(static_cast<int32_t>(a.lane[i]), static_cast<int32_t>(b.lane[i])); });
+  }
+  static MGT_INLINE int32_t reduce_max(U a) {
+    int32_t largest = static_cast<int32_t>(a.lane[0]);
+    for (int i = 1; i < 16; ++i) largest = std::max(largest, static_cast<int32_t>(a.lane[i]));
+    return largest;
+  }
+  static MGT_INLINE int32_t reduce_add(U a) {
+    int32_t sum = 0;
+    for (int i = 0; i < 16; ++i) sum += static_cast<int32_t>(a.lane[i]);
+    return sum;
+  }
   static MGT_INLINE U bit_and(U a, U b) {
     return each<U>([&](int i) { return a.lane[i] & b.lane[i]; });
   }

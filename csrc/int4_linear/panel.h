@@ -86,21 +86,32 @@ void load_groups(const mgt_int4_linear_args& a, int64_t panel, float* scale, int
   }
 }
 
-template <class S>
-MGT_INLINE typename S::F load_x(const mgt_int4_linear_args& a, int64_t row, int64_t k) {
-  const int64_t left = a.num_inputs - k;
-  if (a.dtype == MGT_FLOAT32) {
-    const float* x = static_cast<const float*>(a.x) + row * a.x_stride + k;
-    if (left >= 16) return S::load(x);
-    float copy[16] = {};
-    for (int64_t i = 0; i < left; ++i) copy[i] = x[i];
-    return S::load(copy);
-  }
-  const uint16_t* x = static_cast<const uint16_t*>(a.x) + row * a.x_stride + k;
-  if (left >= 16) return S::load(x, MGT_BFLOAT16);
-  uint16_t copy[16] = {};
-  for (int64_t i = 0; i < left; ++i) copy[i] = x[i];
-  return S::load(copy, MGT_BFLOAT16);
+// X is the element of x: float, or uint16_t for bfloat16
+template <class S, class X>
+MGT_INLINE typename S::F load_x(const X* x) {
+  if constexpr (sizeof(X) == 4)
+    return S::load(x);
+  else
+    return S::load(x, MGT_BFLOAT16);
+}
+
+// the row's inputs [k, k + 16), zeros past num_inputs
+template <class S, class X>
+MGT_INLINE typename S::F load_x(const X* row, int64_t k, int64_t num_inputs) {
+  if (k + 16 <= num_inputs) return load_x<S>(row + k);
+  X copy[16] = {};
+  for (int64_t i = 0; k + i < num_inputs; ++i) copy[i] = row[k + i];
+  return load_x<S>(copy);
+}
+
+// the largest magnitude of a row, as the bits of a float: NaN is above infinity
+template <class S, class X>
+MGT_INLINE int32_t largest_magnitude(const X* row, int64_t num_inputs) {
+  const typename S::U magnitude = S::set_u(0x7fffffff);
+  typename S::U largest = S::set_u(0);
+  for (int64_t k = 0; k < num_inputs; k += 16)
+    largest = S::max_u(largest, S::bit_and(S::bits(load_x<S>(row, k, num_inputs)), magnitude));
+  return S::reduce_max(largest);
 }
 
 // the upper 16 bits of the nearest bfloat16, halves to even; x is not NaN
@@ -114,8 +125,11 @@ MGT_INLINE typename S::U bfloat16_bits(typename S::F x) {
 // the element of call.rows that holds input k of a row; Row is the element's type, kRows is 1 or 16 rows to a tile
 template <class Row, int64_t kRows>
 MGT_INLINE int64_t row_offset(int64_t row, int64_t k, int64_t stride) {
-  constexpr int64_t kLine = 64 / sizeof(Row);
-  return row / kRows * kRows * stride + k / kLine * kLine * kRows + row % kRows * kLine + k % kLine;
+  // unsigned, whose divisions by powers of two are shifts
+  constexpr uint64_t kLine = 64 / sizeof(Row), kTile = kRows;
+  const auto r = static_cast<uint64_t>(row), i = static_cast<uint64_t>(k);
+  return static_cast<int64_t>(r / kTile * kTile * static_cast<uint64_t>(stride) + i / kLine * kLine * kTile +
+                              r % kTile * kLine + i % kLine);
 }
 
 // add(R, row) with R = kRows, an integral constant, from the first row on, and with the R that is left
@@ -157,7 +171,6 @@ template <class S>
 MGT_INLINE void store_panel(const Int4LinearCall& call, int64_t panel, int64_t first, int64_t num_rows,
                             const float* results, const float* row_scale) {
   using F = typename S::F;
-  using U = typename S::U;
   const mgt_int4_linear_args& a = call.args;
   const int64_t output = panel * kPanelOutputs;
   F bias[4];

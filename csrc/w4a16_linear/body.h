@@ -9,31 +9,33 @@ namespace mgt {
 namespace {
 
 // Row is uint16_t (bfloat16) or float (a bfloat16, widened)
-template <class S, class Row, int64_t kTileRows = 1>
-int64_t prepare_w4a16(const Int4LinearCall& call, int64_t begin, int64_t end) {
-  using F = typename S::F;
+template <class S, class Row, class X, int64_t kTileRows>
+int64_t prepare_w4a16(const Int4LinearCall& call, const X* x, int64_t begin, int64_t end) {
   using U = typename S::U;
   const mgt_int4_linear_args& a = call.args;
-  const U magnitude = S::set_u(0x7fffffff);
-  const F infinity = S::set(std::numeric_limits<float>::infinity());
   int64_t first_bad = -1;
   for (int64_t row = begin; row < end; ++row) {
-    uint32_t bad = 0;
+    const X* inputs = x + row * a.x_stride;
+    // half a unit above the largest bfloat16, from which on all round to infinity
+    if (largest_magnitude<S>(inputs, a.num_inputs) >= 0x7f7f8000 && first_bad < 0) first_bad = row;
     for (int64_t k = 0; k < padded_inputs(a); k += 16) {
-      const F x = k < a.num_inputs ? load_x<S>(a, row, k) : S::set(0.0f);
-      bad |= S::to_bits(S::is_nan(x));
-      const U rounded = bfloat16_bits<S>(x);
-      const F widened = S::from_bits(S::template shift_left<16>(rounded));
-      bad |= S::to_bits(S::not_below(S::from_bits(S::bit_and(S::bits(widened), magnitude)), infinity));
+      const U rounded = bfloat16_bits<S>(load_x<S>(inputs, k, a.num_inputs));
       Row* target = static_cast<Row*>(call.rows) + row_offset<Row, kTileRows>(row, k, call.row_stride);
       if constexpr (sizeof(Row) == 2)
         S::store_low16(target, rounded);
       else
-        S::store(target, widened);
+        S::store(target, S::from_bits(S::template shift_left<16>(rounded)));
     }
-    if (bad && first_bad < 0) first_bad = row;
   }
   return first_bad;
+}
+
+template <class S, class Row, int64_t kTileRows = 1>
+int64_t prepare_w4a16(const Int4LinearCall& call, int64_t begin, int64_t end) {
+  const mgt_int4_linear_args& a = call.args;
+  if (a.dtype == MGT_FLOAT32)
+    return prepare_w4a16<S, Row, float, kTileRows>(call, static_cast<const float*>(a.x), begin, end);
+  return prepare_w4a16<S, Row, uint16_t, kTileRows>(call, static_cast<const uint16_t*>(a.x), begin, end);
 }
 
 // num_pairs pairs of inputs of some rows: results += x w, pair after pair

@@ -86,7 +86,8 @@ struct AmxTile {
 bool has_few_rows(const Int4LinearCall& call) { return call.args.num_rows <= 8; }
 
 int64_t prepare(const Int4LinearCall& call, int64_t begin, int64_t end) {
-  return has_few_rows(call) ? prepare_w4a8<Avx512>(call, begin, end) : prepare_w4a8<Avx512, 16>(call, begin, end);
+  return has_few_rows(call) ? prepare_w4a8<Avx512>(call, begin, end)
+                            : prepare_w4a8<Avx512, 16, false>(call, begin, end);
 }
 
 void multiply(const Int4LinearCall& call, int64_t panel, int64_t begin, int64_t end, void* scratch) {

@@ -9,59 +9,58 @@
 namespace mgt {
 namespace {
 
-template <class S, int64_t kTileRows = 1>
-int64_t prepare_w4a8(const Int4LinearCall& call, int64_t begin, int64_t end) {
+template <class S, class X, int64_t kTileRows, bool kRowSums>
+int64_t prepare_w4a8(const Int4LinearCall& call, const X* x, int64_t begin, int64_t end) {
   using F = typename S::F;
   using U = typename S::U;
   const mgt_int4_linear_args& a = call.args;
   const int64_t groups = num_groups(a);
-  const U magnitude = S::set_u(0x7fffffff);
-  const F infinity = S::set(std::numeric_limits<float>::infinity());
+  // adding 1.5 * 2^23 leaves the nearest integer, halves to even, in the low bits
+  const F magic = S::set(12582912.0f), lowest = S::set(-128.0f), highest = S::set(127.0f);
   int64_t first_bad = -1;
   for (int64_t row = begin; row < end; ++row) {
-    F largest = S::set(0.0f);
-    uint32_t bad = 0;
-    for (int64_t k = 0; k < a.num_inputs; k += 16) {
-      const F size = S::from_bits(S::bit_and(S::bits(load_x<S>(a, row, k)), magnitude));
-      bad |= S::to_bits(S::not_below(size, infinity));
-      largest = S::max(largest, size);
-    }
-    if (bad && first_bad < 0) first_bad = row;
+    const X* inputs = x + row * a.x_stride;
+    const int32_t largest = largest_magnitude<S>(inputs, a.num_inputs);
+    if (largest >= 0x7f800000 && first_bad < 0) first_bad = row;
     float scale;
     if (call.num_x_scales > 0) {
       scale = call.x_scale[row / (a.num_rows / call.num_x_scales)];
     } else {
-      float lanes[16];
-      S::store(lanes, largest);
-      scale = std::max(*std::max_element(lanes, lanes + 16) / 127.0f, std::numeric_limits<float>::min());
+      std::memcpy(&scale, &largest, sizeof scale);
+      scale = std::max(scale / 127.0f, std::numeric_limits<float>::min());
     }
     call.row_scale[row] = scale;
 
     const F inverse = S::set(1.0f / scale);
-    // adding 1.5 * 2^23 leaves the nearest integer, halves to even, in the low bits
-    const F magic = S::set(12582912.0f);
     int8_t* x_q = static_cast<int8_t*>(call.rows);
     const auto at = [&](int64_t k) { return row_offset<int8_t, kTileRows>(row, k, call.row_stride); };
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t last = std::min((g + 1) * a.group_size, padded_inputs(a));
       U sums = S::set_u(0);
       for (int64_t k = g * a.group_size; k < last; k += 16) {
-        F x = k < a.num_inputs ? S::mul(load_x<S>(a, row, k), inverse) : S::set(0.0f);
-        x = S::min(S::max(x, S::set(-128.0f)), S::set(127.0f));
-        const U integer = S::sub_u(S::bits(S::add(x, magic)), S::bits(magic));
-        sums = S::add_u(sums, integer);
+        const F scaled = S::mul(load_x<S>(inputs, k, a.num_inputs), inverse);
+        const F clamped = S::min(S::max(scaled, lowest), highest);
+        const U integer = S::sub_u(S::bits(S::add(clamped, magic)), S::bits(magic));
+        if constexpr (kRowSums) sums = S::add_u(sums, integer);
         S::store_low8(x_q + at(k), integer);
       }
-      uint32_t lanes[16];
-      S::store_u(lanes, sums);
-      int32_t sum = 0;
-      for (const uint32_t lane : lanes) sum += static_cast<int32_t>(lane);
-      call.row_sums[row * groups + g] = static_cast<uint32_t>(sum & 127) | static_cast<uint32_t>(sum >> 7) << 16;
+      if constexpr (kRowSums) {
+        const int32_t sum = S::reduce_add(sums);
+        call.row_sums[row * groups + g] = static_cast<uint32_t>(sum & 127) | static_cast<uint32_t>(sum >> 7) << 16;
+      }
     }
     // what the last group leaves of the padding
     for (int64_t k = groups * a.group_size; k < padded_inputs(a); k += 16) S::store_low8(x_q + at(k), S::set_u(0));
   }
   return first_bad;
+}
+
+// kRowSums: a tile without signed weights needs the sums of the rows
+template <class S, int64_t kTileRows = 1, bool kRowSums = true>
+int64_t prepare_w4a8(const Int4LinearCall& call, int64_t begin, int64_t end) {
+  if (call.args.dtype == MGT_FLOAT32)
+    return prepare_w4a8<S, float, kTileRows, kRowSums>(call, static_cast<const float*>(call.args.x), begin, end);
+  return prepare_w4a8<S, uint16_t, kTileRows, kRowSums>(call, static_cast<const uint16_t*>(call.args.x), begin, end);
 }
 
 // A thread's scratch: the panel, then per group and output the scale and what the tile makes of the zero point.
