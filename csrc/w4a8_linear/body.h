@@ -80,15 +80,19 @@ struct W4A8Scratch {
         sums(reinterpret_cast<int32_t*>(results + kBlockElements)) {}
 };
 
-// Group g of some rows: results += scale * (sum x_q w_q - zero_point sum x_q), in whatever way the tile has it.
-struct W4A8Group {
+// Some groups of some rows, one group after the other: results += scale * (sum x_q w_q - zero_point sum x_q), in
+// whatever way the tile has it.
+struct W4A8Groups {
   const int8_t* x_q;
   int64_t x_stride;
   const uint32_t* row_sums;
   int64_t sums_stride;
   const uint8_t* panel;
-  // of the layer; of this group, its first input, and how many times 4 it has
-  int64_t group_size, first_input, num_quads;
+  // of the layer
+  int64_t group_size;
+  // of these groups: how many, their first input, and how many times 4 inputs they have
+  int64_t num_groups, first_input, num_quads;
+  // (num_groups, 64)
   const float* scale;
   const int32_t* zero_point;
   float* results;
@@ -125,27 +129,30 @@ void multiply_w4a8(const Int4LinearCall& call, int64_t panel, int64_t begin, int
 
   // the first block of rows unpacks what it needs when it needs it; the others find the whole panel
   int64_t num_strips = 0;
+  const int64_t at_once = Tile::num_groups(a.group_size);
   for (int64_t first = begin; first < end; first += Tile::kBlock) {
     const int64_t num_rows = std::min<int64_t>(Tile::kBlock, end - first);
     clear<S>(scratch.results, num_rows * kPanelOutputs);
-    for (int64_t g = 0; g < groups; ++g) {
+    for (int64_t g = 0; g < groups; g += at_once) {
+      const int64_t count = std::min(at_once, groups - g);
       const int64_t k = g * a.group_size;
-      const int64_t last = std::min(k + a.group_size, padded_inputs(a));
+      const int64_t last = std::min(k + count * a.group_size, padded_inputs(a));
       for (; num_strips * kStripInputs < last; ++num_strips) unpack(num_strips);
-      const W4A8Group group{
+      const W4A8Groups some{
           static_cast<const int8_t*>(call.rows) + row_offset<int8_t, Tile::kTileRows>(first, k, call.row_stride),
           call.row_stride,
           call.row_sums + first * groups + g,
           groups,
           scratch.panel + k * kPanelOutputs,
           a.group_size,
+          count,
           k,
           (last - k) / 4,
           scratch.scale + g * kPanelOutputs,
           scratch.zero_point + g * kPanelOutputs,
           scratch.results,
           scratch.sums};
-      Tile::add(group, num_rows);
+      Tile::add(some, num_rows);
     }
     store_panel<S>(call, panel, first, num_rows, scratch.results, call.row_scale);
   }

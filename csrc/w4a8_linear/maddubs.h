@@ -12,10 +12,11 @@ struct MaddubsTile {
   static constexpr bool kSignedWeights = false;
   static constexpr int64_t kTileRows = 1;
   static constexpr int64_t kBlock = 24;
+  static int64_t num_groups(int64_t) { return 1; }
   static int32_t zero_point(int32_t value) { return negated_zero_point(value); }
 
   template <int R>
-  static MGT_INLINE void add_rows(const W4A8Group& group, int64_t first, int64_t column) {
+  static MGT_INLINE void add_rows(const W4A8Groups& group, int64_t first, int64_t column) {
     V sum[R][2];
     const V zero_point[2] = {L::load(group.zero_point + column), L::load(group.zero_point + column + L::kLanes)};
 #pragma GCC unroll 8
@@ -59,7 +60,7 @@ struct MaddubsTile {
     }
   }
 
-  static void add(const W4A8Group& group, int64_t num_rows) {
+  static void add(const W4A8Groups& group, int64_t num_rows) {
     for (int64_t column = 0; column < kPanelOutputs; column += 2 * L::kLanes) {
       for_rows<kRows>(num_rows,
                       [&](auto rows, int64_t first) { add_rows<decltype(rows)::value>(group, first, column); });

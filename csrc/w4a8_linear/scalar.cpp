@@ -13,8 +13,9 @@ struct ScalarTile {
   static constexpr bool kSignedWeights = false;
   static constexpr int64_t kBlock = 1;
   static constexpr int64_t kTileRows = 1;
+  static int64_t num_groups(int64_t) { return 1; }
   static int32_t zero_point(int32_t value) { return value; }
-  static void add(const W4A8Group& group, int64_t) {
+  static void add(const W4A8Groups& group, int64_t) {
     const auto sum =
         static_cast<int32_t>(group.row_sums[0] & 127) + 128 * static_cast<int16_t>(group.row_sums[0] >> 16);
     for (int64_t n = 0; n < kPanelOutputs; ++n) group.sums[n] = -group.zero_point[n] * sum;

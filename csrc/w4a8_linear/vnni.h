@@ -10,10 +10,11 @@ struct VnniTile {
   static constexpr bool kSignedWeights = false;
   static constexpr int64_t kTileRows = 1;
   static constexpr int64_t kBlock = 48;
+  static int64_t num_groups(int64_t) { return 1; }
   static int32_t zero_point(int32_t value) { return negated_zero_point(value); }
 
   template <int R>
-  static MGT_INLINE void add_rows(const W4A8Group& group, int64_t first) {
+  static MGT_INLINE void add_rows(const W4A8Groups& group, int64_t first) {
     __m512i sum[R][4];
 #pragma GCC unroll 4
     for (int c = 0; c < 4; ++c) {
@@ -64,7 +65,7 @@ struct VnniTile {
     }
   }
 
-  static void add(const W4A8Group& group, int64_t num_rows) {
+  static void add(const W4A8Groups& group, int64_t num_rows) {
     for_rows<6>(num_rows, [&](auto rows, int64_t first) { add_rows<decltype(rows)::value>(group, first); });
   }
 };
