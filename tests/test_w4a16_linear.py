@@ -88,13 +88,26 @@ def test_bad_arguments_are_named(change, error, words):
         mgt_kernels.w4a16_linear(**(ARGUMENTS | change))
 
 
-# the last rounds to inf in bfloat16
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 3.4e38])
+# the smallest float32 that rounds to inf in bfloat16: 2^127 (2 - 2^-8)
+ROUNDS_TO_INF = 2.0**128 - 2.0**119
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, ROUNDS_TO_INF])
 def test_bad_activations_are_named(backend, value):
     x = ARGUMENTS["x"].clone()
     x[4, 63] = value
     with pytest.raises(ValueError, match="x: row 4 holds NaN, inf"):
         mgt_kernels.w4a16_linear(**(ARGUMENTS | dict(x=x, backend=backend)))
+
+
+def test_the_largest_activation(backend):
+    x, weight, _ = make_case(3, 64, 8)
+    x[1] = 0
+    x[1, 5] = torch.nextafter(torch.tensor(ROUNDS_TO_INF), torch.tensor(0.0))
+    y = mgt_kernels.w4a16_linear(x, weight, backend=backend)
+    expected = weight.dequantize()[:, 5].bfloat16().double() * x[1, 5].bfloat16().double()
+    inside = expected.abs() < 2.0**127
+    assert inside.any() and torch.equal(y[1].double()[inside], expected[inside])
 
 
 def test_info_names_the_kernels():
