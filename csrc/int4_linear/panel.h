@@ -167,9 +167,10 @@ MGT_INLINE typename S::F load_bias(const mgt_int4_linear_args& a, int64_t output
 }
 
 // y of a panel's outputs, of rows from `first` on: results (num_rows, 64), times row_scale where it is given, plus bias
+// A function of its own: inlined, it takes registers from the multiplication, whose sums then go to the stack.
 template <class S>
-MGT_INLINE void store_panel(const Int4LinearCall& call, int64_t panel, int64_t first, int64_t num_rows,
-                            const float* results, const float* row_scale) {
+MGT_NOINLINE void store_panel(const Int4LinearCall& call, int64_t panel, int64_t first, int64_t num_rows,
+                              const float* results, const float* row_scale) {
   using F = typename S::F;
   const mgt_int4_linear_args& a = call.args;
   const int64_t output = panel * kPanelOutputs;

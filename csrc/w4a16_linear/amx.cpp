@@ -24,6 +24,7 @@ struct AmxTile {
   template <bool kTwoRows>
   static MGT_INLINE void multiply(const W4A16Pairs<uint16_t>& pairs, int64_t column) {
     float* results = pairs.results + column;
+    MGT_TILE_BARRIER();
     _tile_loadd(0, results, kStride);
     _tile_loadd(1, results + 16, kStride);
     if (kTwoRows) {

@@ -39,6 +39,7 @@ struct AmxTile {
   template <bool kTwoRows>
   static MGT_INLINE void multiply(const W4A8Groups& groups, int64_t begin, int64_t end, int64_t column, int32_t* sums) {
     const int64_t step = tile_bytes(groups.group_size);
+    MGT_TILE_BARRIER();
     _tile_zero(0);
     _tile_zero(1);
     if (kTwoRows) {
