@@ -1,4 +1,4 @@
-"""The tables of docs/techniques.md are those of the run whose CSV files lie beside its plots."""
+"""The tables of the pages are those of the runs whose CSV files lie beside their plots."""
 
 import csv
 from pathlib import Path
@@ -20,20 +20,49 @@ def cell(row, name):
     return shown(Estimate(value, half_width), METRICS[name])
 
 
-def test_the_tables_are_those_of_the_run():
-    with (DOCS / "techniques" / "results.csv").open(encoding="utf-8") as file:
+@pytest.mark.parametrize("page", ["techniques", "quantization"])
+def test_the_tables_are_those_of_the_run(page):
+    with (DOCS / page / "results.csv").open(encoding="utf-8") as file:
         results = {row["name"]: row for row in csv.DictReader(file)}
     labels = {metric.label: name for name, metric in METRICS.items()}
     seen, columns = set(), []
-    for line in (DOCS / "techniques.md").read_text(encoding="utf-8").splitlines():
+    for line in (DOCS / f"{page}.md").read_text(encoding="utf-8").splitlines():
         cells = [part.strip() for part in line.strip("|").split("|")]
         if cells[0] == "configuration":
             columns = [labels[label] for label in cells[1:]]
-        elif line.startswith("| ") and cells[0] in results:
+        elif not line.startswith("|"):
+            columns = []
+        elif columns and cells[0] in results:
             assert cells[1:] == [cell(results[cells[0]], name) for name in columns], line
             seen.add(cells[0])
-    assert seen == set(results) == {configuration.name for configuration in load_configurations("techniques")}
+    assert seen == set(results) == {configuration.name for configuration in load_configurations(page)}
     assert {row["num_images"] for row in results.values()} == {"2000"}
+
+
+def meissonic_cells(row):
+    return [
+        row["variant"],
+        *(f"{float(row[name]):.2f}" for name in ("seconds", "times_fp32", "times_bf16")),
+        *(f"{float(row[name]) / 1e6:.0f}" for name in ("weight_bytes", "peak_bytes")),
+        *(f"{float(row[name]):.2f}" for name in ("weights_of_bf16", "peak_of_bf16")),
+        row["missed"],
+    ]
+
+
+def peer_cells(row):
+    return [row[name] for name in ("library", "inputs", "outputs", "group", "GOP/s", "x float32", "error")]
+
+
+@pytest.mark.parametrize(
+    "name, head, cells", [("meissonic", "variant", meissonic_cells), ("peers", "library", peer_cells)]
+)
+def test_the_tables_of_the_layers_are_those_of_the_benchmarks(name, head, cells):
+    with (DOCS / "quantization" / f"{name}.csv").open(encoding="utf-8") as file:
+        expected = [cells(row) for row in csv.DictReader(file)]
+    lines = (DOCS / "quantization.md").read_text(encoding="utf-8").splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith(f"| {head} |")) + 2
+    shown_rows = [[part.strip() for part in line[1:-1].split("|")] for line in lines[first : first + len(expected)]]
+    assert shown_rows == expected
 
 
 @pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
