@@ -475,8 +475,8 @@ def linear_cases() -> dict[str, Callable[[str], Case]]:
     for isa in cpu.available_isas():
         if isa == cpu.kernel_isa("w4a8_linear", isa) not in ("scalar", cpu.kernel_isa("w4a8_linear")):
             # the 4.0 of a processor whose best is VNNI is above its limit on one where fp32 is faster
-            figure = {"avx2": 2.2, "avx512_vnni": 2.5}.get(isa)
-            targets = (Target(figure, "torch fp32"),) if figure else ()
+            floor = {"avx2": 2.2, "avx512_vnni": 2.5}.get(isa)
+            targets = (Target(floor, "torch fp32"),) if floor else ()
             name = f"w4a8_linear fp32, {isa}, M=1101 K=1024 N=4096"
             cases[name] = partial(linear_case, op="w4a8_linear", backend=isa, targets=targets)
     for num_rows in (1, 4, 16, 64, 256, 4096):
