@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton==3.9.0
 BIN := $(VENV)/bin
 
-.PHONY: demo test bench lint evaluate clean
+.PHONY: demo test test-consumers bench lint evaluate clean
 
 $(VENV)/installed: pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 	$(PYTHON) -m venv $(VENV)
@@ -23,6 +23,16 @@ test: $(VENV)/installed
 	$(BIN)/pytest --ignore tests/gpu
 	$(BIN)/pytest --numprocesses 2 tests/gpu
 
+# the wheel, and what links it, in an environment of their own
+CONSUMERS := build/consumers
+test-consumers:
+	$(PYTHON) -m venv --clear $(CONSUMERS)
+	$(CONSUMERS)/bin/pip install --quiet --upgrade pip
+	$(CONSUMERS)/bin/pip install --quiet $(TORCH) cmake jax ninja pytest
+	$(CONSUMERS)/bin/pip wheel --quiet --no-deps --wheel-dir $(CONSUMERS)/dist .
+	$(CONSUMERS)/bin/pip install --quiet $(CONSUMERS)/dist/*.whl
+	$(CONSUMERS)/bin/pytest tests/test_consumers.py
+
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks --csv benchmarks.csv
 
@@ -32,7 +42,7 @@ evaluate: $(VENV)/installed
 lint: $(VENV)/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp \
+	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp tests/consumers/*/*.c* \
 		mgt_kernels/triton/aot/*.[ch] tests/gpu/fake_cuda/*.c
 	$(BIN)/mypy mgt_kernels python_api/mgt_sampler benchmarks tests/gpu
 

@@ -1,5 +1,6 @@
 """Runs CMake for the extension; everything else is in pyproject.toml."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,9 +24,20 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DPython_EXECUTABLE={sys.executable}",
+            # a wheel holds no links: one file, of the name that programs look for
+            "-DCMAKE_PLATFORM_NO_VERSIONED_SONAME=ON", "-DCMAKE_INSTALL_LIBDIR=lib",
         ]  # fmt: skip
         subprocess.run(configure, cwd=build, check=True)
         subprocess.run(["cmake", "--build", "."], cwd=build, check=True)
+        # the C library, which programs find through mgt_kernels.include_dir() and library_path()
+        subprocess.run(["cmake", "--install", ".", "--prefix", target], cwd=build, check=True)
+
+    def copy_extensions_to_source(self) -> None:
+        """Of an editable installation, which has the C library beside the sources too."""
+        super().copy_extensions_to_source()
+        package = Path(self.get_finalized_command("build_py").get_package_dir("mgt_kernels"))
+        for folder in ("include", "lib"):
+            shutil.copytree(Path(self.build_lib) / "mgt_kernels" / folder, package / folder, dirs_exist_ok=True)
 
 
 setup(ext_modules=[Extension("mgt_kernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

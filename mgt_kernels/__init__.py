@@ -1,6 +1,6 @@
 """Kernels for masked generative transformers, exact and independent of the batch: seeded sampling, int4 layers."""
 
-from mgt_kernels.info import __version__, info
+from mgt_kernels.info import __version__, include_dir, info, library_path
 from mgt_kernels.linear import w4a8_linear, w4a16_linear
 from mgt_kernels.ops import DifferentialState, differential_sample, mask_by_confidence, remask_tokens, sample_tokens
 from mgt_kernels.packing import PackedInt4, quantize_int4
@@ -10,7 +10,9 @@ __all__ = [
     "PackedInt4",
     "__version__",
     "differential_sample",
+    "include_dir",
     "info",
+    "library_path",
     "mask_by_confidence",
     "quantize_int4",
     "remask_tokens",

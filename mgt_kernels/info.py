@@ -1,6 +1,7 @@
 """What runs here: version, instruction set, threads and the libraries met."""
 
 import importlib.metadata
+from pathlib import Path
 
 import torch
 
@@ -9,7 +10,19 @@ from mgt_kernels import _C, cpu
 __version__: str = _C.version()
 
 
+_PACKAGE = Path(__file__).parent
+
 OPS = ("sample_tokens", "differential_sample", "mask_by_confidence", "w4a8_linear", "w4a16_linear")
+
+
+def include_dir() -> Path:
+    """Return the folder of the C library's header, mgt_kernels.h; its parent is a prefix for CMake's find_package."""
+    return _PACKAGE / "include"
+
+
+def library_path() -> Path:
+    """Return the C library to link or to load: the kernels without Python and torch."""
+    return _PACKAGE / "lib" / "libmgt_kernels.so"
 
 
 def info() -> dict[str, str | int | list[str] | dict[str, str]]:

@@ -1,0 +1,66 @@
+"""NumPy on the C library, without torch: `python numpy_consumer.py LIBRARY` draws tokens and prints them."""
+
+import ctypes
+import sys
+
+import numpy as np
+
+
+class Context(ctypes.Structure):
+    """mgt_context."""
+
+    _fields_ = (("isa", ctypes.c_int), ("num_threads", ctypes.c_int32), ("parallel", ctypes.c_void_p))
+
+
+class Logits(ctypes.Structure):
+    """mgt_logits."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        *((f"stride_{name}", ctypes.c_int64) for name in ("sample", "position", "token")),
+    )
+
+
+class SampleTokensArgs(ctypes.Structure):
+    """mgt_sample_tokens_args."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("num_samples", "num_positions", "num_tokens")),
+        ("dtype", ctypes.c_int),
+        ("logits", Logits),
+        ("uncond_logits", Logits),
+        ("tokens", ctypes.c_void_p),
+        ("seeds", ctypes.c_void_p),
+        ("mask_token_id", ctypes.c_int64),
+        ("step", ctypes.c_int64),
+        *((name, ctypes.c_float) for name in ("guidance_scale", "noise_scale", "temperature")),
+    )
+
+
+def sample_tokens(
+    library: ctypes.CDLL, logits: np.ndarray, tokens: np.ndarray, seeds: np.ndarray, mask_token_id: int, step: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draw token_ids (B, N) int64 and logprob (B, N) from logits (B, N, V) float32 of any strides, without a copy."""
+    view = Logits(logits.ctypes.data, *(stride // logits.itemsize for stride in logits.strides))
+    arguments = SampleTokensArgs(
+        *logits.shape, 0, view, Logits(), tokens.ctypes.data, seeds.ctypes.data, mask_token_id, step, 1.0, 0.0, 1.0
+    )
+    token_ids, logprob = np.empty(tokens.shape, np.int64), np.empty(tokens.shape, np.float32)
+    bad_row = ctypes.c_int64(-1)
+    status = library.mgt_sample_tokens(
+        ctypes.byref(Context(0, 2, None)), ctypes.byref(arguments), token_ids.ctypes.data_as(ctypes.c_void_p),
+        logprob.ctypes.data_as(ctypes.c_void_p), ctypes.byref(bad_row),
+    )  # fmt: skip
+    if status:
+        raise RuntimeError(f"mgt_sample_tokens: status {status}, row {bad_row.value}")
+    return token_ids, logprob
+
+
+if __name__ == "__main__":
+    values = (np.arange(5 * 40, dtype=np.float32) % 7 * 0.5).reshape(1, 5, 40)
+    ids, _ = sample_tokens(
+        ctypes.CDLL(sys.argv[1]), values, np.full((1, 5), 40), np.array([7]), mask_token_id=40, step=0
+    )
+    print(*ids[0])
+    if "torch" in sys.modules:
+        raise AssertionError("torch was imported")

@@ -1,0 +1,202 @@
+"""What links the library: C, C++ through find_package, NumPy, JAX; what it exports, and what sanitizers say of it."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import mgt_kernels
+
+ROOT = Path(__file__).parent.parent
+CONSUMERS = ROOT / "tests" / "consumers"
+ISAS = mgt_kernels.info()["isas"]
+
+pytestmark = pytest.mark.skipif(
+    not all(map(shutil.which, ("cmake", "cc", "c++", "nm"))), reason="needs cmake, a compiler and binutils"
+)
+
+
+def run(*command, **options):
+    """Run a command; what it prints on either stream, with the error of one that fails."""
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, **options)
+    assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def page_blocks():
+    """The commands of docs/linking.md: installing it, C, C++, NumPy, JAX."""
+    return re.findall(r"```sh\n(.*?)```", (ROOT / "docs" / "linking.md").read_text(), flags=re.S)
+
+
+def run_block(block, prefix):
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PREFIX": str(prefix), "PATH": path}
+    return run("bash", "-euo", "pipefail", "-c", block, cwd=ROOT, env=environment)
+
+
+@pytest.fixture(scope="module")
+def prefix(tmp_path_factory):
+    """The library, built and installed without Python, as the page says."""
+    folder = tmp_path_factory.mktemp("prefix")
+    run_block(page_blocks()[0], folder)
+    # "lib64" on some systems
+    (libraries,) = folder.glob("lib*")
+    if libraries.name != "lib":
+        (folder / "lib").symlink_to(libraries)
+    return folder
+
+
+def compile_c(prefix, program, *libraries):
+    run(
+        "cc", "-std=c99", "-pedantic", "-Wall", "-Wextra", "-Werror", f"-I{prefix / 'include'}",
+        CONSUMERS / "c" / "main.c", "-o", program, *libraries,
+    )  # fmt: skip
+    return program
+
+
+def check_c_program(printed):
+    token_ids, logprob = zip(*(line.split() for line in printed.splitlines()), strict=True)
+    tokens = torch.tensor([[40, 40, 11, 40, 40]])
+    plain, first, second = ((torch.arange(200) % every * 0.5).view(1, 5, 40) for every in (7, 7, 6))
+    draws = [mgt_kernels.sample_tokens(plain, tokens, mask_token_id=40, seed=7, step=3)]
+    state = None
+    for step, logits in enumerate((first, second)):
+        *draw, state = mgt_kernels.differential_sample(logits, tokens, state, mask_token_id=40, seed=7, step=step)
+        draws.append(draw)
+    expected_ids, expected_logprob = (torch.cat([draw[i][0] for draw in draws]).tolist() for i in range(2))
+    assert [int(token) for token in token_ids] == expected_ids
+    assert [float.fromhex(value) if value != "inf" else torch.inf for value in logprob] == expected_logprob
+
+
+def test_a_c_program_draws_the_same(prefix, tmp_path):
+    shared = compile_c(
+        prefix, tmp_path / "shared", f"-L{prefix / 'lib'}", "-lmgt_kernels", f"-Wl,-rpath,{prefix / 'lib'}"
+    )
+    check_c_program(run(shared))
+    static = compile_c(prefix, tmp_path / "static", prefix / "lib" / "libmgt_kernels.a", "-lstdc++", "-lm", "-pthread")
+    check_c_program(run(static))
+
+
+@pytest.mark.skipif(shutil.which("pkg-config") is None, reason="needs pkg-config")
+def test_pkg_config_knows_it(prefix, tmp_path):
+    environment = {**os.environ, "PKG_CONFIG_PATH": str(prefix / "lib" / "pkgconfig")}
+    flags = run("pkg-config", "--cflags", "--libs", "mgt_kernels", env=environment).split()
+    check_c_program(run(compile_c(prefix, tmp_path / "main", *flags, f"-Wl,-rpath,{prefix / 'lib'}")))
+
+
+@pytest.mark.parametrize("where", ["installed", "wheel"])
+def test_a_cpp_program_lends_its_openmp(request, where, tmp_path):
+    folder = request.getfixturevalue("prefix") if where == "installed" else mgt_kernels.include_dir().parent
+    run("cmake", "-S", CONSUMERS / "cpp", "-B", tmp_path, "-G", "Ninja", f"-DCMAKE_PREFIX_PATH={folder}")
+    run("cmake", "--build", tmp_path)
+    printed = {run(tmp_path / name) for name in ("with_kernels", "with_kernels_static")}
+    assert len(printed) == 1
+    lines = printed.pop().split()
+    logits, tokens = (torch.arange(200) % 7 * 0.5).view(1, 5, 40), torch.full((1, 5), 40)
+    token_ids, _ = mgt_kernels.sample_tokens(logits, tokens, mask_token_id=40, seed=7, step=0)
+    assert list(map(int, lines[:5])) == token_ids[0].tolist()
+    w_q = (torch.arange(64) * 37 % 256).to(torch.uint8).view(2, 32)
+    scale, zero_point = torch.tensor([[0.5], [0.25]]), torch.tensor([[7], [8]], dtype=torch.uint8)
+    weight = mgt_kernels.PackedInt4(w_q, scale, zero_point, (2, 64), 64)
+    x = (torch.arange(3 * 64) % 11 - 5.0).view(3, 64)
+    expected = [*mgt_kernels.w4a8_linear(x, weight).flatten(), *mgt_kernels.w4a16_linear(x, weight).flatten()]
+    assert list(map(float.fromhex, lines[5:])) == [float(y) for y in expected]
+
+
+def test_only_the_c_abi_is_exported(prefix):
+    for library in (prefix / "lib" / "libmgt_kernels.so", mgt_kernels.library_path()):
+        names = [line.split()[-1] for line in run("nm", "-D", "--defined-only", library).splitlines()]
+        assert names and all(re.fullmatch(r"mgt_[a-z0-9_]+@@MGT_0|MGT_0", name) for name in names), names
+        declared = set(
+            re.findall(
+                r"\b(mgt_\w+)\(", re.sub(r"/\*.*?\*/", "", (ROOT / "csrc" / "mgt_kernels.h").read_text(), flags=re.S)
+            )
+        )
+        assert {name.split("@")[0] for name in names} - {"MGT_0"} == declared
+
+
+@pytest.mark.parametrize("compiler, standard", [("cc", "c99"), ("c++", "c++11")])
+def test_the_header_is_c_and_cpp(compiler, standard):
+    language = "c" if compiler == "cc" else "c++"
+    header = mgt_kernels.include_dir() / "mgt_kernels.h"
+    run(
+        compiler,
+        f"-std={standard}",
+        "-pedantic",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-fsyntax-only",
+        "-x",
+        language,
+        header,
+    )
+
+
+def test_numpy_draws_without_torch():
+    printed = run(sys.executable, CONSUMERS / "numpy_consumer.py", mgt_kernels.library_path())
+    logits, tokens = (torch.arange(200) % 7 * 0.5).view(1, 5, 40), torch.full((1, 5), 40)
+    token_ids, _ = mgt_kernels.sample_tokens(logits, tokens, mask_token_id=40, seed=7, step=0)
+    assert list(map(int, printed.split())) == token_ids[0].tolist()
+
+
+def test_jax_draws_under_jit_and_vmap(tmp_path):
+    jax_ffi = pytest.importorskip("jax.ffi", reason="needs jax")
+    library = mgt_kernels.library_path()
+    handlers = tmp_path / "handlers.so"
+    run(
+        "c++", "-std=c++17", "-O2", "-shared", "-fPIC", f"-I{jax_ffi.include_dir()}", f"-I{mgt_kernels.include_dir()}",
+        CONSUMERS / "jax" / "handlers.cpp", library, f"-Wl,-rpath,{library.parent}", "-o", handlers,
+    )  # fmt: skip
+    jitted, vmapped = run(sys.executable, CONSUMERS / "jax" / "consumer.py", handlers).splitlines()
+    logits, tokens = (torch.arange(400) % 7 * 0.5).view(2, 5, 40), torch.full((2, 5), 40)
+    token_ids, _ = mgt_kernels.sample_tokens(logits, tokens, mask_token_id=40, seed=torch.tensor([7, 8]), step=3)
+    assert list(map(int, jitted.split())) == list(map(int, vmapped.split())) == token_ids.flatten().tolist()
+
+
+@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+def test_sanitizers_find_nothing(tmp_path, sanitizer):
+    flags = f"-fsanitize={sanitizer} -fno-sanitize-recover=all -g1 -O0"
+    build = tmp_path / "build"
+    run(
+        "cmake",
+        "-S",
+        ROOT,
+        "-B",
+        build,
+        "-G",
+        "Ninja",
+        "-DMGT_PYTHON=OFF",
+        "-DCMAKE_BUILD_TYPE=Debug",
+        f"-DCMAKE_CXX_FLAGS={flags}",
+    )
+    run("cmake", "--build", build, "--target", "kernels_static")
+    program = compile_c(
+        mgt_kernels.include_dir().parent, tmp_path / "main", build / "libmgt_kernels.a", f"-fsanitize={sanitizer}",
+        "-lstdc++", "-lm", "-pthread",
+    )  # fmt: skip
+    # without -fopenmp its pool is one thread
+    layers = tmp_path / "layers"
+    run(
+        "c++", "-std=c++17", f"-I{mgt_kernels.include_dir()}", CONSUMERS / "cpp" / "main.cpp",
+        build / "libmgt_kernels.a", f"-fsanitize={sanitizer}", "-pthread", "-o", layers,
+    )  # fmt: skip
+    for isa in ISAS:
+        check_c_program(run(program, env={**os.environ, "MGT_ISA": isa}))
+        run(layers, env={**os.environ, "MGT_ISA": isa})
+
+
+def test_the_page_does_what_it_says(prefix):
+    blocks = page_blocks()[1:]
+    assert len(blocks) == 4
+    if importlib.util.find_spec("jax") is None:
+        blocks.pop()
+    printed = [run_block(block, prefix) for block in blocks]
+    check_c_program(printed[0])
+    assert printed[1].count("0x") == 2 * 12
