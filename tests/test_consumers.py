@@ -36,7 +36,8 @@ def page_blocks():
 
 def run_block(block, prefix):
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = {**os.environ, "PREFIX": str(prefix), "PATH": path}
+    # the package that is installed, not the folder of its sources
+    environment = {**os.environ, "PREFIX": str(prefix), "PATH": path, "PYTHONSAFEPATH": "1"}
     return run("bash", "-euo", "pipefail", "-c", block, cwd=ROOT, env=environment)
 
 
