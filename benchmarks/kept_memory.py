@@ -1,7 +1,7 @@
 """Freed memory that stays in the process, so that no call pays for fresh pages.
 
-A layer's result is some megabytes. Whether it is fresh memory at each call, whose pages then take longer than the
-layer, is otherwise up to what the process allocated before. For us and for the peers alike; for glibc.
+A layer's result is some megabytes. Whether it is fresh memory at each call, whose pages then take their own time, is
+otherwise up to what the process allocated before. For us and for the peers alike; for glibc.
 """
 
 import ctypes

@@ -3,7 +3,7 @@
 The weights are random and the module is our own, with the sizes that Meissonic (arXiv 2410.08261) publishes: 14 blocks
 with a stream each for image and text, 28 blocks with one stream, width 1024, 8 heads, 1024 image tokens and 77 of text.
 Every variant runs in a process of its own, so that memory and thread pools are its own. The processes keep freed
-memory: else fresh pages take up to half of a forward, and not the same part of each.
+memory: else fresh pages take a part of each forward that differs from run to run.
 """
 
 import csv

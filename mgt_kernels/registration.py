@@ -1,7 +1,7 @@
 """How an op becomes one of torch's: `torch.ops.mgt_kernels.NAME`.
 
-`torch.library.custom_op` would do most of this, but the first call of such an op imports PyTorch's compiler: a second,
-and 150 MB of memory, for those who never compile.
+`torch.library.custom_op` would do most of this, but the first call of such an op imports PyTorch's compiler, at the
+cost of those who never compile.
 """
 
 import inspect

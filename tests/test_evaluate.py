@@ -19,7 +19,7 @@ from scipy.spatial import distance
 from typer.testing import CliRunner
 
 from mgt_sampler import cli, sampling
-from mgt_sampler.evaluation import exact, run
+from mgt_sampler.evaluation import exact, plots, run
 from mgt_sampler.evaluation.configurations import Configuration, load_configurations
 from mgt_sampler.evaluation.intervals import jackknife
 from mgt_sampler.evaluation.metrics import (
@@ -428,6 +428,9 @@ class TestRun:
         heads = [type(model.transformer.head).__name__ for model in drawers[2:]]
         assert heads == ["Linear", "Int4Linear"] * 2
         assert "weights, MB" in run.results_table(results)
+        # and what they cost, in place of model calls
+        titles = [ax.get_title() for ax in plots._metrics(results).axes]
+        assert {"weights, MB ←", "seconds ←"} <= set(titles) and "calls ←" not in titles
         bad = Configuration("bad", {**arguments, "quantization": {"share": 2}})
         with pytest.raises(ValueError, match="bad: share"):
             evaluate([bad], num_images=20, num_groups=2)

@@ -84,13 +84,17 @@ def test_a_row_does_not_depend_on_its_batch(isa):
         assert torch.equal(mgt_kernels.w4a8_linear(x[rows], weight, 0.04, bias, backend=isa), y[rows])
     torch.set_num_threads(1)
     assert torch.equal(mgt_kernels.w4a8_linear(x, weight, 0.04, bias, backend=isa), y)
-    # more than a cache of results, which is written past it
-    many = x.repeat(8, 1)
-    wide = quantize_int4(torch.randn(200, 320, generator=torch.Generator().manual_seed(1)))
-    assert torch.equal(
-        mgt_kernels.w4a8_linear(many, wide, 0.04, backend=isa)[:450],
-        mgt_kernels.w4a8_linear(x, wide, 0.04, backend=isa),
-    )
+
+
+# results of more than two megabytes, which are written past the caches; rows on cache lines, and not
+@pytest.mark.parametrize("num_outputs", [1024, 1001])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("op", [mgt_kernels.w4a8_linear, mgt_kernels.w4a16_linear])
+def test_large_results_are_those_of_their_parts(op, dtype, num_outputs, isa):
+    x, weight, bias = make_case(1100, 64, num_outputs, dtype)
+    y = op(x, weight, bias=bias, backend=isa)
+    assert y.nbytes > 2**21
+    assert torch.equal(y, torch.cat([op(part, weight, bias=bias, backend=isa) for part in x.split(100)]))
 
 
 def test_scales_for_tensor_halves_and_rows(backend):

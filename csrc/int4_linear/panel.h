@@ -114,7 +114,7 @@ MGT_INLINE int32_t largest_magnitude(const X* row, int64_t num_inputs) {
   return S::reduce_max(largest);
 }
 
-// the upper 16 bits of the nearest bfloat16, halves to even; x is not NaN
+// the upper 16 bits of the nearest bfloat16, halves to even; anything of NaN
 template <class S>
 MGT_INLINE typename S::U bfloat16_bits(typename S::F x) {
   const typename S::U bits = S::bits(x);
@@ -166,8 +166,8 @@ MGT_INLINE typename S::F load_bias(const mgt_int4_linear_args& a, int64_t output
   return S::load(copy);
 }
 
-// y of a panel's outputs, of rows from `first` on: results (num_rows, 64), times row_scale where it is given, plus bias
-// A function of its own: inlined, it takes registers from the multiplication, whose sums then go to the stack.
+// y of a panel's outputs, of rows from `first` on: results (num_rows, 64), times row_scale where it is given, plus
+// bias. A function of its own: inlined, it takes registers from the multiplication, whose sums then go to the stack.
 template <class S>
 MGT_NOINLINE void store_panel(const Int4LinearCall& call, int64_t panel, int64_t first, int64_t num_rows,
                               const float* results, const float* row_scale) {

@@ -1,6 +1,10 @@
 // XLA's side of the library: a handler that jax.ffi calls with the buffers of a jitted computation.
 #include <mgt_kernels.h>
 
+#include <algorithm>
+#include <string>
+#include <vector>
+
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
