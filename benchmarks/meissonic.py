@@ -1,4 +1,4 @@
-"""`python -m benchmarks.meissonic`: a guided forward of a transformer of Meissonic's size in several arithmetics.
+"""`python -m mgt_benchmarks.meissonic`: a guided forward of a transformer of Meissonic's size in several arithmetics.
 
 The weights are random and the module is our own, with the sizes that Meissonic (arXiv 2410.08261) publishes: 14 blocks
 with a stream each for image and text, 28 blocks with one stream, width 1024, 8 heads, 1024 image tokens and 77 of text.
@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import mgt_kernels
-from benchmarks.kept_memory import ENVIRONMENT
 from mgt_kernels.packing import packed_bytes
+
+from .kept_memory import ENVIRONMENT
 
 VARIANTS = ("fp32", "bf16", "w8a8", "w4a16", "scq", "w4a8")
 # of the layers of variant scq, spread evenly: weights are random, so no ranking means anything
@@ -287,7 +288,7 @@ def main(
     for turn in range(rounds):
         for name in VARIANTS:
             print(f"round {turn + 1} of {rounds}: {name}", file=sys.stderr)
-            command = [sys.executable, "-m", "benchmarks.meissonic", "--variant", name, "--scale", scale]
+            command = [sys.executable, "-m", "mgt_benchmarks.meissonic", "--variant", name, "--scale", scale]
             command += ["--threads", str(threads)]
             output = subprocess.run(
                 command, check=True, capture_output=True, text=True, env={**os.environ, **ENVIRONMENT}

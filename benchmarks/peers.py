@@ -1,8 +1,12 @@
-"""`python -m benchmarks.peers`: our int4 layers beside those of other libraries, each in an environment of its own.
+"""Other libraries' W4A8 layers, each in an environment and a process of its own.
 
-The libraries bring their own PyTorch and thread pools, and pools in one process slow each other down, so every
-measurement is a process. The environments are made at the first run, with pip, in build/peers: zentorch's takes several
-gigabytes where pip brings a CUDA build of PyTorch.
+The libraries bring their own PyTorch and thread pools, and pools in one process slow each other down.
+
+    python -m mgt_benchmarks.peers [NAME ...]
+
+makes the environments with pip, in build/peers, and sets the layers beside ours and beside PyTorch's; where an
+environment is there, `mgt bench` has its library among the peers. zentorch's takes several gigabytes where pip brings a
+CUDA build of PyTorch.
 """
 
 import csv
@@ -11,64 +15,132 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
+import time
 import venv
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 import mgt_kernels
-from benchmarks.kept_memory import ENVIRONMENT
-from benchmarks.peer_worker import LAYERS
 
-ROOT = Path(__file__).resolve().parent.parent
-WORKER = ROOT / "benchmarks" / "peer_worker.py"
+from .case import AbsentError
+from .kept_memory import ENVIRONMENT
+from .peer_worker import LAYERS
+
+WORKER = Path(__file__).with_name("peer_worker.py")
+FOLDER = Path("build") / "peers"
 # what is installed into each environment
 REQUIREMENTS = {"zentorch": ["zentorch==2.14.0.1"], "openvino": ["openvino==2026.4.1", "numpy"]}
+OUTSIDE = tuple(REQUIREMENTS)
 HERE = tuple(name for name in LAYERS if name not in REQUIREMENTS)
-# (rows, inputs, outputs, group size); Meissonic's MLP at 1024 image tokens and 77 of text
+
+# (rows, inputs, outputs, group size)
+Sizes = tuple[int, int, int, int]
+# Meissonic's MLP at 1024 image tokens and 77 of text
 FULL = tuple((1101, k, n, group_size) for group_size in (128, 32) for k, n in ((1024, 4096), (4096, 1024)))
 TINY = ((33, 256, 128, 64),)
+# after which idle threads no longer spin, in this process or in the other
+_PAUSE = 0.02
 
 
 def interpreter(name: str, folder: Path) -> Path:
-    """Return the Python that `name` runs in, whose environment is made if it is missing."""
+    """Return the Python that `name` runs in; raises AbsentError where its environment has not been made."""
     if name in HERE:
         return Path(sys.executable)
+    if not (folder / name / "finished").exists():
+        raise AbsentError(f"not installed (python -m mgt_benchmarks.peers {name})")
+    return folder / name / "bin" / "python"
+
+
+def install(name: str, folder: Path) -> None:
+    """Make the environment of `name`, if it is missing."""
     environment = folder / name
-    python = environment / "bin" / "python"
-    finished = environment / "finished"
-    if not finished.exists():
-        print(f"installing {' '.join(REQUIREMENTS[name])} into {environment}", file=sys.stderr)
-        venv.create(environment, clear=True, with_pip=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *REQUIREMENTS[name]], check=True)
-        finished.touch()
-    return python
+    if (environment / "finished").exists():
+        return
+    print(f"installing {' '.join(REQUIREMENTS[name])} into {environment}", file=sys.stderr)
+    venv.create(environment, clear=True, with_pip=True)
+    subprocess.run([environment / "bin" / "python", "-m", "pip", "install", "--quiet", *REQUIREMENTS[name]], check=True)
+    (environment / "finished").touch()
 
 
-def measure(name: str, python: Path, layer: tuple[int, int, int, int], threads: int, calls: int) -> dict[str, float]:
+class Worker:
+    """A process that holds one layer of one library, and computes it when asked."""
+
+    def __init__(self, name: str, python: Path, sizes: Sizes, threads: int) -> None:
+        self._name, self._sizes = name, sizes
+        environment = {
+            **os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads),
+            # its folder's other files are no modules of the library's
+            "PYTHONSAFEPATH": "1",
+        }  # fmt: skip
+        arguments = json.dumps({"name": name, "layer": sizes, "threads": threads})
+        # a file, as a pipe that nobody reads may fill up
+        self._errors = tempfile.TemporaryFile("w+")
+        self._process = subprocess.Popen(
+            [python, WORKER, arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
+            env=environment,
+        )  # fmt: skip
+
+    @classmethod
+    def start(cls, name: str, folder: Path, sizes: Sizes, threads: int) -> "Worker":
+        """Start the process and have it compute once; raises AbsentError where that fails."""
+        worker = cls(name, interpreter(name, folder), sizes, threads)
+        try:
+            worker.seconds()
+        except RuntimeError as error:
+            raise AbsentError(str(error).strip().splitlines()[-1]) from error
+        return worker
+
+    def ask(self, question: str) -> Any:
+        """Return the answer to a line; RuntimeError with what the process printed, where it ended instead."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.write(question + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass
+        for line in self._process.stdout:
+            # libraries print there too
+            if line.startswith("answer "):
+                return json.loads(line.removeprefix("answer "))
+        self._process.wait()
+        self._errors.seek(0)
+        raise RuntimeError(f"{self._name} failed at layer {self._sizes}:\n{self._errors.read()}")
+
+    def seconds(self) -> float:
+        """Have it compute the layer once, and return how long that took."""
+        time.sleep(_PAUSE)
+        return self.ask("seconds")
+
+    def error(self) -> float:
+        """Return the error of its results relative to the float64 product, of the Frobenius norms."""
+        return self.ask("error")
+
+    def __del__(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+def measure(name: str, python: Path, sizes: Sizes, threads: int, calls: int) -> dict[str, float]:
     """Time one library at one layer in a process of its own."""
-    arguments = json.dumps({"name": name, "layer": layer, "threads": threads, "calls": calls})
-    environment = {**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads)}
-    if name in HERE:
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    run = subprocess.run([python, WORKER, arguments], capture_output=True, text=True, env=environment)
-    if run.returncode:
-        raise RuntimeError(f"{name} failed at layer {layer}:\n{run.stderr}")
-    return json.loads(run.stdout.splitlines()[-1])
+    worker = Worker(name, python, sizes, threads)
+    worker.seconds()
+    return {"seconds": statistics.median(worker.ask("seconds") for _ in range(calls)), "error": worker.error()}
 
 
 def main(
     names: Annotated[
-        list[str] | None, typer.Argument(help=f"Of {', '.join(REQUIREMENTS)}; both where none is named.")
+        list[str] | None, typer.Argument(help=f"Of {', '.join(REQUIREMENTS)}; all where none is named.")
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds, a process each.")] = 3,
     calls: Annotated[int, typer.Option(min=1, help="Timed calls in a process, of which the median counts.")] = 15,
     threads: Annotated[int, typer.Option(min=1)] = 2,
     scale: Annotated[str, typer.Option(help="full, or tiny for a try.")] = "full",
-    folder: Annotated[Path, typer.Option(help="Where the environments are.")] = ROOT / "build" / "peers",
+    folder: Annotated[Path, typer.Option(help="Where the environments are.")] = FOLDER,
     csv_file: Annotated[Path | None, typer.Option("--csv", help="Write the results to this file.")] = None,
 ) -> None:
     """Time W4A8 layers of several libraries, quantization of the activations included."""
@@ -78,6 +150,8 @@ def main(
             raise typer.BadParameter(f"expected some of {tuple(REQUIREMENTS)}, got {name!r}", param_hint="NAMES")
     if scale not in ("full", "tiny"):
         raise typer.BadParameter(f"expected full or tiny, got {scale!r}", param_hint="--scale")
+    for name in names:
+        install(name, folder)
     pythons = {name: interpreter(name, folder) for name in (*HERE, *names)}
     print(f"{threads} threads, {rounds} rounds, isa {mgt_kernels.info()['isa']}")
     rows: list[dict[str, object]] = []

@@ -1,79 +1,122 @@
-"""Timing: a correctness gate, then interleaved rounds of ours and the peers, medians of each."""
+"""Timing: a correctness gate, then interleaved rounds of ours, the peers and the machine's limits."""
 
 import statistics
-import time
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
-from benchmarks.cases import Case, Run
+from . import machine
+from .case import Case, Contestant, Job
 
-# larger than the last-level caches of today's servers hold for one tenant
-BANDWIDTH_BYTES = 2**30
+OURS = "mgt-kernels"
+# a round of a short call is the median of as many as take this long
+_SECONDS_OF_A_ROUND, _MOST_REPEATS = 0.02, 25
+
+
+@dataclass(frozen=True)
+class Quartiles:
+    """The quartiles of a figure over the rounds."""
+
+    low: float
+    median: float
+    high: float
+
+
+def quartiles(values: list[float]) -> Quartiles:
+    """Return the quartiles of one value for each round."""
+    if len(values) == 1:
+        return Quartiles(values[0], values[0], values[0])
+    return Quartiles(*statistics.quantiles(values, n=4, method="inclusive"))
 
 
 @dataclass(frozen=True)
 class Result:
-    """One case: medians in seconds, and what they mean."""
+    """One case: seconds of each contestant in each round, and the machine's limits in the same rounds."""
 
     case: Case
-    seconds: float
-    peer_seconds: dict[str, float]
+    job: Job
+    seconds: dict[str, list[float]]
+    bandwidth: list[float]
+    peak: list[float]
+    """Empty where arithmetic is no limit."""
     extra_bytes: int
 
-    @property
-    def ratios(self) -> dict[str, float]:
+    @cached_property
+    def ratios(self) -> dict[str, Quartiles]:
         """Each peer's time over ours."""
-        return {peer: seconds / self.seconds for peer, seconds in self.peer_seconds.items()}
+        ours = self.seconds[OURS]
+        return {
+            name: quartiles([a / b for a, b in zip(seconds, ours, strict=True)])
+            for name, seconds in self.seconds.items()
+            if name != OURS
+        }
 
-    def bandwidth_share(self, bandwidth: float) -> float:
-        """The time that moving the bytes takes at `bandwidth` (bytes per second), over ours."""
-        return self.case.bytes_moved / bandwidth / self.seconds
+    @cached_property
+    def roofline(self) -> dict[str, Quartiles]:
+        """The time that the job takes at the machine's limits, over each contestant's."""
+        least = [self.job.bytes_moved / bandwidth for bandwidth in self.bandwidth]
+        if self.peak:
+            arithmetic = [self.job.operations / peak for peak in self.peak]
+            least = list(map(max, least, arithmetic))
+        return {
+            name: quartiles([a / b for a, b in zip(least, seconds, strict=True)])
+            for name, seconds in self.seconds.items()
+        }
+
+    @property
+    def missed(self) -> list[str]:
+        """What the case is held to and does not reach."""
+        ratios = {peer: ratio.median for peer, ratio in self.ratios.items()}
+        median_ms = statistics.median(self.seconds[OURS]) * 1e3
+        missed = [
+            str(target)
+            for target in self.case.targets
+            if target.peer in ("", *ratios) and not target.met(ratios, median_ms)
+        ]
+        if self.extra_bytes / self.job.num_positions > self.case.bytes_per_position:
+            missed.append(f"<= {self.case.bytes_per_position:g} B/position")
+        return missed
 
 
-def elapsed(run: Run) -> float:
-    """Seconds that one call takes."""
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def read_bandwidth(rounds: int) -> float:
-    """Bytes per second at which all threads together read a buffer larger than the caches."""
-    buffer = torch.ones(BANDWIDTH_BYTES // 8, dtype=torch.int64)
-    parts = buffer.chunk(64)
-
-    def read() -> None:
-        # the maximum of int64 is one load and one compare: bound by memory
-        for part in parts:
-            part.amax()
-
-    read()
-    return BANDWIDTH_BYTES / statistics.median(elapsed(read) for _ in range(rounds))
-
-
-def allocated_bytes(run: Run) -> int:
+def allocated_bytes(contestant: Contestant) -> int:
     """Bytes that PyTorch allocates during one call, whether or not they are freed in it."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        run()
+        contestant.seconds()
     # one event per allocation or release: positive sizes are allocations
     events = profile.profiler.kineto_results.events()
     return sum(event.nbytes() for event in events if event.name() == "[memory]" and event.nbytes() > 0)
 
 
 def time_case(case: Case, rounds: int) -> Result:
-    """Check, then time `case` in interleaved rounds."""
-    case.check()
-    runs = {"": case.ours, **case.peers}
-    for run in runs.values():
-        run()
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    """Prepare and check, then time `case` in interleaved rounds."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(case.setting.threads)
+    try:
+        return _time_case(case, rounds)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _time_case(case: Case, rounds: int) -> Result:
+    job = case.prepare()
+    job.check()
+    contestants = {OURS: job.ours, **job.peers}
+    device = "cuda" if case.setting.backend == "triton" else "cpu"
+    machine.read_bandwidth(device)
+    # the first call compiles, packs or touches memory; the second is what a call takes
+    expected = {name: min(contestant.seconds() for _ in range(2)) for name, contestant in contestants.items()}
+    repeats = {
+        name: max(1, min(_MOST_REPEATS, round(_SECONDS_OF_A_ROUND / seconds))) for name, seconds in expected.items()
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    bandwidth: list[float] = []
+    peak: list[float] = []
     for _ in range(rounds):
-        for name, run in runs.items():
-            # ours is short: the median of three keeps one interruption out of the round
-            repeats = 1 if name in ("pytorch", "diffusers") else 3
-            seconds[name].append(statistics.median(elapsed(run) for _ in range(repeats)))
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    ours = medians.pop("")
-    return Result(case, ours, medians, allocated_bytes(case.ours))
+        for name, contestant in contestants.items():
+            seconds[name].append(statistics.median(contestant.seconds() for _ in range(repeats[name])))
+        bandwidth.append(machine.read_bandwidth(device))
+        if job.operations and device == "cpu":
+            peak.append(machine.peak(*job.arithmetic, case.setting.threads))
+    return Result(case, job, seconds, bandwidth, peak, allocated_bytes(job.ours))

@@ -1,0 +1,133 @@
+"""The results as one HTML file that needs no network: plots as SVG, the machine, every figure."""
+
+import io
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from .report import COLUMNS, Row, cells
+from .run import OURS
+
+_UNITS = {"N": "positions", "V": "codes", "B": "samples", "masked share": "masked share of the positions", "M": "rows"}
+
+
+def write_html(path: Path, table: list[Row], machine: dict[str, str]) -> None:
+    """Write the page; needs matplotlib."""
+    plots = [
+        ("How much longer the peers take", _ratios(table)),
+        ("How close to the machine's limits", _roofline(table)),
+    ]
+    curves = defaultdict(list)
+    for row in table:
+        if row["axis"] and row["median_ms"]:
+            curves[row["axis"]].append(row)
+    if curves:
+        plots.append(("How the cost grows", _curves(dict(curves))))
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(Path(__file__).with_name("page.html.jinja").read_text(encoding="utf-8"))
+    lines = [(cells(row), row["contestant"] == OURS, bool(row["missed"]), bool(row["skipped"])) for row in table]
+    missed = sum(line[2] for line in lines)
+    path.write_text(
+        template.render(machine=machine, plots=plots, columns=COLUMNS, lines=lines, missed=missed), encoding="utf-8"
+    )
+
+
+def _svg(figure: Any) -> str:
+    from matplotlib import pyplot
+
+    buffer = io.StringIO()
+    # text as text: searchable, and small
+    with pyplot.rc_context({"svg.fonttype": "none"}):
+        figure.savefig(buffer, format="svg", bbox_inches="tight")
+    pyplot.close(figure)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _colours(names: list[str]) -> dict[str, str]:
+    """Ours is always the same blue, the others keep theirs through all plots."""
+    return {OURS: "C0"} | {name: f"C{1 + i % 9}" for i, name in enumerate(dict.fromkeys(names)) if name != OURS}
+
+
+def _ratios(table: list[Row]) -> str:
+    from matplotlib import pyplot
+
+    shown = [row for row in table if row["ratio"] and not row["axis"]]
+    cases = list(dict.fromkeys(row["case"] for row in shown))
+    colours = _colours([row["contestant"] for row in table])
+    figure, axes = pyplot.subplots(figsize=(10, 1 + 0.28 * len(cases)))
+    labelled = set()
+    for row in shown:
+        median, low, high = (float(row[name]) for name in ("ratio", "ratio_q1", "ratio_q3"))
+        name = row["contestant"]
+        axes.errorbar(
+            median, cases.index(row["case"]), xerr=[[max(0, median - low)], [max(0, high - median)]], fmt="o",
+            color=colours[name], label=None if name in labelled else name, capsize=2,
+        )  # fmt: skip
+        labelled.add(name)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    axes.set_yticks(range(len(cases)), cases)
+    axes.set_ylim(len(cases) - 0.5, -0.5)
+    axes.set_xlabel("time over ours, median and quartiles of the rounds; right of 1 we are faster")
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
+    return _svg(figure)
+
+
+def _roofline(table: list[Row]) -> str:
+    from matplotlib import pyplot
+
+    shown = [row for row in table if row["contestant"] == OURS and not row["axis"]]
+    figure, axes = pyplot.subplots(figsize=(10, 1 + 0.28 * len(shown)))
+    values = [float(row["roofline_share"]) for row in shown]
+    bounds = [[float(row[f"roofline_share_{which}"]) for row in shown] for which in ("q1", "q3")]
+    errors = [[abs(a - b) for a, b in zip(values, bound, strict=True)] for bound in bounds]
+    axes.barh(range(len(shown)), values, xerr=errors, color="C0", capsize=2)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(shown)), [row["case"] for row in shown])
+    axes.set_ylim(len(shown) - 0.5, -0.5)
+    axes.set_xlabel("time at the bandwidth, or arithmetic peak, of the same rounds over ours; above 1: out of a cache")
+    axes.grid(axis="x", alpha=0.3)
+    return _svg(figure)
+
+
+def _curves(curves: dict[str, list[Row]]) -> str:
+    from matplotlib import pyplot
+
+    num_columns = min(2, len(curves))
+    num_rows = math.ceil(len(curves) / num_columns)
+    figure, grid = pyplot.subplots(num_rows, num_columns, figsize=(5.6 * num_columns, 4 * num_rows), squeeze=False)
+    colours = _colours([row["contestant"] for rows in curves.values() for row in rows])
+    for axes, (axis, rows) in zip(grid.flat, curves.items(), strict=False):
+        names = dict.fromkeys(row["contestant"] for row in rows)
+        for name in names:
+            points = sorted(
+                (float(row["at"]), *(float(row[key]) for key in ("median_ms", "q1_ms", "q3_ms")))
+                for row in rows
+                if row["contestant"] == name
+            )
+            at, median, low, high = zip(*points, strict=True)
+            axes.plot(at, median, "o-", color=colours[name], label=name)
+            axes.fill_between(at, low, high, color=colours[name], alpha=0.2)
+            if name == OURS:
+                proportional = [median[-1] * x / at[-1] for x in at]
+                axes.plot(at, proportional, ":", color="black", linewidth=0.8, label="proportional")
+        axes.set_xscale("log", base=2 if axis != "masked share" else 10)
+        axes.set_yscale("log")
+        for ax in (axes.xaxis, axes.yaxis):
+            ax.set_major_formatter(lambda x, _: f"{x:g}")
+        fixed = " ".join(part for part in rows[0]["shape"].split() if not part.startswith(f"{axis}="))
+        axes.set_title(f"{rows[0]['op']}, {rows[0]['variant']}, {fixed}", fontsize=10)
+        axes.set_xlabel(_UNITS[axis])
+        axes.set_ylabel("ms")
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(fontsize=8)
+    for axes in list(grid.flat)[len(curves) :]:
+        axes.remove()
+    figure.tight_layout()
+    return _svg(figure)

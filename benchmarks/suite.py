@@ -1,0 +1,77 @@
+"""`mgt bench`: run the cases, print and write what was measured, compare two runs."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from . import instructions, machine, report
+from .case import AbsentError, Case
+from .cases import Scale, cases_of
+from .compare import changes, print_changes
+from .run import Result, time_case
+
+
+def select(scale: Scale = "standard", only: Sequence[str] = (), threads: int | None = None) -> list[Case]:
+    """Return the cases of a scale whose names contain every text of `only`; ValueError where there are none."""
+    threads = threads or torch.get_num_threads()
+    selected = [case for case in cases_of(scale, threads) if all(text in case.setting.name for text in only)]
+    if not selected:
+        raise ValueError(f"only: expected a part of a case's name, as `mgt bench --list` prints them, got {list(only)}")
+    return selected
+
+
+def bench(
+    *,
+    scale: Scale = "standard",
+    only: Sequence[str] = (),
+    threads: int | None = None,
+    rounds: int | None = None,
+    out: Path | None = None,
+    markdown: bool = False,
+    progress: bool = True,
+) -> list[str]:
+    """Run cases, print and write what was measured; return the names of those that miss what they are held to."""
+    selected = select(scale, only, threads)
+    rounds = rounds or (3 if scale == "quick" else 7)
+    counts, reason = {}, ""
+    try:
+        counts = instructions.in_use() if scale == "quick" else instructions.count()[1]
+    except AbsentError as absent:
+        reason = f"instructions are not counted: {absent}"
+    facts = machine.describe() | {"rounds": str(rounds)}
+    print(", ".join(f"{name} {value}" for name, value in facts.items()))
+    if reason:
+        print(reason)
+    results: list[Result] = []
+    table: list[report.Row] = []
+    for case in tqdm(selected, unit="case", disable=not progress):
+        result = time_case(case, rounds)
+        results.append(result)
+        table += report.rows(result, counts.get(instructions.key(case.setting)))
+    if markdown:
+        print(report.markdown(table))
+    else:
+        report.print_table(table)
+    if out is not None:
+        write(out, table, results, facts)
+    return [result.case.setting.name for result in results if result.missed]
+
+
+def write(out: Path, table: list[report.Row], results: list[Result], facts: dict[str, str]) -> None:
+    """Write results.csv, results.json and report.html into a folder."""
+    from .page import write_html
+
+    out.mkdir(parents=True, exist_ok=True)
+    report.write_csv(out / "results.csv", table)
+    report.write_json(out / "results.json", results, facts)
+    write_html(out / "report.html", table, facts)
+    for name in ("results.csv", "results.json", "report.html"):
+        print(out / name)
+
+
+def compare(old: Path, new: Path) -> None:
+    """Print what moved between two runs; each is a folder that `bench` wrote, or its results.csv."""
+    tables = [report.read_csv(path / "results.csv" if path.is_dir() else path) for path in (old, new)]
+    print_changes(*changes(*tables))
