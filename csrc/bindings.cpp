@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "mgt_kernels.h"
+#include "peak.h"
 
 namespace py = pybind11;
 
@@ -229,5 +230,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("philox", &philox);
   m.def("gaussian", &gaussian);
   m.def("resolve_isa", &resolve_isa);
+  m.def("peak", &mgt::peak, py::call_guard<py::gil_scoped_release>());
   m.def("version", &mgt_version);
 }
