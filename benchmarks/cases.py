@@ -1,7 +1,6 @@
 """Which cases there are: the quick ones, the standard ones with their targets and curves, and every combination."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from itertools import product
 from typing import Literal
@@ -142,20 +141,15 @@ def curves(
     shares: tuple[float, ...],
 ) -> Iterator[Case]:
     """How the cost of a step grows with N, V, B and the masked share."""
+    point = partial(sampling_case, threads=threads)
     for n in positions:
-        yield sampling_case(replace(_POINT, num_positions=n), threads=threads, curve=("N", n))
+        yield point(Model("over N", n, 8192, 9.0), curve=("N", n))
     for v in codes:
-        yield sampling_case(replace(_POINT, codebook_size=v), threads=threads, curve=("V", v))
+        yield point(Model("over V", 256, v, 9.0), curve=("V", v))
     for batch in batches:
-        yield sampling_case(_POINT, batch=batch, threads=threads, curve=("B", batch))
+        yield point(Model("over B", 256, 8192, 9.0), batch=batch, curve=("B", batch))
     for share in shares:
-        yield sampling_case(
-            replace(_POINT, num_positions=1024), masked_share=share, threads=threads,
-            curve=("masked share", share),
-        )  # fmt: skip
-
-
-_POINT = Model("curve", 256, 8192, 9.0)
+        yield point(Model("over masked share", 1024, 8192, 9.0), masked_share=share, curve=("masked share", share))
 
 
 def linear_cases(threads: int) -> Iterator[Case]:
@@ -176,7 +170,7 @@ def linear_cases(threads: int) -> Iterator[Case]:
             floor = {"avx2": 2.2, "avx512_vnni": 2.5}.get(isa)
             yield linear(MEISSONIC_UP, backend=isa, targets=(Target(floor, "torch fp32"),) if floor else ())
     for num_rows in (1, 4, 16, 64, 256, 4096):
-        layer = Layer("curve", num_rows, MEISSONIC_UP.num_inputs, MEISSONIC_UP.num_outputs)
+        layer = Layer("over M", num_rows, MEISSONIC_UP.num_inputs, MEISSONIC_UP.num_outputs)
         yield linear(layer, targets=(Target(1.0, "torch fp32"),), curve=("M", num_rows))
 
 

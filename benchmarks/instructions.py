@@ -44,7 +44,8 @@ def count(isas: Collection[str] = (), library: Path | None = None) -> tuple[Coun
         program = Path(folder) / "instructions"
         # bound at once: the first call of a function would else be its search
         options = ["-std=c99", "-O1", f"-I{mgt_kernels.include_dir()}", f"-Wl,-z,now,-rpath,{library.parent}"]
-        for command in ([compiler, *options, SOURCE, library, "-lm", "-o", program], [program, *isas]):
+        build = [compiler, *options, str(SOURCE), str(library), "-lm", "-o", str(program)]
+        for command in (build, [str(program), *isas]):
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 raise AbsentError(f"{Path(command[0]).name} failed: {(done.stderr.splitlines() or ['no message'])[-1]}")
@@ -73,7 +74,9 @@ def key(setting: Setting) -> str:
 
 def compiler_of(library: Path | None = None) -> str:
     """Return what compiled the library: counts are those of one compiler."""
-    found = re.findall(rb"(?:GCC: \([^)\0]*\) |clang version )[\d.]+", (library or mgt_kernels.library_path()).read_bytes())
+    found = re.findall(
+        rb"(?:GCC: \([^)\0]*\) |clang version )[\d.]+", (library or mgt_kernels.library_path()).read_bytes()
+    )
     # the C library's start-up files leave the name of theirs
     return max(found, key=found.count).decode() if found else "unknown"
 
@@ -102,8 +105,8 @@ def main(write: Annotated[bool, typer.Option(help="Make what is counted the budg
     if write:
         # what this processor lacks stays
         kept = read_budget()[1] if BUDGET.exists() and read_budget()[0] == compiler else {}
-        budget = {"compiler": compiler, "instructions": dict(sorted((kept | counts).items()))}
-        BUDGET.write_text(json.dumps(budget, indent=1) + "\n")
+        written = {"compiler": compiler, "instructions": dict(sorted((kept | counts).items()))}
+        BUDGET.write_text(json.dumps(written, indent=1) + "\n")
         return
     of, budget = read_budget()
     if of != compiler:

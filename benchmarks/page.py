@@ -47,9 +47,10 @@ def _svg(figure: Any) -> str:
     return text[text.index("<svg") :]
 
 
-def _colours(names: list[str]) -> dict[str, str]:
-    """Ours is always the same blue, the others keep theirs through all plots."""
-    return {OURS: "C0"} | {name: f"C{1 + i % 9}" for i, name in enumerate(dict.fromkeys(names)) if name != OURS}
+def looks(names: list[str]) -> dict[str, tuple[str, str]]:
+    """Return the colour and the marker of each contestant, the same in all plots; ours is blue."""
+    others = [name for name in dict.fromkeys(names) if name != OURS]
+    return {OURS: ("C0", "o")} | {name: (f"C{1 + i % 9}", "osD"[i // 9 % 3]) for i, name in enumerate(others)}
 
 
 def _ratios(table: list[Row]) -> str:
@@ -57,15 +58,15 @@ def _ratios(table: list[Row]) -> str:
 
     shown = [row for row in table if row["ratio"] and not row["axis"]]
     cases = list(dict.fromkeys(row["case"] for row in shown))
-    colours = _colours([row["contestant"] for row in table])
+    look = looks([row["contestant"] for row in table])
     figure, axes = pyplot.subplots(figsize=(10, 1 + 0.28 * len(cases)))
     labelled = set()
     for row in shown:
         median, low, high = (float(row[name]) for name in ("ratio", "ratio_q1", "ratio_q3"))
         name = row["contestant"]
         axes.errorbar(
-            median, cases.index(row["case"]), xerr=[[max(0, median - low)], [max(0, high - median)]], fmt="o",
-            color=colours[name], label=None if name in labelled else name, capsize=2,
+            median, cases.index(row["case"]), xerr=[[max(0, median - low)], [max(0, high - median)]],
+            color=look[name][0], fmt=look[name][1], label=None if name in labelled else name, capsize=2,
         )  # fmt: skip
         labelled.add(name)
     axes.axvline(1, color="black", linewidth=0.8)
@@ -102,7 +103,7 @@ def _curves(curves: dict[str, list[Row]]) -> str:
     num_columns = min(2, len(curves))
     num_rows = math.ceil(len(curves) / num_columns)
     figure, grid = pyplot.subplots(num_rows, num_columns, figsize=(5.6 * num_columns, 4 * num_rows), squeeze=False)
-    colours = _colours([row["contestant"] for rows in curves.values() for row in rows])
+    look = looks([row["contestant"] for rows in curves.values() for row in rows])
     for axes, (axis, rows) in zip(grid.flat, curves.items(), strict=False):
         names = dict.fromkeys(row["contestant"] for row in rows)
         for name in names:
@@ -112,8 +113,9 @@ def _curves(curves: dict[str, list[Row]]) -> str:
                 if row["contestant"] == name
             )
             at, median, low, high = zip(*points, strict=True)
-            axes.plot(at, median, "o-", color=colours[name], label=name)
-            axes.fill_between(at, low, high, color=colours[name], alpha=0.2)
+            colour, marker = look[name]
+            axes.plot(at, median, marker=marker, color=colour, label=name)
+            axes.fill_between(at, low, high, color=colour, alpha=0.2)
             if name == OURS:
                 proportional = [median[-1] * x / at[-1] for x in at]
                 axes.plot(at, proportional, ":", color="black", linewidth=0.8, label="proportional")

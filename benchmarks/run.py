@@ -1,6 +1,9 @@
 """Timing: a correctness gate, then interleaved rounds of ours, the peers and the machine's limits."""
 
+import os
 import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -79,10 +82,23 @@ class Result:
         return missed
 
 
+@contextmanager
+def _no_messages() -> Iterator[None]:
+    """The profiler reports its start and end on the standard error stream, past Python."""
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 def allocated_bytes(contestant: Contestant) -> int:
     """Bytes that PyTorch allocates during one call, whether or not they are freed in it."""
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+    with _no_messages(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         contestant.seconds()
     # one event per allocation or release: positive sizes are allocations
     events = profile.profiler.kineto_results.events()

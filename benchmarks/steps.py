@@ -246,24 +246,23 @@ def sampling_case(
         run: Run
         if op == "mask_by_confidence":
             drawn = our_draw(inputs)
-            options = {"mask_token_id": inputs.mask_token_id, "temperature": 2.0, "seed": 0, "step": 0}
+            options: Any = {"mask_token_id": inputs.mask_token_id, "temperature": 2.0, "seed": 0, "step": 0}
             run = partial(mgt_kernels.mask_by_confidence, *drawn, inputs.mask_len, backend=backend, **options)
-            chain: tuple[Any, ...] = (pytorch_mask, *drawn, inputs.mask_len, inputs.mask_token_id)
+            chain: Callable[..., Any] = pytorch_mask
+            arguments: tuple[Any, ...] = (*drawn, inputs.mask_len, inputs.mask_token_id)
             # ids and logprob in, tokens out
             bytes_moved = 20 * tokens.numel()
             num_elements = tokens.numel()
         else:
             run = partial(our_step if op == "step" else our_draw, inputs)
-            chain = (
-                pytorch_step if op == "step" else pytorch_draw, logits, uncond, tokens, inputs.guidance_scale,
-                noise_scale, inputs.mask_token_id,
-            )  # fmt: skip
+            chain = pytorch_step if op == "step" else pytorch_draw
+            arguments = (logits, uncond, tokens, inputs.guidance_scale, noise_scale, inputs.mask_token_id)
             # every masked row of both halves is read once; tokens in, ids, logprob and tokens out are 28 bytes
             num_halves = 1 if uncond is None else 2
             bytes_moved = num_halves * num_elements * logits.element_size() + 28 * tokens.numel()
         wanted: dict[str, Callable[[], Contestant]] = {
-            "pytorch": lambda: Call(partial(*chain)),
-            "torch.compile": lambda: compiled(*chain),
+            "pytorch": lambda: Call(partial(chain, *arguments)),
+            "torch.compile": lambda: compiled(chain, *arguments),
             "diffusers": lambda: diffusers_step(inputs),
         }
         present, skipped = gather_peers({name: wanted[name] for name in peers})
@@ -303,7 +302,7 @@ def scheduler_case(model: Model = MEISSONIC_1024, *, threads: int = 2) -> Case:
         peers, skipped = gather_peers({"diffusers": theirs})
 
         def check() -> None:
-            runs = [ours, *(peer.run for peer in peers.values() if isinstance(peer, Call))]
+            runs: list[Any] = [ours, *(peer.run for peer in peers.values() if isinstance(peer, Call))]
             masked = [int((run() == model.codebook_size).sum()) for run in runs]
             # float32 uniforms tie now and then, and diffusers then masks a token less
             if not 0 <= masked[0] - masked[-1] <= 1 or not 0 < masked[0] < model.num_positions:
@@ -403,7 +402,9 @@ def differential_case(
         bytes_moved = num_positions * (codebook_size * 12 + 24)
         return Job(Call(run), {"pytorch": Call(peer)}, check, bytes_moved, num_positions, num_positions * codebook_size)
 
-    return Case(setting, prepare, targets)
+    # beside what a position takes, each thread holds a row
+    bytes_per_position = 64 + 4 * threads * model.codebook_size / model.num_positions
+    return Case(setting, prepare, targets, bytes_per_position)
 
 
 def remask_case(

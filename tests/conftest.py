@@ -1,16 +1,10 @@
 """What every test runs on: all CPU instruction sets of this machine, poisoned outputs, two threads."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from mgt_kernels import cpu
 from mgt_kernels.info import OPS
-
-# the benchmarks are not installed; last, so that an installed package is what is tested
-sys.path.append(str(Path(__file__).parent.parent))
 
 
 def kernels_of(module: str) -> list[str]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import meissonic
+from mgt_benchmarks import meissonic
 
 
 def test_it_has_about_a_billion_parameters():

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import typer
 
-from benchmarks import peers
+from mgt_benchmarks import peers
+from mgt_benchmarks.case import AbsentError
 
 
 @pytest.mark.parametrize(
@@ -22,3 +23,21 @@ def test_what_fails_says_so():
         peers.measure("zentorch", Path("/bin/false"), peers.TINY[0], threads=1, calls=2)
     with pytest.raises(typer.BadParameter, match=r"expected some of \('zentorch', 'openvino'\), got 'onednn'"):
         peers.main(["onednn"])
+
+
+def test_a_worker_is_a_contestant():
+    worker = peers.Worker.start("float32", Path("nowhere"), peers.TINY[0], threads=1)
+    assert worker.seconds() > 0 and worker.error() < 1e-6
+
+
+def test_an_absent_library_says_how_to_install_it(tmp_path):
+    with pytest.raises(AbsentError, match=r"not installed \(python -m mgt_benchmarks.peers openvino\)"):
+        peers.Worker.start("openvino", tmp_path, peers.TINY[0], threads=1)
+    # installed, but broken: no reason to stop
+    python = tmp_path / "openvino" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text("#!/bin/sh\necho ImportError: no openvino >&2\nexit 1\n")
+    python.chmod(0o755)
+    (tmp_path / "openvino" / "finished").touch()
+    with pytest.raises(AbsentError, match="ImportError: no openvino"):
+        peers.Worker.start("openvino", tmp_path, peers.TINY[0], threads=1)

@@ -369,6 +369,58 @@ def exact(
 
 
 @app.command()
+def bench(
+    quick: Annotated[bool, typer.Option("--quick", help="Every op once, in three minutes.")] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="Every op, model, dtype, layout, backend, and 1 thread as well.")
+    ] = False,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="Cases with this text in their names; repeat for more texts."),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="For us and for the peers. [default: PyTorch's]", show_default=False)
+    ] = None,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="In which all take turns. [default: 7; quick: 3]", show_default=False)
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="A folder for report.html, results.csv, and results.json (pytest-benchmark)."),
+    ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the ratios as a Markdown table.")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="Print the names of the cases, and stop.")] = False,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(metavar="OLD NEW", help="Print what moved between two runs (folders, or results.csv), and stop."),
+    ] = None,
+    progress: Progress = True,
+) -> None:
+    """Time the ops beside PyTorch's chains and other libraries; exit with status 1 where a target is missed."""
+    with _errors_of_users(), _extra("bench"):
+        from mgt_benchmarks import suite
+
+        if quick and full:
+            raise ValueError("--quick: expected without --full, got both")
+        scale = "quick" if quick else "full" if full else "standard"
+        if compare is not None:
+            suite.compare(*compare)
+        elif list_:
+            for case in suite.select(scale, only or (), threads):
+                typer.echo(case.setting.name)
+        elif suite.bench(
+            scale=scale,
+            only=only or (),
+            threads=threads,
+            rounds=rounds,
+            out=out,
+            markdown=markdown,
+            progress=progress,
+        ):
+            raise typer.Exit(1)
+
+
+@app.command()
 def export(
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write to.")],
     arch: Annotated[
@@ -414,12 +466,12 @@ def _errors_of_users() -> Iterator[None]:
 
 
 @contextmanager
-def _extra() -> Iterator[None]:
-    """Say how to install what an evaluation needs beside the sampler."""
+def _extra(name: str = "evaluate") -> Iterator[None]:
+    """Say how to install what a command needs beside the sampler."""
     try:
         yield
     except ModuleNotFoundError as error:
-        raise typer.BadParameter(f"{error.name} is missing: pip install mgt-kernels[evaluate]") from error
+        raise typer.BadParameter(f"{error.name} is missing: pip install mgt-kernels[{name}]") from error
 
 
 def _ratios(text: str) -> str | list[float]:

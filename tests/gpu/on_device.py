@@ -2,8 +2,8 @@
 
     python tests/gpu/on_device.py
 
-The cases are those that the emulator runs. Times are medians of CUDA events over interleaved rounds, and so figures of
-the GPU it runs on, of nothing else.
+The cases are those that the emulator runs. Times are medians over interleaved rounds, and so figures of the GPU it
+runs on, of nothing else.
 """
 
 import statistics
@@ -15,15 +15,16 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-ROOT = Path(__file__).parents[2]
-sys.path += [str(ROOT), str(ROOT / "tests")]
+sys.path.append(str(Path(__file__).parents[1]))
 
-from cases import CASES, Case, sample_tokens_case  # noqa: E402
+from cases import CASES, Case, sample_tokens_case
 
-import mgt_kernels  # noqa: E402
-from benchmarks.cases import MASK_TOKEN_ID, as_rows, logits_pair, our_step, pytorch_step  # noqa: E402
+import mgt_kernels
+from mgt_benchmarks.models import MEISSONIC_1024
+from mgt_benchmarks.run import OURS, time_case
+from mgt_benchmarks.steps import sampling_case
 
-ROUNDS, WARM_UP = 20, 3
+ROUNDS = 20
 
 
 def main() -> None:
@@ -131,21 +132,9 @@ EXTRA = {
 
 def time_step(dtype: torch.dtype, noise_scale: float) -> tuple[float, float]:
     """Median milliseconds of our step and of PyTorch's, on the same logits, in turns."""
-    cond, uncond = (half.cuda() for half in logits_pair(1, 64, 8192, dtype))
-    tokens = torch.full((1, 64, 64), MASK_TOKEN_ID, device="cuda")
-    assert as_rows(cond).stride(2) == 1
-    steps = (our_step, pytorch_step)
-    times: tuple[list[float], list[float]] = ([], [])
-    for round_ in range(WARM_UP + ROUNDS):
-        for step, taken in zip(steps, times, strict=True):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            step(cond, uncond, tokens, 9.0, noise_scale)
-            end.record()
-            end.synchronize()
-            if round_ >= WARM_UP:
-                taken.append(begin.elapsed_time(end))
-    return statistics.median(times[0]), statistics.median(times[1])
+    case = sampling_case(MEISSONIC_1024, dtype=dtype, noise_scale=noise_scale, backend="triton")
+    seconds = time_case(case, ROUNDS).seconds
+    return statistics.median(seconds[OURS]) * 1e3, statistics.median(seconds["pytorch"]) * 1e3
 
 
 if __name__ == "__main__":

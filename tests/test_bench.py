@@ -1,0 +1,290 @@
+"""The suite: its gate, its arithmetic on known times, its files, what it says of two runs, and the command."""
+
+import csv
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from mgt_benchmarks import cases, compare, instructions, machine, page, report, suite
+from mgt_benchmarks.case import AbsentError, Call, Case, Job, Setting, Target
+from mgt_benchmarks.models import Layer, Model
+from mgt_benchmarks.run import OURS, Result, allocated_bytes, time_case
+from mgt_benchmarks.steps import compiled, gather_peers, sampling_case
+from mgt_kernels.info import OPS
+from mgt_sampler.cli import app
+
+SMALL = Model("small", 9, 64, 3.0)
+
+
+@pytest.fixture(autouse=True)
+def small_machine(monkeypatch):
+    monkeypatch.setattr(machine, "BANDWIDTH_BYTES", 2**20)
+    machine._parts.cache_clear()
+    yield
+    machine._parts.cache_clear()
+
+
+def nothing():
+    pass
+
+
+def case_of(*, targets=(), check=nothing, axis=None, **job):
+    def prepare():
+        options = {"ours": Call(nothing), "peers": {"peer": Call(nothing)}, "check": check, "bytes_moved": 1000}
+        return Job(**options | {"num_positions": 10, "num_elements": 100} | job)
+
+    return Case(Setting("op", "", "model", "B=1"), prepare, targets, curve=axis)
+
+
+def result_of(ours=(2.0, 2.0, 2.0), peer=(4.0, 6.0, 8.0), extra_bytes=0, peak=(), **options):
+    case = case_of(**options)
+    return Result(case, case.prepare(), {OURS: list(ours), "peer": list(peer)}, [500.0] * 3, list(peak), extra_bytes)
+
+
+@pytest.mark.parametrize("scale", ["quick", "standard", "full"])
+def test_every_case_has_a_name_of_its_own(scale):
+    names = [case.setting.name for case in cases.cases_of(scale, 2)]
+    assert len(names) == len(set(names)) > 15
+
+
+def test_the_quick_cases_have_every_op_and_the_full_ones_everything():
+    ops = {case.setting.op for case in cases.cases_of("quick", 2)}
+    assert ops >= {*OPS, "remask_tokens", "step", "alternation"}
+    full = [case.setting for case in cases.cases_of("full", 2)]
+    draws = [setting for setting in full if setting.op == "sample_tokens"]
+    assert {setting.dtype for setting in draws} == {torch.float32, torch.bfloat16, torch.float16}
+    assert {setting.layout for setting in draws} == {"token-major", "position-major"}
+    assert {setting.threads for setting in full} == {1, 2}
+    for name in ("aMUSEd 256", "Meissonic 1024", "MaskGIT 512", "Muse 256", "LLaDA", "Show-o 256"):
+        assert name in {setting.model for setting in draws}, name
+
+
+@pytest.mark.parametrize("layout", ["token-major", "position-major"])
+@pytest.mark.parametrize("op", ["step", "sample_tokens", "mask_by_confidence"])
+def test_a_case_runs_against_its_peers(op, layout):
+    peers = ("pytorch", "diffusers")
+    result = time_case(sampling_case(SMALL, op=op, layout=layout, noise_scale=1.0, peers=peers, threads=1), rounds=2)
+    assert set(result.seconds) == {OURS, *peers}
+    assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in (*result.seconds.values(), result.bandwidth))
+
+
+@pytest.mark.parametrize("case", cases.cases_of("standard", 2), ids=lambda case: case.setting.name)
+def test_every_target_names_a_peer_that_the_case_asks_for(case):
+    # the sampling cases' peers are in their closure, and the others' are seen when they run
+    for target in case.targets:
+        assert target.peer in ("", *cases.CHAINS, "ours", "ours fp32", "ours all masked", "one read", "alone",
+                               "torch fp32", "its model calls")  # fmt: skip
+
+
+def test_every_op_of_the_suite_runs_on_small_shapes():
+    timed = [
+        cases.differential_case(SMALL, threads=1),
+        cases.remask_case(SMALL, threads=1),
+        cases.scheduler_case(SMALL, threads=1),
+        cases.z_sampling_case(batch=1, threads=1),
+        cases.linear_case(Layer("small", 5, 64, 32), op="w4a8_linear", group_size=32, threads=1),
+        cases.linear_case(Layer("small", 5, 64, 32), op="w4a16_linear", dtype=torch.bfloat16, group_size=32, threads=1),
+    ]
+    for case in timed:
+        result = time_case(case, rounds=1)
+        assert result.seconds[OURS][0] > 0 and len(result.seconds) > 1, case.setting.name
+        assert bool(result.peak) == (case.setting.op in ("w4a8_linear", "w4a16_linear"))
+
+
+def test_what_computes_something_else_is_not_timed(monkeypatch):
+    calls = []
+
+    def wrong():
+        raise AssertionError("token ids differ")
+
+    with pytest.raises(AssertionError, match="token ids differ"):
+        time_case(case_of(check=wrong, ours=Call(lambda: calls.append(1))), rounds=1)
+    assert not calls
+    # the check of a step sees an op that draws other tokens
+    from mgt_benchmarks import steps
+
+    draw = steps.mgt_kernels.sample_tokens
+    job = sampling_case(SMALL, threads=1).prepare()
+    job.check()
+    monkeypatch.setattr(
+        steps.mgt_kernels, "sample_tokens", lambda *args, **options: draw(*args, **options | {"seed": 1})
+    )
+    with pytest.raises(AssertionError, match="differ"):
+        job.check()
+
+
+def test_peers_that_are_absent_are_rows_with_a_reason():
+    def absent():
+        raise AbsentError("not installed (pip install it)")
+
+    peers, skipped = gather_peers({"one": lambda: Call(nothing), "two": absent})
+    assert set(peers) == {"one"} and skipped == {"two": "not installed (pip install it)"}
+    result = time_case(case_of(peers=peers, skipped=skipped), rounds=1)
+    rows = report.rows(result)
+    assert [row["contestant"] for row in rows] == [OURS, "one", "two"]
+    assert rows[2]["skipped"] == "not installed (pip install it)" and not rows[2]["median_ms"]
+    assert "skipped: not installed (pip install it)" in report.cells(rows[2])
+
+
+def test_a_chain_that_does_not_compile_is_absent(monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("no C++ compiler\nand more")
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: broken)
+    with pytest.raises(AbsentError, match=r"^RuntimeError: no C\+\+ compiler$"):
+        compiled(nothing)
+
+
+def test_before_a_call_is_not_timed():
+    calls = []
+    Call(lambda: calls.append("timed"), before=lambda: calls.append("before")).seconds()
+    assert calls == ["before", "timed"]
+
+
+def test_ratios_and_shares_of_known_times():
+    result = result_of()
+    ratio = result.ratios["peer"]
+    assert (ratio.low, ratio.median, ratio.high) == (2.5, 3.0, 3.5)
+    # 1000 bytes at 500 bytes per second
+    assert result.roofline[OURS].median == 1.0 and result.roofline["peer"].median == pytest.approx(1 / 3)
+    slower_arithmetic = result_of(operations=100, peak=(10.0, 10.0, 10.0))
+    assert slower_arithmetic.roofline[OURS].median == 5.0
+    first, second = report.rows(result, instructions_per_element=5.25)
+    assert (first["median_ms"], second["ratio"], first["instructions_per_element"]) == ("2000", "3", "5.25")
+    assert tuple(first) == tuple(second) == report.FIELDS
+
+
+def test_targets_that_are_missed_are_named():
+    targets = (Target(3.0, "peer"), Target(2000.0))
+    assert not result_of(targets=targets, extra_bytes=640).missed
+    assert result_of(targets=(Target(3.1, "peer"),)).missed == [">= 3.1x peer"]
+    assert result_of(targets=(Target(1.0),)).missed == ["<= 1 ms"]
+    assert result_of(extra_bytes=641).missed == ["<= 64 B/position"]
+    # nothing to hold it to where the peer is absent
+    assert not result_of(targets=(Target(3.1, "absent"),)).missed
+
+
+def test_memory_is_counted():
+    assert 4000 <= allocated_bytes(Call(lambda: torch.empty(1000))) < 5000
+    assert allocated_bytes(Call(nothing)) == 0
+
+
+def test_the_files_hold_what_was_measured(tmp_path):
+    results = [result_of(), result_of(axis=("N", 64))]
+    results = [
+        results[0],
+        replace(results[1], case=replace(results[1].case, setting=replace(results[1].case.setting, model="over N"))),
+    ]
+    table = [row for result in results for row in report.rows(result)]
+    suite.write(tmp_path, table, results, {"processor": "a <b>"})
+    assert report.read_csv(tmp_path / "results.csv") == table
+    document = json.loads((tmp_path / "results.json").read_text())
+    assert [one["stats"]["median"] for one in document["benchmarks"]] == [2.0, 6.0] * 2
+    html = (tmp_path / "report.html").read_text()
+    assert html.count("<svg") == 3 and "a &lt;b&gt;" in html
+    # opens without a network: nothing is fetched
+    assert not re.findall(r"(?:src|href)\s*=\s*[\"'](?!#)", html.replace('xlink:href="#', ""))
+    assert "<script" not in html and "@import" not in html
+
+
+def test_pytest_benchmark_compares_the_json(tmp_path):
+    report.write_json(tmp_path / "one.json", [result_of()], {"processor": "this"})
+    report.write_json(tmp_path / "two.json", [result_of(ours=(1.0, 1.0, 1.0))], {"processor": "this"})
+    command = [sys.executable, "-m", "pytest_benchmark", "compare", "one.json", "two.json"]
+    command += ["--group-by=name", "--columns=median,rounds"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines() if f"[{OURS}] (" in line]
+    assert [line[-3:] for line in lines] == [["1.0000", "(1.0)", "3"], ["2.0000", "(2.00)", "3"]]
+
+
+def test_other_columns_are_refused(tmp_path):
+    path = tmp_path / "results.csv"
+    with path.open("w") as file:
+        csv.writer(file).writerow(["case", "ms"])
+    with pytest.raises(ValueError, match=r"expected the columns of a results\.csv of mgt bench, got"):
+        report.read_csv(path)
+
+
+def rows_of(shares, **fields):
+    low, median, high = shares
+    names = ("roofline_share_q1", "roofline_share", "roofline_share_q3")
+    row = dict.fromkeys(report.FIELDS, "") | dict(zip(names, map(str, shares), strict=True))
+    assert low <= median <= high
+    return [row | {"case": "a", "contestant": OURS, "rounds": "9", "instructions_per_element": "5"} | fields]
+
+
+@pytest.mark.parametrize(
+    "old, new, verdict",
+    [
+        ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), ""),
+        ((0.5, 0.5, 0.5), (0.52, 0.52, 0.52), ""),
+        ((0.5, 0.5, 0.5), (0.6, 0.6, 0.6), "faster"),
+        ((0.5, 0.5, 0.5), (0.4, 0.4, 0.4), "slower"),
+        # as far apart, but each run strayed as far
+        ((0.4, 0.5, 0.6), (0.5, 0.6, 0.7), ""),
+    ],
+)
+def test_what_moved_is_told_from_noise(old, new, verdict):
+    (change,), alone = compare.changes(rows_of(old), rows_of(new, instructions_per_element="6"))
+    assert change.verdict == verdict and not alone and change.instructions == pytest.approx(1.2)
+
+
+def test_what_is_in_one_run_alone_is_named(capsys):
+    found, alone = compare.changes(rows_of((1, 1, 1)), rows_of((1, 1, 1), contestant="peer"))
+    assert not found and alone == ["mgt-kernels of a", "peer of a"]
+    compare.print_changes(found, alone)
+    printed = capsys.readouterr().out
+    assert "0 of 0 moved" in printed and "in one of the two runs alone: peer of a" in printed
+
+
+def test_markdown_has_a_row_for_each_ratio():
+    table = report.rows(result_of(targets=(Target(4.0, "peer"),)))
+    *_, last = report.markdown(table).splitlines()
+    assert (
+        last
+        == "| op, model, B=1, fp32, 2 threads | peer | 3 | 2.5 to 3.5 | 1 | >= 4x peer, <= 64 B/position | >= 4x peer |"
+    )
+
+
+def test_the_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(cases, "standard_cases", lambda threads: iter([sampling_case(SMALL, threads=threads)]))
+    monkeypatch.setattr(instructions, "count", lambda *_: ({}, {}))
+    run = CliRunner().invoke
+    assert "step, guided, small" in run(app, ["bench", "--list"]).output
+    done = run(app, ["bench", "--only", "step", "--rounds", "2", "--out", str(tmp_path / "a"), "--threads", "1"])
+    assert done.exit_code == 0, done.output
+    assert "step, guided, small, B=1 N=9 V=64, fp32, 1 thread" in done.output
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["report.html", "results.csv", "results.json"]
+    same = run(app, ["bench", "--compare", str(tmp_path / "a"), str(tmp_path / "a" / "results.csv")])
+    assert same.exit_code == 0 and "0 of 2 moved beyond the noise" in same.output
+    monkeypatch.setattr(Target, "met", lambda *_: False)
+    monkeypatch.setattr(
+        cases, "standard_cases", lambda threads: iter([sampling_case(SMALL, threads=1, targets=(Target(1.0),))])
+    )
+    assert run(app, ["bench", "--rounds", "1", "--no-progress"]).exit_code == 1
+    for arguments, message in (
+        (["--only", "nothing has this name"], "expected a part of a case's name"),
+        (["--quick", "--full"], "expected without --full"),
+        (["--compare", str(tmp_path), str(tmp_path)], "No such file"),
+    ):
+        done = run(app, ["bench", *arguments])
+        assert done.exit_code == 2 and message in " ".join(done.output.split()), done.output
+
+
+def test_shares_of_a_machine():
+    assert machine.read_bandwidth() > 0
+    facts = machine.describe()
+    assert facts["PyTorch"] == torch.__version__ and all(facts.values())
+
+
+def test_the_colours_and_markers_of_contestants_differ():
+    names = [OURS, *(f"peer {i}" for i in range(15))]
+    looks = page.looks(names)
+    assert len(set(looks.values())) == len(names)
