@@ -46,12 +46,11 @@ static void stop_counting(void) { __asm__ volatile("pushfq; andq $~0x100, (%%rsp
 enum { NUM_LOGITS = 4096 };
 
 /* about N(0, 4), the same everywhere: the sum of four uniforms */
-static float random_logit(void) {
-  static uint32_t state = 1;
+static float random_logit(uint32_t* state) {
   float sum = 0;
   for (int i = 0; i < 4; ++i) {
-    state = state * 1664525u + 1013904223u;
-    sum += (float)(state >> 8) * 0x1p-24f - 0.5f;
+    *state = *state * 1664525u + 1013904223u;
+    sum += (float)(*state >> 8) * 0x1p-24f - 0.5f;
   }
   return sum * 3.46f;
 }
@@ -70,9 +69,9 @@ static uint16_t to_float16(float value) {
   return exponent <= 0 ? 0 : (uint16_t)(bits >> 16 & 0x8000u) | (uint16_t)(exponent << 10) | (bits >> 13 & 1023);
 }
 
-static void fill(void* data, mgt_dtype dtype, int num) {
+static void fill(void* data, mgt_dtype dtype, int num, uint32_t state) {
   for (int i = 0; i < num; ++i) {
-    const float value = random_logit();
+    const float value = random_logit(&state);
     if (dtype == MGT_FLOAT32) ((float*)data)[i] = value;
     if (dtype == MGT_BFLOAT16) ((uint16_t*)data)[i] = to_bfloat16(value);
     if (dtype == MGT_FLOAT16) ((uint16_t*)data)[i] = to_float16(value);
@@ -82,6 +81,8 @@ static void fill(void* data, mgt_dtype dtype, int num) {
 static float logits[NUM_LOGITS], uncond_logits[NUM_LOGITS], logprob[NUM_LOGITS], divergence[NUM_LOGITS];
 static int64_t tokens[NUM_LOGITS], token_ids[NUM_LOGITS];
 static int64_t seed = 7, error_index;
+/* in the same place in every run: where a vector crosses a line is not what is counted */
+static char workspace[1 << 22] __attribute__((aligned(64)));
 
 /* one row of many tokens, where the loop over them is what counts, or as many positions as a vector has lanes */
 static mgt_sample_tokens_args draw(mgt_dtype dtype, int position_major, int guided, float noise_scale) {
@@ -106,8 +107,8 @@ static mgt_sample_tokens_args draw(mgt_dtype dtype, int position_major, int guid
   args.guidance_scale = guided ? 3.0f : 1.0f;
   args.noise_scale = noise_scale;
   args.temperature = 1.0f;
-  fill(logits, dtype, NUM_LOGITS);
-  fill(uncond_logits, dtype, NUM_LOGITS);
+  fill(logits, dtype, NUM_LOGITS, 1);
+  fill(uncond_logits, dtype, NUM_LOGITS, 2);
   for (int i = 0; i < num_positions; ++i) tokens[i] = NUM_LOGITS;
   return args;
 }
@@ -135,23 +136,23 @@ static void count_differential(const mgt_context* context) {
   args.sample = draw(MGT_FLOAT32, 0, 1, 0.0f);
   args.share = 0.75;
   const int64_t num_bytes = mgt_differential_sample_workspace(context, &args);
-  void* workspace = malloc((size_t)num_bytes);
+  if (num_bytes < 0 || num_bytes > (int64_t)sizeof workspace) exit(1);
   mgt_status status = mgt_differential_sample(context, &args, history, written, token_ids, logprob, divergence,
                                               workspace, num_bytes, &error_index);
   if (status != MGT_OK) exit(1);
   args.has_history = 1;
   args.sample.step = 1;
-  fill(logits, MGT_FLOAT32, NUM_LOGITS);
+  fill(logits, MGT_FLOAT32, NUM_LOGITS, 3);
   COUNT("differential_sample, guided, fp32, token-major", context->isa, NUM_LOGITS,
         mgt_differential_sample(context, &args, history, written, token_ids, logprob, divergence, workspace, num_bytes,
                                 &error_index));
-  free(workspace);
 }
 
 static void count_masks(const mgt_context* context) {
   enum { NUM_POSITIONS = 1024 };
   static int64_t masked[NUM_POSITIONS];
   int64_t mask_len = NUM_POSITIONS / 2;
+  uint32_t state = 1;
   mgt_mask_by_confidence_args args;
   memset(&args, 0, sizeof args);
   args.num_samples = 1;
@@ -164,7 +165,7 @@ static void count_masks(const mgt_context* context) {
   args.temperature = 2.0f;
   for (int i = 0; i < NUM_POSITIONS; ++i) {
     token_ids[i] = i;
-    logprob[i] = -fabsf(random_logit());
+    logprob[i] = -fabsf(random_logit(&state));
   }
   COUNT("mask_by_confidence, guided, fp32, token-major", context->isa, NUM_POSITIONS,
         mgt_mask_by_confidence(context, &args, masked, &error_index));
@@ -174,7 +175,7 @@ static void count_layers(const mgt_context* context, int eight_bits) {
   enum { M = 16, K = 256, N = 64, GROUPS = K / 128 };
   static float x[M * K], y[M * N], scale[N * GROUPS];
   static uint8_t w_q[N * K / 2], zero_point[N * GROUPS];
-  fill(x, MGT_FLOAT32, M * K);
+  fill(x, MGT_FLOAT32, M * K, 1);
   for (int i = 0; i < N * K / 2; ++i) w_q[i] = (uint8_t)(i * 37);
   for (int i = 0; i < N * GROUPS; ++i) {
     scale[i] = 0.5f;
@@ -195,14 +196,13 @@ static void count_layers(const mgt_context* context, int eight_bits) {
   args.group_size = 128;
   const int64_t num_bytes =
       eight_bits ? mgt_w4a8_linear_workspace(context, &args) : mgt_w4a16_linear_workspace(context, &args);
-  void* workspace = malloc((size_t)num_bytes);
+  if (num_bytes < 0 || num_bytes > (int64_t)sizeof workspace) exit(1);
   if (eight_bits)
     COUNT("w4a8_linear, group 128, fp32, token-major", context->isa, M * K * N,
           mgt_w4a8_linear(context, &args, NULL, 0, y, workspace, num_bytes, &error_index));
   else
     COUNT("w4a16_linear, group 128, fp32, token-major", context->isa, M * K * N,
           mgt_w4a16_linear(context, &args, y, workspace, num_bytes, &error_index));
-  free(workspace);
 }
 
 /* whether an op has a kernel of this very instruction set here */

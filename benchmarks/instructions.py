@@ -41,14 +41,15 @@ def count(isas: Collection[str] = (), library: Path | None = None) -> tuple[Coun
         raise AbsentError("no C compiler")
     library = library or mgt_kernels.library_path()
     with tempfile.TemporaryDirectory() as folder:
-        program = Path(folder) / "instructions"
         # bound at once: the first call of a function would else be its search
         options = ["-std=c99", "-O1", f"-I{mgt_kernels.include_dir()}", f"-Wl,-z,now,-rpath,{library.parent}"]
-        build = [compiler, *options, str(SOURCE), str(library), "-lm", "-o", str(program)]
-        for command in (build, [str(program), *isas]):
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise AbsentError(f"{Path(command[0]).name} failed: {(done.stderr.splitlines() or ['no message'])[-1]}")
+        build = [compiler, *options, str(SOURCE), str(library), "-lm", "-o", "instructions"]
+        done = subprocess.run(build, cwd=folder, capture_output=True, text=True)
+        if done.returncode == 0:
+            # names and environment lie on the stack: the same, so that it is aligned the same
+            done = subprocess.run(["./instructions", *isas], cwd=folder, env={}, capture_output=True, text=True)
+        if done.returncode:
+            raise AbsentError((done.stderr.splitlines() or [f"status {done.returncode}"])[-1])
     lines = [line.split("\t") for line in done.stdout.splitlines()]
     counts = {name: int(instructions) for name, _, instructions in lines}
     if not all(counts.values()):
