@@ -6,7 +6,7 @@ The libraries bring their own PyTorch and thread pools, and pools in one process
 
 makes the environments with pip, in build/peers, and sets the layers beside ours and beside PyTorch's; where an
 environment is there, `mgt bench` has its library among the peers. zentorch's takes several gigabytes where pip brings a
-CUDA build of PyTorch.
+CUDA build of PyTorch, and ggml's is compiled for this processor, which takes minutes. ggml has groups of 32 inputs only.
 """
 
 import csv
@@ -29,12 +29,22 @@ import mgt_kernels
 
 from .case import AbsentError
 from .kept_memory import ENVIRONMENT
-from .peer_worker import LAYERS
+from .peer_worker import GROUP_SIZES, LAYERS, has_group_size
 
 WORKER = Path(__file__).with_name("peer_worker.py")
 FOLDER = Path("build") / "peers"
 # what is installed into each environment
-REQUIREMENTS = {"zentorch": ["zentorch==2.14.0.1"], "openvino": ["openvino==2026.4.1", "numpy"]}
+REQUIREMENTS = {
+    "zentorch": ["zentorch==2.14.0.1"],
+    "openvino": ["openvino==2026.4.1", "numpy"],
+    "onnxruntime": ["onnxruntime==1.32.0", "onnx==1.23.2", "numpy"],
+    "ggml": ["llama-cpp-python==0.3.36", "numpy"],
+}
+# of what pip builds from source. GCC takes the configuration of ggml's tile registers for stores that nobody reads
+# (llama.cpp pull request 26954); a wheel that pip kept from before would have been built without this
+BUILD_ENVIRONMENT = {
+    "ggml": {"CXXFLAGS": "-fno-dse -fno-tree-dse", "CMAKE_ARGS": "-DLLAVA_BUILD=OFF", "PIP_NO_CACHE_DIR": "1"}
+}
 OUTSIDE = tuple(REQUIREMENTS)
 HERE = tuple(name for name in LAYERS if name not in REQUIREMENTS)
 
@@ -42,7 +52,7 @@ HERE = tuple(name for name in LAYERS if name not in REQUIREMENTS)
 Sizes = tuple[int, int, int, int]
 # Meissonic's MLP at 1024 image tokens and 77 of text
 FULL = tuple((1101, k, n, group_size) for group_size in (128, 32) for k, n in ((1024, 4096), (4096, 1024)))
-TINY = ((33, 256, 128, 64),)
+TINY = ((33, 256, 128, 32),)
 # after which idle threads no longer spin, in this process or in the other
 _PAUSE = 0.02
 
@@ -63,7 +73,9 @@ def install(name: str, folder: Path) -> None:
         return
     print(f"installing {' '.join(REQUIREMENTS[name])} into {environment}", file=sys.stderr)
     venv.create(environment, clear=True, with_pip=True)
-    subprocess.run([environment / "bin" / "python", "-m", "pip", "install", "--quiet", *REQUIREMENTS[name]], check=True)
+    variables = {**os.environ, **BUILD_ENVIRONMENT.get(name, {})}
+    python = environment / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "--quiet", *REQUIREMENTS[name]], check=True, env=variables)
     (environment / "finished").touch()
 
 
@@ -88,6 +100,8 @@ class Worker:
     @classmethod
     def start(cls, name: str, folder: Path, sizes: Sizes, threads: int) -> "Worker":
         """Start the process and have it compute once; raises AbsentError where that fails."""
+        if not has_group_size(name, sizes[-1]):
+            raise AbsentError(f"has groups of {', '.join(map(str, GROUP_SIZES[name]))} only")
         worker = cls(name, interpreter(name, folder), sizes, threads)
         try:
             worker.seconds()
@@ -156,11 +170,11 @@ def main(
     print(f"{threads} threads, {rounds} rounds, isa {mgt_kernels.info()['isa']}")
     rows: list[dict[str, object]] = []
     for layer in FULL if scale == "full" else TINY:
-        measured: dict[str, list[dict[str, float]]] = {name: [] for name in pythons}
+        measured: dict[str, list[dict[str, float]]] = {name: [] for name in pythons if has_group_size(name, layer[3])}
         for turn in range(rounds):
-            for name, python in pythons.items():
+            for name, runs in measured.items():
                 print(f"layer {layer}, round {turn + 1} of {rounds}: {name}", file=sys.stderr)
-                measured[name].append(measure(name, python, layer, threads, calls))
+                runs.append(measure(name, pythons[name], layer, threads, calls))
         seconds = {name: statistics.median(run["seconds"] for run in runs) for name, runs in measured.items()}
         sizes = dict(zip(("rows", "inputs", "outputs", "group"), layer, strict=True))
         for name, runs in measured.items():

@@ -18,11 +18,26 @@ def test_a_layer_is_timed_in_a_process_of_its_own(name, error):
     assert measured["seconds"] > 0 and 0 < measured["error"] < error
 
 
+@pytest.mark.parametrize("name", peers.REQUIREMENTS)
+def test_a_library_computes_the_layer(name):
+    folder = Path(__file__).parent.parent / peers.FOLDER
+    if not (folder / name / "finished").exists():
+        pytest.skip(f"{peers.FOLDER / name} is missing: python -m mgt_benchmarks.peers {name} makes it")
+    measured = peers.measure(name, peers.interpreter(name, folder), peers.TINY[0], threads=1, calls=2)
+    assert measured["seconds"] > 0 and 0 < measured["error"] < 0.12
+
+
 def test_what_fails_says_so():
     with pytest.raises(RuntimeError, match=r"zentorch failed at layer \(33, 256, 128, 64\)"):
         peers.measure("zentorch", Path("/bin/false"), peers.TINY[0], threads=1, calls=2)
-    with pytest.raises(typer.BadParameter, match=r"expected some of \('zentorch', 'openvino'\), got 'onednn'"):
+    with pytest.raises(
+        typer.BadParameter, match=r"expected some of \('zentorch', 'openvino', 'onnxruntime', 'ggml'\), got 'onednn'"
+    ):
         peers.main(["onednn"])
+    with pytest.raises(RuntimeError, match=r"group size: expected one of \(32,\) for ggml, got 64"):
+        peers.measure("ggml", Path(sys.executable), (33, 256, 128, 64), threads=1, calls=2)
+    with pytest.raises(AbsentError, match="has groups of 32 only"):
+        peers.Worker.start("ggml", peers.FOLDER, (33, 256, 128, 64), threads=1)
 
 
 def test_a_worker_is_a_contestant():
