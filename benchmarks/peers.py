@@ -6,7 +6,7 @@ The libraries bring their own PyTorch and thread pools, and pools in one process
 
 makes the environments with pip, in build/peers, and sets the layers beside ours and beside PyTorch's; where an
 environment is there, `mgt bench` has its library among the peers. zentorch's takes several gigabytes where pip brings a
-CUDA build of PyTorch, and ggml's is compiled for this processor, which takes minutes. ggml has groups of 32 inputs only.
+CUDA build of PyTorch, and ggml's is compiled for this processor, which takes minutes. ggml has groups of 32 alone.
 """
 
 import csv
