@@ -34,7 +34,7 @@ test-consumers:
 	$(CONSUMERS)/bin/pytest tests/test_consumers.py
 
 bench: $(VENV)/installed
-	$(BIN)/python -m benchmarks --csv benchmarks.csv
+	$(BIN)/mgt bench --out build/bench
 
 evaluate: $(VENV)/installed
 	$(BIN)/mgt evaluate techniques --dtype bfloat16 --out evaluation
@@ -42,7 +42,7 @@ evaluate: $(VENV)/installed
 lint: $(VENV)/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp tests/consumers/*/*.c* \
+	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp benchmarks/*.c tests/consumers/*/*.c* \
 		mgt_kernels/triton/aot/*.[ch] tests/gpu/fake_cuda/*.c
 	$(BIN)/mypy mgt_kernels python_api/mgt_sampler benchmarks tests/gpu
 

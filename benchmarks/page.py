@@ -14,25 +14,28 @@ from .run import OURS
 _UNITS = {"N": "positions", "V": "codes", "B": "samples", "masked share": "masked share of the positions", "M": "rows"}
 
 
-def write_html(path: Path, table: list[Row], machine: dict[str, str]) -> None:
-    """Write the page; needs matplotlib."""
-    plots = [
-        ("How much longer the peers take", _ratios(table)),
-        ("How close to the machine's limits", _roofline(table)),
-    ]
+def write_page(folder: Path, table: list[Row], machine: dict[str, str]) -> list[Path]:
+    """Write report.html and its plots into a folder; needs matplotlib."""
+    plots = {"ratios": _ratios(table), "roofline": _roofline(table)}
+    titles = {"ratios": "How much longer the peers take", "roofline": "How close to the machine's limits"}
     curves = defaultdict(list)
     for row in table:
         if row["axis"] and row["median_ms"]:
             curves[row["axis"]].append(row)
     if curves:
-        plots.append(("How the cost grows", _curves(dict(curves))))
+        plots["curves"] = _curves(dict(curves))
+        titles["curves"] = "How the cost grows"
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(Path(__file__).with_name("page.html.jinja").read_text(encoding="utf-8"))
     lines = [(cells(row), row["contestant"] == OURS, bool(row["missed"]), bool(row["skipped"])) for row in table]
-    missed = sum(line[2] for line in lines)
-    path.write_text(
-        template.render(machine=machine, plots=plots, columns=COLUMNS, lines=lines, missed=missed), encoding="utf-8"
-    )
+    page = template.render(
+        machine=machine, plots=[(titles[name], plot) for name, plot in plots.items()], columns=COLUMNS, lines=lines,
+        missed=sum(line[2] for line in lines),
+    )  # fmt: skip
+    files = {"report.html": page, **{f"{name}.svg": plot for name, plot in plots.items()}}
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return [folder / name for name in files]
 
 
 def _svg(figure: Any) -> str:

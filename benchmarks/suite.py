@@ -60,15 +60,14 @@ def bench(
 
 
 def write(out: Path, table: list[report.Row], results: list[Result], facts: dict[str, str]) -> None:
-    """Write results.csv, results.json and report.html into a folder."""
-    from .page import write_html
+    """Write results.csv, results.json, report.html and its plots into a folder."""
+    from .page import write_page
 
     out.mkdir(parents=True, exist_ok=True)
     report.write_csv(out / "results.csv", table)
     report.write_json(out / "results.json", results, facts)
-    write_html(out / "report.html", table, facts)
-    for name in ("results.csv", "results.json", "report.html"):
-        print(out / name)
+    for path in (out / "results.csv", out / "results.json", *write_page(out, table, facts)):
+        print(path)
 
 
 def compare(old: Path, new: Path) -> None:

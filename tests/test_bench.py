@@ -261,7 +261,9 @@ def test_the_command(tmp_path, monkeypatch):
     done = run(app, ["bench", "--only", "step", "--rounds", "2", "--out", str(tmp_path / "a"), "--threads", "1"])
     assert done.exit_code == 0, done.output
     assert "step, guided, small, B=1 N=9 V=64, fp32, 1 thread" in done.output
-    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["report.html", "results.csv", "results.json"]
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [
+        "ratios.svg", "report.html", "results.csv", "results.json", "roofline.svg"
+    ]  # fmt: skip
     same = run(app, ["bench", "--compare", str(tmp_path / "a"), str(tmp_path / "a" / "results.csv")])
     assert same.exit_code == 0 and "0 of 2 moved beyond the noise" in same.output
     monkeypatch.setattr(Target, "met", lambda *_: False)
