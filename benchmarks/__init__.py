@@ -1,1 +1,1 @@
-"""Microbenchmarks: `python -m benchmarks` times every case against its peers in interleaved rounds."""
+"""Microbenchmarks: `mgt bench` times every op beside its peers in interleaved rounds."""
