@@ -1,4 +1,4 @@
-"""What links the library: C, C++ through find_package, NumPy, JAX; what it exports, and what sanitizers say of it."""
+"""What links the library, from C to ExecuTorch; what it exports, and what sanitizers say of it."""
 
 import os
 import re
@@ -15,6 +15,7 @@ import mgt_kernels
 ROOT = Path(__file__).parent.parent
 CONSUMERS = ROOT / "tests" / "consumers"
 ISAS = mgt_kernels.info()["isas"]
+LANGUAGES = ["C", "C++", "NumPy", "JAX", "ExecuTorch"]
 
 pytestmark = pytest.mark.skipif(
     not all(map(shutil.which, ("cmake", "cc", "c++", "nm"))), reason="needs cmake, a compiler and binutils"
@@ -29,7 +30,7 @@ def run(*command, **options):
 
 
 def page_blocks():
-    """The commands of docs/linking.md: installing it, C, C++, NumPy, JAX."""
+    """The commands of docs/linking.md: installing it, and one for each of LANGUAGES."""
     return re.findall(r"```sh\n(.*?)```", (ROOT / "docs" / "linking.md").read_text(), flags=re.S)
 
 
@@ -145,6 +146,31 @@ def test_jax_draws_under_jit_and_vmap(tmp_path):
     assert list(map(int, jitted.split())) == list(map(int, vmapped.split())) == token_ids.flatten().tolist()
 
 
+def test_executorch_draws_in_a_program(tmp_path):
+    executorch = Path(pytest.importorskip("executorch.version", reason="needs executorch").__file__).parent
+    include, library = executorch / "include", mgt_kernels.library_path()
+    kernels = tmp_path / "kernels.so"
+    run(
+        "c++", "-std=c++17", "-O2", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror",
+        "-DC10_USING_CUSTOM_GENERATED_MACROS", "-DET_EVENT_TRACER_ENABLED", "-isystem", include,
+        "-isystem", include / "executorch" / "runtime" / "core" / "portable_type" / "c10",
+        f"-I{mgt_kernels.include_dir()}", CONSUMERS / "executorch" / "kernels.cpp", library,
+        f"-L{executorch / 'lib'}", "-lexecutorch", f"-Wl,-rpath,{library.parent}:{executorch / 'lib'}", "-o", kernels,
+    )  # fmt: skip
+    printed = run(sys.executable, CONSUMERS / "executorch" / "consumer.py", kernels).splitlines()
+    tokens = torch.tensor([[40, 40, 11, 40, 40]]).expand(2, 5)
+    logits = (torch.arange(41 * 40) % 7 * 0.5).view(41, 40)[tokens]
+    drawn = mgt_kernels.sample_tokens(
+        logits, tokens.contiguous(), uncond_logits=0.5 * logits, guidance_scale=3.0, mask_token_id=40,
+        seed=torch.tensor([7, 8]), step=3,
+    )  # fmt: skip
+    for size, line in zip((2, 1), printed, strict=True):
+        token_ids, logprob = (result[:size].flatten().tolist() for result in drawn)
+        values = line.split()
+        assert list(map(int, values[: 5 * size])) == token_ids
+        assert list(map(float.fromhex, values[5 * size :])) == logprob
+
+
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
 def test_sanitizers_find_nothing(tmp_path, sanitizer):
     sanitize = f"-fsanitize={sanitizer}"
@@ -173,14 +199,16 @@ def test_sanitizers_find_nothing(tmp_path, sanitizer):
         run(layers, env={**os.environ, "MGT_ISA": isa})
 
 
-@pytest.mark.parametrize("language", ["C", "C++", "NumPy", "JAX"])
+@pytest.mark.parametrize("language", LANGUAGES)
 def test_the_page_does_what_it_says(prefix, language):
     if language == "C" and shutil.which("pkg-config") is None:
         pytest.skip("needs pkg-config")
     if language == "JAX":
         pytest.importorskip("jax", reason="needs jax")
+    if language == "ExecuTorch":
+        pytest.importorskip("executorch.version", reason="needs executorch")
     _, *blocks = page_blocks()
-    printed = run_block(dict(zip(["C", "C++", "NumPy", "JAX"], blocks, strict=True))[language], prefix)
+    printed = run_block(dict(zip(LANGUAGES, blocks, strict=True))[language], prefix)
     if language == "C":
         check_c_program(printed)
     else:

@@ -1,0 +1,61 @@
+// ExecuTorch's side of the library: the kernel of torch's op mgt_kernels::sample_tokens, for programs exported with it.
+#include <executorch/runtime/kernel/kernel_includes.h>
+#include <executorch/runtime/kernel/operator_registry.h>
+#include <mgt_kernels.h>
+
+#include <optional>
+
+namespace et = executorch::runtime;
+using executorch::aten::ScalarType;
+using executorch::aten::Tensor;
+
+static std::optional<mgt_dtype> dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return MGT_FLOAT32;
+    case ScalarType::BFloat16: return MGT_BFLOAT16;
+    case ScalarType::Half: return MGT_FLOAT16;
+    default: return std::nullopt;
+  }
+}
+
+static mgt_logits half_of(const Tensor& logits) {
+  const auto strides = logits.strides();
+  return {logits.const_data_ptr(), strides[0], strides[1], strides[2]};
+}
+
+// sample_tokens(logits, tokens, seed, step, mask_token_id, uncond_logits, guidance_scale, noise_scale, temperature,
+//               backend, *, token_ids, logprob); exporting has checked shapes and types
+static void sample_tokens(et::KernelRuntimeContext& context, et::Span<et::EValue*> stack) {
+  const Tensor &logits = stack[0]->toTensor(), &tokens = stack[1]->toTensor();
+  const Tensor &seed = stack[2]->toTensor(), &step = stack[3]->toTensor();
+  Tensor &token_ids = stack[10]->toTensor(), &logprob = stack[11]->toTensor();
+  const std::optional<mgt_dtype> dtype = dtype_of(logits);
+  ET_KERNEL_CHECK_MSG(context, dtype && et::tensor_is_contiguous(tokens), InvalidArgument, ,
+                      "sample_tokens: expected logits in floats of 32 or 16 bits, and contiguous tokens");
+  ET_KERNEL_CHECK_MSG(context, stack[9]->toString() == "auto", NotSupported, , "sample_tokens: expected backend auto");
+  // where a program was exported for bounds of the sizes, these are the sizes of this call
+  ET_KERNEL_CHECK(context, et::resize_tensor(token_ids, tokens.sizes()) == et::Error::Ok, InvalidArgument, );
+  ET_KERNEL_CHECK(context, et::resize_tensor(logprob, tokens.sizes()) == et::Error::Ok, InvalidArgument, );
+  mgt_sample_tokens_args args{};
+  args.num_samples = logits.size(0);
+  args.num_positions = logits.size(1);
+  args.num_tokens = logits.size(2);
+  args.dtype = *dtype;
+  args.logits = half_of(logits);
+  if (!stack[5]->isNone()) args.uncond_logits = half_of(stack[5]->toTensor());
+  args.tokens = tokens.const_data_ptr<int64_t>();
+  args.seeds = seed.const_data_ptr<int64_t>();
+  args.step = *step.const_data_ptr<int64_t>();
+  args.mask_token_id = stack[4]->toInt();
+  args.guidance_scale = static_cast<float>(stack[6]->toDouble());
+  args.noise_scale = static_cast<float>(stack[7]->toDouble());
+  args.temperature = static_cast<float>(stack[8]->toDouble());
+  const mgt_context threads{MGT_ISA_AUTO, 2, nullptr};
+  int64_t bad_row = -1;
+  const mgt_status status = mgt_sample_tokens(&threads, &args, token_ids.mutable_data_ptr<int64_t>(),
+                                              logprob.mutable_data_ptr<float>(), &bad_row);
+  ET_KERNEL_CHECK_MSG(context, status == MGT_OK, InvalidArgument, , "sample_tokens: status %d, row %d",
+                      static_cast<int>(status), static_cast<int>(bad_row));
+}
+
+static const et::Error registered = et::register_kernel(et::Kernel("mgt_kernels::sample_tokens.out", sample_tokens));
