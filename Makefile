@@ -28,7 +28,8 @@ CONSUMERS := build/consumers
 test-consumers:
 	$(PYTHON) -m venv --clear $(CONSUMERS)
 	$(CONSUMERS)/bin/pip install --quiet --upgrade pip
-	$(CONSUMERS)/bin/pip install --quiet $(TORCH) cmake executorch==1.5.1 jax ninja pytest
+	$(CONSUMERS)/bin/pip install --quiet $(TORCH) cmake executorch==1.5.1 flax jax maskgit==0.0.1.dev0 ninja pytest \
+		scipy
 	$(CONSUMERS)/bin/pip wheel --quiet --no-deps --wheel-dir $(CONSUMERS)/dist .
 	$(CONSUMERS)/bin/pip install --quiet $(CONSUMERS)/dist/*.whl
 	$(CONSUMERS)/bin/pytest tests/test_consumers.py

@@ -132,18 +132,120 @@ def test_numpy_draws_without_torch():
     assert list(map(int, printed.split())) == token_ids[0].tolist()
 
 
-def test_jax_draws_under_jit_and_vmap(tmp_path):
+@pytest.fixture(scope="module")
+def jax_handlers(tmp_path_factory):
+    """The library's handlers for jax.ffi."""
     jax_ffi = pytest.importorskip("jax.ffi", reason="needs jax")
     library = mgt_kernels.library_path()
-    handlers = tmp_path / "handlers.so"
+    handlers = tmp_path_factory.mktemp("jax") / "handlers.so"
     run(
         "c++", "-std=c++17", "-O2", "-shared", "-fPIC", f"-I{jax_ffi.include_dir()}", f"-I{mgt_kernels.include_dir()}",
         CONSUMERS / "jax" / "handlers.cpp", library, f"-Wl,-rpath,{library.parent}", "-o", handlers,
     )  # fmt: skip
-    jitted, vmapped = run(sys.executable, CONSUMERS / "jax" / "consumer.py", handlers).splitlines()
+    return handlers
+
+
+def test_jax_draws_under_jit_and_vmap(jax_handlers):
+    jitted, vmapped = run(sys.executable, CONSUMERS / "jax" / "consumer.py", jax_handlers).splitlines()
     logits, tokens = (torch.arange(400) % 7 * 0.5).view(2, 5, 40), torch.full((2, 5), 40)
     token_ids, _ = mgt_kernels.sample_tokens(logits, tokens, mask_token_id=40, seed=torch.tensor([7, 8]), step=3)
     assert list(map(int, jitted.split())) == list(map(int, vmapped.split())) == token_ids.flatten().tolist()
+
+
+@pytest.fixture(scope="module")
+def maskgit_decoders(jax_handlers):
+    """`decode` of the original MaskGIT, and ours."""
+    original = pytest.importorskip("maskgit.libml.parallel_decode", reason="needs maskgit and flax")
+    sys.path.append(str(CONSUMERS / "maskgit"))
+    import maskgit_decode
+
+    maskgit_decode.register(jax_handlers)
+    return original.decode, maskgit_decode.decode
+
+
+@pytest.mark.parametrize("method", ["cosine", "pow2", "log"])
+def test_maskgit_masks_the_same(maskgit_decoders, method):
+    import jax
+    import jax.numpy as jnp
+
+    # one likely token at each position, so much likelier at some than at others that the original, which compares
+    # probabilities, has no ties; it depends on the number of known tokens. With the key below, neither draws another
+    best = jax.random.randint(jax.random.key(0), (2, 65), 0, 5)
+    surest = 7.5 + 6 / 64 * jax.random.permutation(jax.random.key(1), jnp.arange(65))
+
+    def tokens_to_logits(tokens):
+        likely = (best + (tokens >= 0).sum(-1, keepdims=True)) % 5
+        return jax.nn.one_hot(likely, 5) * surest[:, None]
+
+    inputs = jnp.full((2, 65), -1).at[:, 0].set(8).at[1, 5:20].set(3)
+    histories = [
+        decode(
+            inputs, jax.random.key(2), tokens_to_logits, num_iter=8, choice_temperature=0.0,
+            mask_scheduling_method=method,
+        )
+        for decode in maskgit_decoders
+    ]  # fmt: skip
+    assert histories[0].shape == histories[1].shape == (2, 8, 65) and (histories[0] == histories[1]).all()
+    assert (histories[1][:, -1] >= 0).all() and (histories[1][:, :, 0] == 8).all()
+
+
+def test_maskgit_draws_from_the_same_distribution(maskgit_decoders):
+    stats = pytest.importorskip("scipy.stats", reason="needs scipy")
+    import jax
+    import jax.numpy as jnp
+
+    # a token's logits depend on its neighbour's, so that what is drawn depends on which of both comes first
+    table = 2 * jax.random.normal(jax.random.key(5), (2, 5, 4))
+
+    def histogram(decode, factor, seed):
+        logits = lambda tokens: factor * table[jnp.arange(2), tokens[:, ::-1]]  # noqa: E731
+        history = decode(jnp.full((8000, 2), 4), jax.random.key(seed), logits, mask_token_id=4, num_iter=2)
+        return jnp.bincount(history[:, -1] @ jnp.array([4, 1]), length=16)
+
+    original, decode = maskgit_decoders
+    before, after, flatter = histogram(original, 1, 0), histogram(decode, 1, 1), histogram(decode, 0.9, 1)
+
+    def pvalue(other):
+        both = jnp.stack([before, other])
+        return stats.chi2_contingency(both[:, both.sum(0) > 20]).pvalue
+
+    assert (before > 20).sum() > 8
+    assert pvalue(after) > 1e-3 and pvalue(flatter) < 1e-4
+
+
+def test_maskgit_does_not_depend_on_the_batch(maskgit_decoders):
+    import jax
+    import jax.numpy as jnp
+
+    _, decode = maskgit_decoders
+    table = 2 * jax.random.normal(jax.random.key(5), (41, 40))
+    inputs, rng = jnp.full((3, 9), 40), jax.random.key(3)
+    together = decode(inputs, rng, table.__getitem__, mask_token_id=40, num_iter=4)
+    assert (decode(inputs[:1], rng, table.__getitem__, mask_token_id=40, num_iter=4) == together[:1]).all()
+    assert not (together[0] == together[1]).all()
+    seeds = [int(jax.random.bits(jax.random.fold_in(rng, i)).view(jnp.int32)) for i in range(3)]
+    token_ids, _ = mgt_kernels.sample_tokens(
+        torch.tensor(table[inputs].tolist()), torch.full((3, 9), 40), mask_token_id=40, seed=torch.tensor(seeds), step=0
+    )
+    assert together[:, 0].tolist() == token_ids.tolist()
+
+
+def test_the_page_of_frameworks_on_maskgit(maskgit_decoders, jax_handlers):
+    import jax
+    import jax.numpy as jnp
+
+    page = (ROOT / "docs" / "frameworks.md").read_text(encoding="utf-8").split("## MaskGIT")[1]
+    table = jax.random.normal(jax.random.key(5), (41, 40))
+    names = {"inputs": jnp.full((2, 9), -1), "rng": jax.random.key(0), "tokens_to_logits": table.__getitem__}
+    for code in re.findall(r"```python\n(.*?)```", page, flags=re.S):
+        exec(code, names)
+        assert names.pop("history").shape == (2, 12, 9)
+    (command,) = re.findall(r"```sh\n(.*?)```", page, flags=re.S)
+    # the script's own folder has a module of it
+    printed = run_block(
+        "unset PYTHONSAFEPATH; " + command.strip() + " --batch 1 --codebook-size 40 --rounds 1", jax_handlers.parent
+    )
+    assert len(re.findall(r"^\| decode, .* \| [0-9.]+ \|$", printed, flags=re.M)) == 2
 
 
 def test_executorch_draws_in_a_program(tmp_path):

@@ -48,3 +48,43 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(mgt_jax_sample_tokens, SampleTokens,
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<int64_t>("mask_token_id")
                                   .Attr<float>("temperature"));
+
+static ffi::Error MaskByConfidence(ffi::Buffer<ffi::S32> token_ids, ffi::Buffer<ffi::F32> logprob,
+                                   ffi::Buffer<ffi::S32> mask_len, ffi::Buffer<ffi::S32> seeds,
+                                   ffi::Buffer<ffi::S32> step, ffi::Buffer<ffi::F32> temperature,
+                                   ffi::ResultBuffer<ffi::S32> tokens, int64_t mask_token_id) {
+  const auto sizes = token_ids.dimensions();
+  const int64_t rows = sizes[0] * sizes[1];
+  std::vector<int64_t> drawn(token_ids.typed_data(), token_ids.typed_data() + rows), kept(static_cast<size_t>(rows));
+  std::vector<int64_t> counts(mask_len.typed_data(), mask_len.typed_data() + sizes[0]);
+  std::vector<int64_t> keys(seeds.typed_data(), seeds.typed_data() + sizes[0]);
+  const mgt_context context{MGT_ISA_AUTO, 2, nullptr};
+  mgt_mask_by_confidence_args args{};
+  args.num_samples = sizes[0];
+  args.num_positions = sizes[1];
+  args.token_ids = drawn.data();
+  args.logprob = logprob.typed_data();
+  args.mask_len = counts.data();
+  args.seeds = keys.data();
+  args.mask_token_id = mask_token_id;
+  args.step = *step.typed_data();
+  args.temperature = *temperature.typed_data();
+  int64_t where = -1;
+  const mgt_status status = mgt_mask_by_confidence(&context, &args, kept.data(), &where);
+  if (status != MGT_OK)
+    return ffi::Error::InvalidArgument("mgt_mask_by_confidence: status " + std::to_string(status) + ", at " +
+                                       std::to_string(where));
+  std::copy(kept.begin(), kept.end(), tokens->typed_data());
+  return ffi::Error::Success();
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(mgt_jax_mask_by_confidence, MaskByConfidence,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::S32>>()
+                                  .Attr<int64_t>("mask_token_id"));
