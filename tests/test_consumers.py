@@ -223,6 +223,8 @@ def test_maskgit_does_not_depend_on_the_batch(maskgit_decoders):
     together = decode(inputs, rng, table.__getitem__, mask_token_id=40, num_iter=4)
     assert (decode(inputs[:1], rng, table.__getitem__, mask_token_id=40, num_iter=4) == together[:1]).all()
     assert not (together[0] == together[1]).all()
+    # nothing to draw, nothing to mask again
+    assert (decode(inputs * 0, rng, table.__getitem__, mask_token_id=40, num_iter=4) == 0).all()
     seeds = [int(jax.random.bits(jax.random.fold_in(rng, i)).view(jnp.int32)) for i in range(3)]
     token_ids, _ = mgt_kernels.sample_tokens(
         torch.tensor(table[inputs].tolist()), torch.full((3, 9), 40), mask_token_id=40, seed=torch.tensor(seeds), step=0
