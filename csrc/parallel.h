@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -18,8 +17,8 @@ inline void parallel_with_own_threads(void (*body)(void*), void* data, unsigned 
   std::vector<std::thread> helpers;
   try {
     for (unsigned i = 1; i < num_threads; ++i) helpers.emplace_back(body, data);
-  } catch (const std::system_error&) {
-    // fewer threads share the same counter, so the result is the same
+  } catch (...) {
+    // no thread, or no memory for one: fewer threads share the same counter, so the result is the same
   }
   body(data);
   for (std::thread& helper : helpers) helper.join();

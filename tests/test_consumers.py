@@ -1,6 +1,7 @@
 """What links the library, from C to ExecuTorch; what it exports, and what sanitizers say of it."""
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -117,6 +118,28 @@ def test_only_the_c_abi_is_exported(prefix):
         header = re.sub(r"/\*.*?\*/", "", (ROOT / "csrc" / "mgt_kernels.h").read_text(), flags=re.S)
         declared = set(re.findall(r"\b(mgt_\w+)\(", header))
         assert {name.split("@")[0] for name in names} - {"MGT_0"} == declared
+
+
+# what manylinux_2_28 has: https://peps.python.org/pep-0600/
+OLDEST = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11), "GCC": (8, 0, 0)}
+
+
+def too_new(versions):
+    found = re.findall(r"\b(GLIBC|GLIBCXX|CXXABI|GCC)_([\d.]+)\b", versions)
+    return {f"{name}_{version}" for name, version in found if tuple(map(int, version.split("."))) > OLDEST[name]}
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or platform.libc_ver()[0] != "glibc", reason="manylinux on x86-64")
+@pytest.mark.parametrize("library", [mgt_kernels.library_path(), Path(mgt_kernels._C.__file__)], ids=lambda p: p.name)
+def test_it_loads_on_linux_of_2018(library):
+    versions = run("objdump", "-p", library)
+    assert "GLIBC_" in versions and not too_new(versions)
+
+
+def test_a_newer_symbol_is_seen():
+    assert too_new("0x06969194 0x00 05 GLIBC_2.28 GLIBC_2.34 CXXABI_1.3.11 GLIBCXX_3.4.29 GCC_3.0") == {
+        "GLIBC_2.34", "GLIBCXX_3.4.29"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("compiler, language, standard", [("cc", "c", "c99"), ("c++", "c++", "c++11")])
