@@ -35,18 +35,18 @@ def page_blocks():
     return re.findall(r"```sh\n(.*?)```", (ROOT / "docs" / "linking.md").read_text(), flags=re.S)
 
 
-def run_block(block, prefix):
+def run_block(block, prefix, **variables):
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     # the package that is installed, not the folder of its sources
-    environment = {**os.environ, "PREFIX": str(prefix), "PATH": path, "PYTHONSAFEPATH": "1"}
+    environment = {**os.environ, "PREFIX": str(prefix), "PATH": path, "PYTHONSAFEPATH": "1", **variables}
     return run("bash", "-euo", "pipefail", "-c", block, cwd=ROOT, env=environment)
 
 
 @pytest.fixture(scope="module")
 def prefix(tmp_path_factory):
-    """The library, built and installed without Python, as the page says."""
+    """The library, built and installed without Python, as the page says, and without a warning."""
     folder = tmp_path_factory.mktemp("prefix")
-    run_block(page_blocks()[0], folder)
+    run_block(page_blocks()[0], folder, CXXFLAGS="-Werror")
     # "lib64" on some systems
     (libraries,) = folder.glob("lib*")
     if libraries.name != "lib":
@@ -318,12 +318,44 @@ def test_sanitizers_find_nothing(tmp_path, sanitizer):
     library, folder = build / "libmgt_kernels.a", mgt_kernels.include_dir()
     program = compile_c(folder.parent, tmp_path / "draw", library, sanitize, "-lstdc++", "-lm", "-pthread")
     # without -fopenmp its pool is one thread
-    layers = tmp_path / "layers"
-    source = CONSUMERS / "cpp" / "main.cpp"
-    run("c++", "-std=c++17", f"-I{folder}", source, library, sanitize, "-pthread", "-o", layers)
+    single = ("-Wno-unknown-pragmas", "-Wno-unused-parameter")
+    layers = compile_cpp("cpp", library, tmp_path / "layers", sanitize, *single)
+    contract = compile_cpp("contract", library, tmp_path / "contract", sanitize)
     for isa in ISAS:
         check_c_program(run(program, env={**os.environ, "MGT_ISA": isa}))
         run(layers, env={**os.environ, "MGT_ISA": isa})
+        run(contract, env={**os.environ, "MGT_ISA": isa})
+
+
+def compile_cpp(name, library, program, *options, compiler="c++"):
+    source, include = CONSUMERS / name / "main.cpp", mgt_kernels.include_dir()
+    strict = ["-Wall", "-Wextra", "-Werror"]
+    run(compiler, "-std=c++17", *strict, f"-I{include}", source, library, *options, "-pthread", "-o", program)
+    return program
+
+
+def test_the_library_keeps_its_contract(prefix, tmp_path):
+    library = prefix / "lib" / "libmgt_kernels.a"
+    program = compile_cpp("contract", library, tmp_path / "contract", "-DCOUNT_ALLOCATIONS")
+    for isa in ISAS:
+        done = subprocess.run([program], env={**os.environ, "MGT_ISA": isa}, capture_output=True, text=True)
+        assert done.returncode == 0 and not done.stderr, done.stderr
+        # its own threads do allocate, so the counter counts
+        expected = r"lent pool: 0 allocations\nown threads: [1-9]\d* allocations\n"
+        assert re.fullmatch(expected, done.stdout), done.stdout
+
+
+@pytest.mark.skipif(shutil.which("clang++") is None, reason="needs clang")
+def test_clang_builds_the_same(tmp_path):
+    environment = {**os.environ, "CC": "clang", "CXX": "clang++", "CXXFLAGS": "-Werror"}
+    run("cmake", "-S", ROOT, "-B", tmp_path, "-G", "Ninja", "-DMGT_PYTHON=OFF", env=environment)
+    run("cmake", "--build", tmp_path, "--target", "kernels_static")
+    library = tmp_path / "libmgt_kernels.a"
+    program = compile_c(mgt_kernels.include_dir().parent, tmp_path / "draw", library, "-lstdc++", "-lm", "-pthread")
+    contract = compile_cpp("contract", library, tmp_path / "contract", compiler="clang++")
+    for isa in ISAS:
+        check_c_program(run(program, env={**os.environ, "MGT_ISA": isa}))
+        run(contract, env={**os.environ, "MGT_ISA": isa})
 
 
 @pytest.mark.parametrize("language", LANGUAGES)

@@ -1,0 +1,257 @@
+// What the header promises of every op: the same results on one thread, on the library's own threads, on a pool that
+// the caller lends, and in calls at the same time; no allocation where the caller lends a pool; nothing printed.
+//
+// Prints "lent pool: N allocations" and "own threads: N allocations"; without COUNT_ALLOCATIONS both are 0.
+#include <mgt_kernels.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdio>
+#include <cstdlib>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace {
+std::atomic<long> num_allocations{0};
+std::atomic<bool> counting{false};
+}  // namespace
+
+#ifdef COUNT_ALLOCATIONS
+// glibc's own, under the names that the whole process calls
+extern "C" {
+void* __libc_malloc(size_t);
+void* __libc_calloc(size_t, size_t);
+void* __libc_realloc(void*, size_t);
+void* __libc_memalign(size_t, size_t);
+static void count() {
+  if (counting) ++num_allocations;
+}
+void* malloc(size_t size) {
+  count();
+  return __libc_malloc(size);
+}
+void* calloc(size_t number, size_t size) {
+  count();
+  return __libc_calloc(number, size);
+}
+void* realloc(void* pointer, size_t size) {
+  count();
+  return __libc_realloc(pointer, size);
+}
+void* aligned_alloc(size_t alignment, size_t size) {
+  count();
+  return __libc_memalign(alignment, size);
+}
+int posix_memalign(void** pointer, size_t alignment, size_t size) {
+  count();
+  *pointer = __libc_memalign(alignment, size);
+  return *pointer == nullptr;
+}
+}
+#endif
+
+namespace {
+
+constexpr int kThreads = 3;
+
+// threads that sleep between calls; one call at a time
+class Pool {
+ public:
+  Pool() {
+    for (int i = 1; i < kThreads; ++i) threads_.emplace_back([this] { work(); });
+  }
+
+  ~Pool() {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      body_ = nullptr;
+      ++turn_;
+    }
+    changed_.notify_all();
+    for (std::thread& thread : threads_) thread.join();
+  }
+
+  void run(void (*body)(void*), void* data) {
+    const std::lock_guard<std::mutex> one_call(calls_);
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      body_ = body;
+      data_ = data;
+      num_running_ = kThreads - 1;
+      ++turn_;
+    }
+    changed_.notify_all();
+    body(data);
+    std::unique_lock<std::mutex> lock(mutex_);
+    changed_.wait(lock, [this] { return num_running_ == 0; });
+  }
+
+ private:
+  void work() {
+    long seen = 0;
+    for (;;) {
+      std::unique_lock<std::mutex> lock(mutex_);
+      changed_.wait(lock, [&] { return turn_ != seen; });
+      seen = turn_;
+      if (!body_) return;
+      const auto body = body_;
+      void* data = data_;
+      lock.unlock();
+      body(data);
+      lock.lock();
+      if (--num_running_ == 0) changed_.notify_all();
+    }
+  }
+
+  std::mutex calls_, mutex_;
+  std::condition_variable changed_;
+  std::vector<std::thread> threads_;
+  void (*body_)(void*) = nullptr;
+  void* data_ = nullptr;
+  int num_running_ = 0;
+  long turn_ = 0;
+};
+
+void run_on_pool(void (*body)(void*), void* data, unsigned, unsigned) {
+  static Pool pool;
+  pool.run(body, data);
+}
+
+void require(bool holds, const char* what) {
+  if (holds) return;
+  std::fprintf(stderr, "%s\n", what);
+  std::exit(1);
+}
+
+// One round of every op, in memory that is there before the first.
+class Round {
+ public:
+  explicit Round(const mgt_context& context) : context_(context) {
+    for (size_t i = 0; i < logits_.size(); ++i) logits_[i] = static_cast<float>(i * 7919 % 1009) * 0.01f;
+    for (size_t i = 0; i < uncond_.size(); ++i) uncond_[i] = static_cast<float>(i * 104729 % 997) * 0.01f;
+    for (size_t i = 0; i < x_.size(); ++i) x_[i] = static_cast<float>(i * 31 % 101) - 50.0f;
+    for (size_t i = 0; i < w_q_.size(); ++i) w_q_[i] = static_cast<uint8_t>(37 * i);
+    layer_.num_rows = kRows;
+    layer_.num_inputs = kInputs;
+    layer_.num_outputs = kOutputs;
+    layer_.dtype = layer_.scale_dtype = MGT_FLOAT32;
+    layer_.x = x_.data();
+    layer_.x_stride = kInputs;
+    layer_.w_q = w_q_.data();
+    layer_.scale = scale_.data();
+    layer_.zero_point = zero_point_.data();
+    layer_.group_size = 128;
+    mgt_differential_sample_args differential{};
+    differential.sample = draw(false);
+    for (const int64_t size :
+         {mgt_differential_sample_workspace(&context_, &differential), mgt_w4a8_linear_workspace(&context_, &layer_),
+          mgt_w4a16_linear_workspace(&context_, &layer_)}) {
+      require(size >= 0, "a workspace has no size");
+      if (static_cast<size_t>(size) > workspace_.size()) workspace_.resize(static_cast<size_t>(size));
+    }
+  }
+
+  void run() {
+    const auto workspace_bytes = static_cast<int64_t>(workspace_.size());
+    for (const bool position_major : {false, true}) {
+      const mgt_sample_tokens_args args = draw(position_major);
+      check(mgt_sample_tokens(&context_, &args, ids_.data() + position_major * kPositions,
+                              logprob_.data() + position_major * kPositions, nullptr));
+    }
+    mgt_mask_by_confidence_args mask{};
+    mask.num_samples = 1;
+    mask.num_positions = kPositions;
+    mask.token_ids = ids_.data();
+    mask.logprob = logprob_.data();
+    mask.mask_len = &mask_len_;
+    mask.seeds = &seed_;
+    mask.mask_token_id = kTokens;
+    mask.temperature = 2.0f;
+    check(mgt_mask_by_confidence(&context_, &mask, masked_.data(), nullptr));
+    for (int step = 0; step < 2; ++step) {
+      mgt_differential_sample_args args{};
+      args.sample = draw(false);
+      args.sample.step = step;
+      args.sample.guidance_scale += static_cast<float>(step);
+      args.has_history = step;
+      args.share = 0.5;
+      check(mgt_differential_sample(&context_, &args, history_.data(), written_.data(), differential_ids_.data(),
+                                    differential_logprob_.data(), divergence_.data(), workspace_.data(),
+                                    workspace_bytes, nullptr));
+    }
+    check(mgt_w4a8_linear(&context_, &layer_, nullptr, 0, y8_.data(), workspace_.data(), workspace_bytes, nullptr));
+    check(mgt_w4a16_linear(&context_, &layer_, y16_.data(), workspace_.data(), workspace_bytes, nullptr));
+  }
+
+  bool operator==(const Round& other) const {
+    return ids_ == other.ids_ && logprob_ == other.logprob_ && masked_ == other.masked_ && history_ == other.history_ &&
+           written_ == other.written_ && differential_ids_ == other.differential_ids_ &&
+           differential_logprob_ == other.differential_logprob_ && divergence_ == other.divergence_ &&
+           y8_ == other.y8_ && y16_ == other.y16_;
+  }
+
+ private:
+  static constexpr int64_t kPositions = 70, kTokens = 530, kRows = 70, kInputs = 256, kOutputs = 96;
+
+  static void check(mgt_status status) { require(status == MGT_OK, "an op failed"); }
+
+  mgt_sample_tokens_args draw(bool position_major) const {
+    mgt_sample_tokens_args args{};
+    args.num_samples = 1;
+    args.num_positions = kPositions;
+    args.num_tokens = kTokens;
+    args.dtype = MGT_FLOAT32;
+    const int64_t stride_position = position_major ? 1 : kTokens, stride_token = position_major ? kPositions : 1;
+    args.logits = {logits_.data(), kPositions * kTokens, stride_position, stride_token};
+    args.uncond_logits = {uncond_.data(), kPositions * kTokens, stride_position, stride_token};
+    args.tokens = tokens_.data();
+    args.seeds = &seed_;
+    args.mask_token_id = kTokens;
+    args.guidance_scale = 2.0f;
+    args.noise_scale = 0.5f;
+    args.temperature = 1.0f;
+    return args;
+  }
+
+  mgt_context context_;
+  mgt_int4_linear_args layer_{};
+  int64_t seed_ = 7, mask_len_ = kPositions / 2;
+  std::vector<float> logits_ = std::vector<float>(kPositions * kTokens), uncond_ = logits_;
+  std::vector<int64_t> tokens_ = std::vector<int64_t>(kPositions, kTokens), masked_ = tokens_,
+                       differential_ids_ = tokens_;
+  std::vector<int64_t> ids_ = std::vector<int64_t>(2 * kPositions);
+  std::vector<float> logprob_ = std::vector<float>(2 * kPositions);
+  std::vector<float> differential_logprob_ = std::vector<float>(kPositions), divergence_ = differential_logprob_;
+  std::vector<uint16_t> history_ = std::vector<uint16_t>(kPositions * kTokens);
+  std::vector<uint8_t> written_ = std::vector<uint8_t>(kPositions);
+  std::vector<float> x_ = std::vector<float>(kRows * kInputs), y8_ = std::vector<float>(kRows * kOutputs), y16_ = y8_;
+  std::vector<uint8_t> w_q_ = std::vector<uint8_t>(kOutputs * kInputs / 2);
+  std::vector<float> scale_ = std::vector<float>(kOutputs * kInputs / 128, 0.125f);
+  std::vector<uint8_t> zero_point_ = std::vector<uint8_t>(kOutputs * kInputs / 128, 8);
+  std::vector<char> workspace_;
+};
+
+}  // namespace
+
+int main() {
+  const mgt_context one{MGT_ISA_AUTO, 1, nullptr};
+  const mgt_context own{MGT_ISA_AUTO, kThreads, nullptr}, lent{MGT_ISA_AUTO, kThreads, run_on_pool};
+  Round expected(one);
+  expected.run();
+  for (const mgt_context& context : {lent, own}) {
+    Round round(context);
+    round.run();
+    require(round == expected, "results differ on several threads");
+    num_allocations = 0;
+    counting = true;
+    round.run();
+    counting = false;
+    std::printf("%s: %ld allocations\n", context.parallel ? "lent pool" : "own threads", num_allocations.load());
+  }
+  Round rounds[] = {Round(lent), Round(own), Round(one)};
+  std::vector<std::thread> callers;
+  for (Round& round : rounds) callers.emplace_back([&round] { round.run(); });
+  for (std::thread& caller : callers) caller.join();
+  for (const Round& round : rounds) require(round == expected, "results differ in calls at the same time");
+}
