@@ -92,23 +92,28 @@ DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp
 
 
 @dataclass(frozen=True)
-class Job:
-    """A case, ready to be timed. `check` raises where ours computes something else than the oracle."""
+class Work:
+    """How much a case has to do."""
 
-    ours: Contestant
-    peers: dict[str, Contestant]
-    check: Run
     bytes_moved: int
-    """The least that the job reads from memory and writes to it."""
+    """The least that is read from memory and written to it."""
     num_positions: int
-    num_elements: int
-    """What instructions are counted per: logits read, or multiply-adds."""
-    skipped: dict[str, str] = field(default_factory=dict)
-    """Peers that cannot run here, and why."""
     operations: int = 0
     """Multiplications and additions, where they and not the bytes may be the limit; else 0."""
     arithmetic: tuple[str, str] = ("", "")
     """Instruction set and dtype that the operations are done in, as `_C.peak` names them."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A case, ready to be timed, with its inputs. `check` raises where ours computes something else than the oracle."""
+
+    work: Work
+    ours: Contestant
+    peers: dict[str, Contestant]
+    check: Run
+    skipped: dict[str, str] = field(default_factory=dict)
+    """Peers that cannot run here, and why."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 import mgt_kernels
 from mgt_kernels import cpu
 
-from .case import Call, Case, Contestant, Job, Setting, Target
+from .case import Call, Case, Contestant, Job, Setting, Target, Work
 from .kept_memory import keep_freed_memory
 from .models import Layer
 from .peers import FOLDER, OUTSIDE, Worker
@@ -73,16 +73,12 @@ def linear_case(
         kernel = cpu.kernel_isa(op, backend)
         arithmetic = _ARITHMETIC[op].get(kernel)
         operations = 2 * num_rows * num_inputs * num_outputs
-        return Job(
-            Call(run),
-            peers,
-            check,
+        work = Work(
             bytes_moved=(x.numel() + num_rows * num_outputs) * x.element_size() + weight.nbytes,
             num_positions=num_rows,
-            num_elements=operations // 2,
-            skipped=skipped,
             operations=operations if arithmetic else 0,
             arithmetic=(kernel, arithmetic) if arithmetic else ("", ""),
         )
+        return Job(work, Call(run), peers, check, skipped)
 
     return Case(setting, prepare, targets, math.inf, curve)

@@ -29,7 +29,7 @@ Row = dict[str, str]
 
 def rows(result: Result, instructions_per_element: float | None = None) -> list[Row]:
     """Return a row for us, one for each peer, and one for each that was skipped."""
-    case, job, setting = result.case, result.job, result.case.setting
+    case, work, setting = result.case, result.work, result.case.setting
     axis, at = case.curve or ("", math.nan)
     common = {
         "case": setting.name,
@@ -45,8 +45,8 @@ def rows(result: Result, instructions_per_element: float | None = None) -> list[
         "axis": axis,
         "at": f"{at:g}" if axis else "",
         "rounds": str(len(result.bandwidth)),
-        "bytes_moved": str(job.bytes_moved),
-        "operations": str(job.operations),
+        "bytes_moved": str(work.bytes_moved),
+        "operations": str(work.operations),
         "bandwidth": f"{statistics.median(result.bandwidth):.4g}",
         "peak": f"{statistics.median(result.peak):.4g}" if result.peak else "",
     }
@@ -64,7 +64,7 @@ def rows(result: Result, instructions_per_element: float | None = None) -> list[
         }
         if name == OURS:
             row |= {
-                "extra_bytes_per_position": f"{result.extra_bytes / job.num_positions:.0f}",
+                "extra_bytes_per_position": f"{result.extra_bytes / work.num_positions:.0f}",
                 "target": ", ".join(
                     [*map(str, case.targets)]
                     + [f"<= {case.bytes_per_position:g} B/position"] * (case.bytes_per_position < math.inf)
@@ -81,7 +81,7 @@ def rows(result: Result, instructions_per_element: float | None = None) -> list[
                 "ratio_q3": f"{ratio.high:.4g}",
             }
         found.append(row)
-    found += [common | {"contestant": name, "skipped": reason} for name, reason in job.skipped.items()]
+    found += [common | {"contestant": name, "skipped": reason} for name, reason in result.skipped.items()]
     return [{field: row.get(field, "") for field in FIELDS} for row in found]
 
 

@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 
 from . import machine
-from .case import Case, Contestant, Job
+from .case import Case, Contestant, Work
 
 OURS = "mgt-kernels"
 # a round of a short call is the median of as many as take this long
@@ -38,7 +38,8 @@ class Result:
     """One case: seconds of each contestant in each round, and the machine's limits in the same rounds."""
 
     case: Case
-    job: Job
+    work: Work
+    skipped: dict[str, str]
     seconds: dict[str, list[float]]
     bandwidth: list[float]
     peak: list[float]
@@ -58,9 +59,9 @@ class Result:
     @cached_property
     def roofline(self) -> dict[str, Quartiles]:
         """The time that the job takes at the machine's limits, over each contestant's."""
-        least = [self.job.bytes_moved / bandwidth for bandwidth in self.bandwidth]
+        least = [self.work.bytes_moved / bandwidth for bandwidth in self.bandwidth]
         if self.peak:
-            arithmetic = [self.job.operations / peak for peak in self.peak]
+            arithmetic = [self.work.operations / peak for peak in self.peak]
             least = list(map(max, least, arithmetic))
         return {
             name: quartiles([a / b for a, b in zip(least, seconds, strict=True)])
@@ -77,7 +78,7 @@ class Result:
             for target in self.case.targets
             if target.peer in ("", *ratios) and not target.met(ratios, median_ms)
         ]
-        if self.extra_bytes / self.job.num_positions > self.case.bytes_per_position:
+        if self.extra_bytes / self.work.num_positions > self.case.bytes_per_position:
             missed.append(f"<= {self.case.bytes_per_position:g} B/position")
         return missed
 
@@ -133,6 +134,6 @@ def _time_case(case: Case, rounds: int) -> Result:
         for name, contestant in contestants.items():
             seconds[name].append(statistics.median(contestant.seconds() for _ in range(repeats[name])))
         bandwidth.append(machine.read_bandwidth(device))
-        if job.operations and device == "cpu":
-            peak.append(machine.peak(*job.arithmetic, case.setting.threads))
-    return Result(case, job, seconds, bandwidth, peak, allocated_bytes(job.ours))
+        if job.work.operations and device == "cpu":
+            peak.append(machine.peak(*job.work.arithmetic, case.setting.threads))
+    return Result(case, job.work, job.skipped, seconds, bandwidth, peak, allocated_bytes(job.ours))

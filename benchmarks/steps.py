@@ -14,7 +14,7 @@ import mgt_kernels
 from mgt_kernels import cpu, reference
 from mgt_kernels.reference.differential_sample import select_rows
 
-from .case import AbsentError, Call, Case, Contestant, Job, Run, Setting, Target
+from .case import AbsentError, Call, Case, Contestant, Job, Run, Setting, Target, Work
 from .models import AMUSED_256, MEISSONIC_1024, Model
 
 NUM_STEPS = 12
@@ -242,7 +242,6 @@ def sampling_case(
         uncond = None if guidance_scale is None else random_logits(1, model, batch, dtype, layout, device)
         tokens = masked_tokens(model, batch, masked_share, device)
         inputs = Inputs(logits, uncond, tokens, guidance_scale or 1.0, noise_scale, backend)
-        num_elements = int((tokens == inputs.mask_token_id).sum()) * model.codebook_size
         run: Run
         if op == "mask_by_confidence":
             drawn = our_draw(inputs)
@@ -252,14 +251,14 @@ def sampling_case(
             arguments: tuple[Any, ...] = (*drawn, inputs.mask_len, inputs.mask_token_id)
             # ids and logprob in, tokens out
             bytes_moved = 20 * tokens.numel()
-            num_elements = tokens.numel()
         else:
             run = partial(our_step if op == "step" else our_draw, inputs)
             chain = pytorch_step if op == "step" else pytorch_draw
             arguments = (logits, uncond, tokens, inputs.guidance_scale, noise_scale, inputs.mask_token_id)
             # every masked row of both halves is read once; tokens in, ids, logprob and tokens out are 28 bytes
             num_halves = 1 if uncond is None else 2
-            bytes_moved = num_halves * num_elements * logits.element_size() + 28 * tokens.numel()
+            num_read = num_halves * int((tokens == inputs.mask_token_id).sum()) * model.codebook_size
+            bytes_moved = num_read * logits.element_size() + 28 * tokens.numel()
         wanted: dict[str, Callable[[], Contestant]] = {
             "pytorch": lambda: Call(partial(chain, *arguments)),
             "torch.compile": lambda: compiled(chain, *arguments),
@@ -270,7 +269,7 @@ def sampling_case(
             halves = random_logits(0, model), random_logits(1, model)
             present[name] = Call(partial(our_step, Inputs(*halves, masked_tokens(model), scale, 0.0, "auto")))
         check = partial(check_draw if op == "sample_tokens" else check_step, inputs)
-        return Job(Call(run), present, check, bytes_moved, tokens.numel(), num_elements, skipped)
+        return Job(Work(bytes_moved, tokens.numel()), Call(run), present, check, skipped)
 
     return Case(setting, prepare, targets, curve=curve)
 
@@ -309,7 +308,7 @@ def scheduler_case(model: Model = MEISSONIC_1024, *, threads: int = 2) -> Case:
                 raise AssertionError(f"the schedulers mask {masked} positions")
 
         num_bytes = logits.numel() * logits.element_size() + 28 * tokens.numel()
-        return Job(Call(ours), peers, check, num_bytes, tokens.numel(), logits.numel(), skipped)
+        return Job(Work(num_bytes, tokens.numel()), Call(ours), peers, check, skipped)
 
     return Case(Setting("MGTScheduler.step", "", model.name, shape, threads=threads), prepare)
 
@@ -400,7 +399,7 @@ def differential_case(
         peer = partial(published_differential_step, *pairs[1], previous, guidance_scale, int(share * num_positions))
         # both halves once, two bytes of history in and two out per token; tokens in, ids, logprob and divergence out
         bytes_moved = num_positions * (codebook_size * 12 + 24)
-        return Job(Call(run), {"pytorch": Call(peer)}, check, bytes_moved, num_positions, num_positions * codebook_size)
+        return Job(Work(bytes_moved, num_positions), Call(run), {"pytorch": Call(peer)}, check)
 
     # beside what a position takes, each thread holds a row
     bytes_per_position = 64 + 4 * threads * model.codebook_size / model.num_positions
@@ -457,9 +456,8 @@ def remask_case(
             for part in parts:
                 part.amax()
 
-        num_elements = num_positions * codebook_size
         peers: dict[str, Contestant] = {"pytorch": Call(pytorch), "one read": Call(one_read)}
-        return Job(Call(run), peers, check, 8 * num_elements, num_positions, num_elements)
+        return Job(Work(8 * num_positions * codebook_size, num_positions), Call(run), peers, check)
 
     return Case(setting, prepare, targets, bytes_per_position=256)
 
@@ -512,9 +510,9 @@ def z_sampling_case(*, batch: int = 8, threads: int = 2) -> Case:
                     model.predict(tokens, condition)
 
         num_positions = batch * model.num_tokens
-        num_elements = 12 * num_positions * model.codebook_size
         peers: dict[str, Contestant] = {"its model calls": Call(model_calls)}
-        return Job(Call(run), peers, check, 4 * num_elements, num_positions, num_elements)
+        # the logits of every model call
+        return Job(Work(12 * 4 * num_positions * model.codebook_size, num_positions), Call(run), peers, check)
 
     return Case(
         Setting("Z-Sampling", "guided", "bundled", f"B={batch}", threads=threads), prepare,
@@ -535,11 +533,9 @@ def alternation_case(*, ours: bool, threads: int = 2) -> Case:
         x, weight = torch.randn(512, 1024), torch.randn(1024, 1024)
         step, linear = partial(our_step, inputs), partial(torch.nn.functional.linear, x, weight)
         timed, other = (step, linear) if ours else (linear, step)
-        num_elements = model.num_positions * model.codebook_size
         peers: dict[str, Contestant] = {"alone": Call(timed, before=timed)}
-        num_bytes = 8 * num_elements if ours else 4 * (2 * x.numel() + weight.numel())
-        check = partial(check_step, inputs)
-        return Job(Call(timed, before=other), peers, check, num_bytes, model.num_positions, num_elements)
+        num_bytes = 8 * model.num_positions * model.codebook_size if ours else 4 * (2 * x.numel() + weight.numel())
+        return Job(Work(num_bytes, model.num_positions), Call(timed, before=other), peers, partial(check_step, inputs))
 
     variant = "our step after torch's linear" if ours else "torch's linear after our step"
     shape = f"B=1 N={model.num_positions} V={model.codebook_size}"

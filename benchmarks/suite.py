@@ -46,10 +46,15 @@ def bench(
         print(reason)
     results: list[Result] = []
     table: list[report.Row] = []
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
     for case in tqdm(selected, unit="case", disable=not progress):
         result = time_case(case, rounds)
         results.append(result)
         table += report.rows(result, counts.get(instructions.key(case.setting)))
+        if out is not None:
+            # what an interrupted run leaves
+            report.write_csv(out / "results.csv", table)
     if markdown:
         print(report.markdown(table))
     else:

@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from mgt_benchmarks import cases, compare, instructions, machine, page, report, suite
-from mgt_benchmarks.case import AbsentError, Call, Case, Job, Setting, Target
+from mgt_benchmarks.case import AbsentError, Call, Case, Job, Setting, Target, Work
 from mgt_benchmarks.models import Layer, Model
 from mgt_benchmarks.run import OURS, Result, allocated_bytes, time_case
 from mgt_benchmarks.steps import compiled, gather_peers, sampling_case
@@ -20,6 +20,7 @@ from mgt_kernels.info import OPS
 from mgt_sampler.cli import app
 
 SMALL = Model("small", 9, 64, 3.0)
+WORK = Work(bytes_moved=1000, num_positions=10)
 
 
 @pytest.fixture(autouse=True)
@@ -34,17 +35,16 @@ def nothing():
     pass
 
 
-def case_of(*, targets=(), check=nothing, axis=None, **job):
+def case_of(*, targets=(), axis=None, work=WORK, **job):
     def prepare():
-        options = {"ours": Call(nothing), "peers": {"peer": Call(nothing)}, "check": check, "bytes_moved": 1000}
-        return Job(**options | {"num_positions": 10, "num_elements": 100} | job)
+        return Job(work, **{"ours": Call(nothing), "peers": {"peer": Call(nothing)}, "check": nothing} | job)
 
     return Case(Setting("op", "", "model", "B=1"), prepare, targets, curve=axis)
 
 
-def result_of(ours=(2.0, 2.0, 2.0), peer=(4.0, 6.0, 8.0), extra_bytes=0, peak=(), **options):
-    case = case_of(**options)
-    return Result(case, case.prepare(), {OURS: list(ours), "peer": list(peer)}, [500.0] * 3, list(peak), extra_bytes)
+def result_of(ours=(2.0, 2.0, 2.0), peer=(4.0, 6.0, 8.0), extra_bytes=0, peak=(), work=WORK, skipped=(), **options):
+    seconds = {OURS: list(ours), "peer": list(peer)}
+    return Result(case_of(**options), work, dict(skipped), seconds, [500.0] * 3, list(peak), extra_bytes)
 
 
 @pytest.mark.parametrize("scale", ["quick", "standard", "full"])
@@ -153,7 +153,7 @@ def test_ratios_and_shares_of_known_times():
     assert (ratio.low, ratio.median, ratio.high) == (2.5, 3.0, 3.5)
     # 1000 bytes at 500 bytes per second
     assert result.roofline[OURS].median == 1.0 and result.roofline["peer"].median == pytest.approx(1 / 3)
-    slower_arithmetic = result_of(operations=100, peak=(10.0, 10.0, 10.0))
+    slower_arithmetic = result_of(work=replace(WORK, operations=100), peak=(10.0, 10.0, 10.0))
     assert slower_arithmetic.roofline[OURS].median == 5.0
     first, second = report.rows(result, instructions_per_element=5.25)
     assert (first["median_ms"], second["ratio"], first["instructions_per_element"]) == ("2000", "3", "5.25")
