@@ -126,7 +126,7 @@ class Worker:
         raise RuntimeError(f"{self._name} failed at layer {self._sizes}:\n{self._errors.read()}")
 
     def seconds(self) -> float:
-        """Have it compute the layer once, and return how long that took."""
+        """Have it compute the layer, and return how long a call took that followed another."""
         time.sleep(_PAUSE)
         return self.ask("seconds")
 

@@ -15,7 +15,7 @@ from mgt_kernels import cpu, reference
 from mgt_kernels.reference.differential_sample import select_rows
 
 from .case import AbsentError, Call, Case, Contestant, Job, Run, Setting, Target, Work
-from .models import AMUSED_256, MEISSONIC_1024, Model
+from .models import MEISSONIC_1024, MEISSONIC_UP, Model
 
 NUM_STEPS = 12
 # compared with the oracle: as many positions as it does quickly
@@ -523,18 +523,19 @@ def z_sampling_case(*, batch: int = 8, threads: int = 2) -> Case:
 def alternation_case(*, ours: bool, threads: int = 2) -> Case:
     """What a call costs after a call of the other side, against what it costs after one of its own.
 
-    Two thread pools that spin while they wait would slow each other down; with one pool neither side notices.
+    Two thread pools that spin while they wait would slow each other down; with one pool neither side notices. A step
+    and a layer of Meissonic's sizes: small calls would also notice what the other left of their caches.
     """
-    model = AMUSED_256
+    model, layer = MEISSONIC_1024, MEISSONIC_UP
 
     def prepare() -> Job:
         halves = random_logits(0, model), random_logits(1, model)
-        inputs = Inputs(*halves, masked_tokens(model), 10.0, 0.0, "auto")
-        x, weight = torch.randn(512, 1024), torch.randn(1024, 1024)
+        inputs = Inputs(*halves, masked_tokens(model), model.guidance_scale or 1.0, 0.0, "auto")
+        x, weight = torch.randn(layer.num_rows, layer.num_inputs), torch.randn(layer.num_outputs, layer.num_inputs)
         step, linear = partial(our_step, inputs), partial(torch.nn.functional.linear, x, weight)
         timed, other = (step, linear) if ours else (linear, step)
         peers: dict[str, Contestant] = {"alone": Call(timed, before=timed)}
-        num_bytes = 8 * model.num_positions * model.codebook_size if ours else 4 * (2 * x.numel() + weight.numel())
+        num_bytes = 8 * model.num_positions * model.codebook_size if ours else 4 * (x.numel() + weight.numel())
         return Job(Work(num_bytes, model.num_positions), Call(timed, before=other), peers, partial(check_step, inputs))
 
     variant = "our step after torch's linear" if ours else "torch's linear after our step"
