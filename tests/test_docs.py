@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from mgt_benchmarks import report
+from mgt_benchmarks.cases import cases_of
 from mgt_sampler.evaluation.configurations import load_configurations
 from mgt_sampler.evaluation.intervals import Estimate
 from mgt_sampler.evaluation.run import METRICS, shown
@@ -63,6 +65,18 @@ def test_the_tables_of_the_layers_are_those_of_the_benchmarks(name, head, cells)
     first = next(i for i, line in enumerate(lines) if line.startswith(f"| {head} |")) + 2
     shown_rows = [[part.strip() for part in line[1:-1].split("|")] for line in lines[first : first + len(expected)]]
     assert shown_rows == expected
+
+
+def test_the_readmes_table_is_of_the_suite():
+    table = report.read_csv(DOCS / "benchmarks" / "results.csv")
+    expected = report.markdown([row for row in table if "Meissonic" in row["case"]])
+    text = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    shown_table = text.split("<!-- benchmarks -->")[1].split("<!-- /benchmarks -->")[0]
+    assert shown_table.partition("\n\n")[2].strip() == expected
+    # one run has all of it: every case of today's suite, but for what depends on the processor
+    assert {row["case"] for row in table} >= {
+        case.setting.name for case in cases_of("standard", 2) if case.setting.backend == "auto"
+    }
 
 
 @pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
