@@ -6,10 +6,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from . import instructions, machine, report
+from . import comparison, instructions, machine, report
 from .case import AbsentError, Case
 from .cases import Scale, cases_of
-from .compare import changes, print_changes
 from .run import Result, time_case
 
 
@@ -78,4 +77,4 @@ def write(out: Path, table: list[report.Row], results: list[Result], facts: dict
 def compare(old: Path, new: Path) -> None:
     """Print what moved between two runs; each is a folder that `bench` wrote, or its results.csv."""
     tables = [report.read_csv(path / "results.csv" if path.is_dir() else path) for path in (old, new)]
-    print_changes(*changes(*tables))
+    comparison.print_comparison(comparison.compare(*tables))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from mgt_benchmarks import cases, compare, instructions, machine, page, report, suite
+from mgt_benchmarks import cases, comparison, instructions, machine, page, report, suite
 from mgt_benchmarks.case import AbsentError, Call, Case, Job, Setting, Target, Work
 from mgt_benchmarks.models import Layer, Model
 from mgt_benchmarks.run import OURS, Result, allocated_bytes, time_case
@@ -224,7 +224,7 @@ def rows_of(shares, **fields):
     "old, new, verdict",
     [
         ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), ""),
-        ((0.5, 0.5, 0.5), (0.52, 0.52, 0.52), ""),
+        ((0.5, 0.5, 0.5), (0.54, 0.54, 0.54), ""),
         ((0.5, 0.5, 0.5), (0.6, 0.6, 0.6), "faster"),
         ((0.5, 0.5, 0.5), (0.4, 0.4, 0.4), "slower"),
         # as far apart, but each run strayed as far
@@ -232,14 +232,29 @@ def rows_of(shares, **fields):
     ],
 )
 def test_what_moved_is_told_from_noise(old, new, verdict):
-    (change,), alone = compare.changes(rows_of(old), rows_of(new, instructions_per_element="6"))
-    assert change.verdict == verdict and not alone and change.instructions == pytest.approx(1.2)
+    found = comparison.compare(rows_of(old), rows_of(new, instructions_per_element="6"))
+    (change,) = found.changes
+    assert change.verdict == verdict and not found.alone and change.instructions == pytest.approx(1.2)
+
+
+def test_a_slower_machine_is_no_change():
+    def run(ours, *peers):
+        return [
+            row
+            for i, share in enumerate((ours, *peers))
+            for row in rows_of([share] * 3, contestant=f"peer {i}" if i else OURS)
+        ]
+
+    found = comparison.compare(run(0.5, 0.2, 0.3, 0.4), run(0.4, 0.16, 0.24, 0.32))
+    assert found.drift == pytest.approx(0.8) and not any(change.moved for change in found.changes)
+    ours, *_ = comparison.compare(run(0.5, 0.2, 0.3, 0.4), run(0.3, 0.16, 0.24, 0.32)).changes
+    assert (ours.contestant, ours.verdict, ours.faster) == (OURS, "slower", pytest.approx(0.75))
 
 
 def test_what_is_in_one_run_alone_is_named(capsys):
-    found, alone = compare.changes(rows_of((1, 1, 1)), rows_of((1, 1, 1), contestant="peer"))
-    assert not found and alone == ["mgt-kernels of a", "peer of a"]
-    compare.print_changes(found, alone)
+    found = comparison.compare(rows_of((1, 1, 1)), rows_of((1, 1, 1), contestant="peer"))
+    assert not found.changes and found.alone == ["mgt-kernels of a", "peer of a"]
+    comparison.print_comparison(found)
     printed = capsys.readouterr().out
     assert "0 of 0 moved" in printed and "in one of the two runs alone: peer of a" in printed
 
