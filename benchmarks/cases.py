@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from functools import partial
 from itertools import product
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -95,36 +95,37 @@ def standard_cases(threads: int) -> Iterator[Case]:
 
 
 def full_cases(threads: int) -> Iterator[Case]:
-    """Every op x model x dtype x layout x noise x backend x threads, each against PyTorch's chain."""
+    """Every op x model x dtype x layout x noise x backend x threads, each against PyTorch's chain.
+
+    Without the scalar layers, a call of which takes seconds. Triton's kernels where they run: `gpu_absent`.
+    """
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    layouts = ("token-major", "position-major")
     counts = sorted({1, threads})
     on_gpu = [] if gpu_absent() else ["triton"]
-    for model, dtype, layout, noise_scale, count in product(MODELS, dtypes, layouts, (0.0, 1.0), counts):
+    for model, dtype, layout, count in product(MODELS, dtypes, ("token-major", "position-major"), counts):
         if layout == "position-major" and model.vocab_size is not None:
             # codes that are a part of the columns are neighbours
             continue
+        given: dict[str, Any] = {"dtype": dtype, "layout": layout, "threads": count}
         for backend in [*kernels("sample_tokens"), *on_gpu]:
-            # the peers' times do not depend on our instruction set
+            # PyTorch's time does not depend on our instruction set
             peers = ("pytorch",) if backend in ("triton", cpu.kernel_isa("sample_tokens")) else ()
-            yield sampling_case(
-                model, op="sample_tokens", dtype=dtype, layout=layout, noise_scale=noise_scale,
-                backend=backend, threads=count, peers=peers,
-            )  # fmt: skip
+            for noise_scale in (0.0, 1.0):
+                yield sampling_case(
+                    model, op="sample_tokens", noise_scale=noise_scale, peers=peers, backend=backend, **given
+                )
+            yield remask_case(model, backend=backend, **given)
+        for backend in [*kernels("differential_sample"), *on_gpu]:
+            yield differential_case(model, backend=backend, **given)
     for model, count in product(MODELS, counts):
-        for op in ("mask_by_confidence", "differential_sample", "remask_tokens"):
-            for backend in [*kernels(op if op != "remask_tokens" else "sample_tokens")]:
-                if op == "mask_by_confidence":
-                    yield sampling_case(model, op=op, backend=backend, threads=count)
-                elif op == "differential_sample":
-                    yield differential_case(model, backend=backend, threads=count)
-                else:
-                    yield remask_case(model, backend=backend, threads=count)
+        for backend in [*kernels("mask_by_confidence"), *on_gpu]:
+            # reads no logits
+            yield sampling_case(model, op="mask_by_confidence", dtype=dtypes[0], backend=backend, threads=count)
     for layer, dtype, group_size, count in product(LAYERS, dtypes[:2], (128, 32), counts):
         for op in ("w4a8_linear", "w4a16_linear"):
-            for isa in kernels(op):
-                if isa != "scalar":
-                    yield linear_case(layer, op=op, dtype=dtype, group_size=group_size, backend=isa, threads=count)
+            for backend in [*kernels(op), *on_gpu]:
+                if backend != "scalar":
+                    yield linear_case(layer, op=op, dtype=dtype, group_size=group_size, backend=backend, threads=count)
 
 
 def alternations(threads: int) -> Iterator[Case]:

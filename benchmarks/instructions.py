@@ -21,6 +21,7 @@ import typer
 
 import mgt_kernels
 from mgt_kernels import cpu
+from mgt_kernels.info import OPS
 
 from .case import DTYPE_NAMES, AbsentError, Setting
 
@@ -59,16 +60,16 @@ def count(isas: Collection[str] = (), library: Path | None = None) -> tuple[Coun
 
 def in_use() -> dict[str, float]:
     """Return the instructions per element of the kernels that run where no backend is named."""
-    ops = ("sample_tokens", "differential_sample", "mask_by_confidence", "w4a8_linear", "w4a16_linear")
-    return count({cpu.kernel_isa(op) for op in ops})[1]
+    return count({cpu.kernel_isa(op) for op in OPS})[1]
 
 
 def key(setting: Setting) -> str:
     """Return the name under which the instructions of a case's kernel are counted; a step's are those of its draw."""
-    op = {"step": "sample_tokens", "MGTScheduler.step": ""}.get(setting.op, setting.op)
-    variant = "guided" if op == "mask_by_confidence" else setting.variant
-    if not op or setting.backend == "triton" or op not in mgt_kernels.info()["kernels"]:  # type: ignore[operator]
+    op = "sample_tokens" if setting.op == "step" else setting.op
+    if op not in OPS or setting.backend == "triton":
         return ""
+    # which reads no logits
+    variant = "guided" if op == "mask_by_confidence" else setting.variant
     kernel = cpu.kernel_isa(op, setting.backend)
     return ", ".join((op, variant, DTYPE_NAMES[setting.dtype], setting.layout, kernel))
 

@@ -13,7 +13,7 @@ from .case import Call, Case, Contestant, Job, Setting, Target, Work
 from .kept_memory import keep_freed_memory
 from .models import Layer
 from .peers import FOLDER, OUTSIDE, Worker
-from .steps import gather_peers
+from .steps import device_of, gather_peers
 
 # the instruction set and dtype whose multiply-adds a kernel does
 _ARITHMETIC = {
@@ -47,9 +47,11 @@ def linear_case(
     def prepare() -> Job:
         keep_freed_memory()
         generator = torch.Generator().manual_seed(0)
-        x = torch.randn(num_rows, num_inputs, generator=generator).to(dtype)
+        device = device_of(backend)
+        x = torch.randn(num_rows, num_inputs, generator=generator).to(device, dtype)
         dense = torch.randn(num_outputs, num_inputs, generator=generator)
-        weight = mgt_kernels.quantize_int4(dense, group_size)
+        weight = mgt_kernels.quantize_int4(dense, group_size).to(device)
+        dense = dense.to(device)
         function = getattr(mgt_kernels, op)
         run = partial(function, x, weight, backend=backend)
 
@@ -70,7 +72,7 @@ def linear_case(
             sizes = (num_rows, num_inputs, num_outputs, group_size)
             wanted |= {name: partial(Worker.start, name, FOLDER, sizes, threads) for name in OUTSIDE}
         peers, skipped = gather_peers(wanted)
-        kernel = cpu.kernel_isa(op, backend)
+        kernel = "" if device == "cuda" else cpu.kernel_isa(op, backend)
         arithmetic = _ARITHMETIC[op].get(kernel)
         operations = 2 * num_rows * num_inputs * num_outputs
         work = Work(

@@ -45,7 +45,7 @@ def describe() -> dict[str, str]:
         "cores": str(os.cpu_count()),
         "instruction set": str(info["isa"]),
         "GPU": str(info["cuda"]),
-        "system": platform.platform(),
+        "system": " ".join((platform.system(), platform.machine(), *platform.libc_ver())),
         "mgt-kernels": str(info["version"]),
         "PyTorch": str(info["torch"]),
         "thread pool": Path(str(info["thread_pool"])).name.rstrip(")"),

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 import venv
+import weakref
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -96,16 +97,17 @@ class Worker:
             [python, WORKER, arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
             env=environment,
         )  # fmt: skip
+        weakref.finalize(self, _stop, self._process)
 
     @classmethod
     def start(cls, name: str, folder: Path, sizes: Sizes, threads: int) -> "Worker":
         """Start the process and have it compute once; raises AbsentError where that fails."""
         if not has_group_size(name, sizes[-1]):
             raise AbsentError(f"has groups of {', '.join(map(str, GROUP_SIZES[name]))} only")
-        worker = cls(name, interpreter(name, folder), sizes, threads)
         try:
+            worker = cls(name, interpreter(name, folder), sizes, threads)
             worker.seconds()
-        except RuntimeError as error:
+        except (OSError, RuntimeError) as error:
             raise AbsentError(str(error).strip().splitlines()[-1]) from error
         return worker
 
@@ -134,9 +136,10 @@ class Worker:
         """Return the error of its results relative to the float64 product, of the Frobenius norms."""
         return self.ask("error")
 
-    def __del__(self) -> None:
-        self._process.kill()
-        self._process.communicate()
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.communicate()
 
 
 def measure(name: str, python: Path, sizes: Sizes, threads: int, calls: int) -> dict[str, float]:

@@ -118,6 +118,9 @@ def time_case(case: Case, rounds: int) -> Result:
 
 def _time_case(case: Case, rounds: int) -> Result:
     job = case.prepare()
+    for target in case.targets:
+        if target.peer not in ("", *job.peers, *job.skipped):
+            raise ValueError(f"{case.setting.name}: a target against {target.peer}, of {[*job.peers, *job.skipped]}")
     job.check()
     contestants = {OURS: job.ours, **job.peers}
     device = "cuda" if case.setting.backend == "triton" else "cpu"

@@ -1,10 +1,10 @@
 """Cases of sampling: one step, its two ops, differential sampling, re-masking, and the sampler around them."""
 
-import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -71,6 +71,11 @@ def random_logits(
     if layout == "position-major":
         logits = logits.transpose(1, 2)
     return logits[..., columns - model.codebook_size :]
+
+
+def device_of(backend: str) -> str:
+    """Where the tensors of a backend lie."""
+    return "cuda" if backend == "triton" else "cpu"
 
 
 def masked_tokens(model: Model, batch: int = 1, masked_share: float = 1.0, device: str = "cpu") -> Tensor:
@@ -237,7 +242,7 @@ def sampling_case(
     )  # fmt: skip
 
     def prepare() -> Job:
-        device = "cuda" if backend == "triton" else "cpu"
+        device = device_of(backend)
         logits = random_logits(0, model, batch, dtype, layout, device)
         uncond = None if guidance_scale is None else random_logits(1, model, batch, dtype, layout, device)
         tokens = masked_tokens(model, batch, masked_share, device)
@@ -313,18 +318,17 @@ def scheduler_case(model: Model = MEISSONIC_1024, *, threads: int = 2) -> Case:
     return Case(Setting("MGTScheduler.step", "", model.name, shape, threads=threads), prepare)
 
 
-def moved_logits(seed: int, model: Model) -> Tensor:
-    """The logits of the next step: a quarter of the standard deviation away."""
-    generator = torch.Generator().manual_seed(seed + 2)
-    logits = random_logits(seed, model)
-    return logits.add(torch.randn(logits.shape, generator=generator), alpha=0.5)
+def moved_logits(logits: Tensor, seed: int) -> Tensor:
+    """The logits of the next step, in memory as these: a quarter of the standard deviation away."""
+    noise = torch.randn(logits.shape, generator=torch.Generator().manual_seed(seed)).mul_(0.5)
+    return logits.clone().add_(noise.to(logits))
 
 
 def published_differential_step(
     cond: Tensor, uncond: Tensor, previous: Tensor, guidance_scale: float, num_selected: int
 ) -> Tensor:
     """Differential sampling as the paper's code writes it: softmax, KL, sort, difference, multinomial, gather."""
-    probs = (uncond + guidance_scale * (cond - uncond)).softmax(-1)
+    probs = (uncond + guidance_scale * (cond - uncond)).float().softmax(-1)
     divergence = torch.nn.functional.kl_div(previous.log(), probs, reduction="none").sum(-1)
     rows = divergence.sort(-1).indices[:, :num_selected, None].expand(-1, -1, probs.shape[-1])
     probs.scatter_(1, rows, (probs.gather(1, rows) - previous.gather(1, rows)).clamp(min=1e-6))
@@ -335,6 +339,8 @@ def published_differential_step(
 def differential_case(
     model: Model = MEISSONIC_1024,
     *,
+    dtype: torch.dtype = torch.float32,
+    layout: str = "token-major",
     guidance_scale: float = 3.0,
     share: float = 0.75,
     backend: str = "auto",
@@ -346,16 +352,15 @@ def differential_case(
     At the guidance scale of the other cases the published code takes the logarithm of 0 and the time of denormals.
     """
     setting = Setting(
-        "differential_sample", "guided", model.name, f"B=1 N={model.num_positions} V={model.codebook_size}",
-        backend=backend, threads=threads,
+        "differential_sample", "guided", model.name, f"B=1 N={model.num_positions} V={model.codebook_size}", dtype,
+        layout, backend=backend, threads=threads,
     )  # fmt: skip
 
     def prepare() -> Job:
-        pairs = [
-            (random_logits(0, model), random_logits(1, model)),
-            (moved_logits(0, model), moved_logits(1, model)),
-        ]
-        tokens = masked_tokens(model)
+        device = device_of(backend)
+        first = [random_logits(seed, model, 1, dtype, layout, device) for seed in (0, 1)]
+        pairs = [first, [moved_logits(logits, seed) for seed, logits in enumerate(first, start=2)]]
+        tokens = masked_tokens(model, device=device)
         num_positions, codebook_size = model.num_positions, model.codebook_size
 
         def step(state: mgt_kernels.DifferentialState | None, index: int) -> tuple[Tensor, Tensor, Any]:
@@ -373,32 +378,35 @@ def differential_case(
 
         def check() -> None:
             _, _, state = step(None, 0)
-            history, written = state.history[:, CHECKED].clone(), state.written[:, CHECKED].clone()
-            cond, uncond = pairs[1]
+            history, written = (x[:, CHECKED].cpu().clone() for x in (state.history, state.written))
             token_ids, logprob, state = step(state, 1)
             # which rows are selected depends on all of them: the oracle draws each of its rows both ways
-            matches = torch.zeros(1, history.shape[1], dtype=torch.bool)
             selected = select_rows(
                 state.divergence, torch.ones_like(tokens, dtype=torch.bool), share=share, variant="paper"
-            )[:, CHECKED]
+            )
+            token_ids, logprob, found, selected = (
+                x[:, CHECKED].cpu() for x in (token_ids, logprob, state.divergence, selected)
+            )
+            cond, uncond = (half[:, CHECKED].cpu() for half in pairs[1])
+            matches = torch.zeros_like(selected)
             for every in (0.0, 1.0):
                 expected, truth, divergence, *_ = reference.differential_sample(
-                    cond[:, CHECKED], tokens[:, CHECKED], history, written, uncond_logits=uncond[:, CHECKED],
+                    cond, tokens[:, CHECKED].cpu(), history, written, uncond_logits=uncond,
                     mask_token_id=codebook_size, seed=torch.zeros(1, dtype=torch.int64), step=1, share=every,
                     guidance_scale=guidance_scale, variant="paper",
                 )  # fmt: skip
-                close = (token_ids[:, CHECKED] == expected) & ((logprob[:, CHECKED] - truth).abs() < 1e-3)
-                matches |= close & (selected == bool(every))
+                matches |= (token_ids == expected) & ((logprob - truth).abs() < 1e-3) & (selected == bool(every))
             if not matches.all():
                 raise AssertionError("token ids or logprob differ from the oracle's")
-            if not torch.allclose(state.divergence[:, CHECKED].double(), divergence, atol=1e-3, rtol=1e-4):
+            if not torch.allclose(found.double(), divergence, atol=1e-3, rtol=1e-4):
                 raise AssertionError("the divergence differs from the oracle's")
 
-        cond, uncond = pairs[0]
-        previous = (uncond + guidance_scale * (cond - uncond)).softmax(-1)
-        peer = partial(published_differential_step, *pairs[1], previous, guidance_scale, int(share * num_positions))
+        (cond, uncond), (next_cond, next_uncond) = pairs
+        previous = (uncond + guidance_scale * (cond - uncond)).float().softmax(-1)
+        num_selected = int(share * num_positions)
+        peer = partial(published_differential_step, next_cond, next_uncond, previous, guidance_scale, num_selected)
         # both halves once, two bytes of history in and two out per token; tokens in, ids, logprob and divergence out
-        bytes_moved = num_positions * (codebook_size * 12 + 24)
+        bytes_moved = num_positions * (codebook_size * (2 * dtype.itemsize + 4) + 24)
         return Job(Work(bytes_moved, num_positions), Call(run), {"pytorch": Call(peer)}, check)
 
     # beside what a position takes, each thread holds a row
@@ -409,6 +417,8 @@ def differential_case(
 def remask_case(
     model: Model = MEISSONIC_1024,
     *,
+    dtype: torch.dtype = torch.float32,
+    layout: str = "token-major",
     guidance_scale: float = 9.0,
     backend: str = "auto",
     threads: int = 2,
@@ -416,14 +426,16 @@ def remask_case(
 ) -> Case:
     """The re-masking of Z-Sampling at B=1 with every position known, as in its last steps."""
     setting = Setting(
-        "remask_tokens", "guided", model.name, f"B=1 N={model.num_positions} V={model.codebook_size}",
+        "remask_tokens", "guided", model.name, f"B=1 N={model.num_positions} V={model.codebook_size}", dtype, layout,
         backend=backend, threads=threads,
     )  # fmt: skip
 
     def prepare() -> Job:
-        cond, uncond = random_logits(0, model), random_logits(1, model)
+        device = device_of(backend)
+        cond, uncond = (random_logits(seed, model, 1, dtype, layout, device) for seed in (0, 1))
         num_positions, codebook_size = model.num_positions, model.codebook_size
-        tokens = torch.randint(codebook_size, (1, num_positions), generator=torch.Generator().manual_seed(3))
+        generator = torch.Generator().manual_seed(3)
+        tokens = torch.randint(codebook_size, (1, num_positions), generator=generator).to(device)
         remask_len = num_positions // 10
 
         def run() -> tuple[Tensor, Tensor]:
@@ -434,14 +446,15 @@ def remask_case(
 
         def pytorch() -> Tensor:
             logits = uncond + guidance_scale * (cond - uncond)
-            score = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+            score = logits.float().log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
             return tokens.scatter(1, score.topk(remask_len, largest=False).indices, codebook_size)
 
         def check() -> None:
-            remasked, score = run()
+            remasked, score = (x.cpu() for x in run())
+            some, some_uncond, some_tokens = (x[:, CHECKED].cpu() for x in (cond, uncond, tokens))
             truth = reference.remask_score(
-                cond[:, CHECKED], tokens[:, CHECKED], variant="paper", mask_token_id=codebook_size, step=0,
-                seed=torch.zeros(1, dtype=torch.int64), uncond_logits=uncond[:, CHECKED], guidance_scale=guidance_scale,
+                some, some_tokens, variant="paper", mask_token_id=codebook_size, step=0,
+                seed=torch.zeros(1, dtype=torch.int64), uncond_logits=some_uncond, guidance_scale=guidance_scale,
             )  # fmt: skip
             if not torch.allclose(score[:, CHECKED].double(), truth, atol=1e-4, rtol=0):
                 raise AssertionError("scores differ from the oracle's")
@@ -449,7 +462,9 @@ def remask_case(
             if not torch.equal((remasked == codebook_size)[0].nonzero()[:, 0], lowest):
                 raise AssertionError("other positions than the lowest are masked")
 
-        parts = [part for half in (cond, uncond) for part in half.flatten().view(torch.int64).chunk(32)]
+        # in the order of the memory, whatever the layout
+        halves = (half.transpose(1, 2) if layout == "position-major" else half for half in (cond, uncond))
+        parts = [part for half in halves for part in half.flatten().view(torch.int64).chunk(32)]
 
         def one_read() -> None:
             # as `machine.read_bandwidth` reads
@@ -457,7 +472,7 @@ def remask_case(
                 part.amax()
 
         peers: dict[str, Contestant] = {"pytorch": Call(pytorch), "one read": Call(one_read)}
-        return Job(Work(8 * num_positions * codebook_size, num_positions), Call(run), peers, check)
+        return Job(Work(2 * dtype.itemsize * num_positions * codebook_size, num_positions), Call(run), peers, check)
 
     return Case(setting, prepare, targets, bytes_per_position=256)
 
@@ -552,11 +567,9 @@ def kernels(op: str) -> list[str]:
 
 
 def gpu_absent() -> str:
-    """Why the Triton kernels do not run here; "" where they do."""
+    """Return why the Triton kernels do not run here; "" where they do."""
     if not torch.cuda.is_available():
         return "no CUDA device"
-    with contextlib.suppress(ImportError):
-        import triton  # noqa: F401
-
-        return ""
-    return "Triton is not installed (pip install mgt-kernels[gpu])"
+    if find_spec("triton") is None:
+        return "Triton is not installed (pip install mgt-kernels[gpu])"
+    return ""

@@ -10,6 +10,7 @@ from . import comparison, instructions, machine, report
 from .case import AbsentError, Case
 from .cases import Scale, cases_of
 from .run import Result, time_case
+from .steps import gpu_absent
 
 
 def select(scale: Scale = "standard", only: Sequence[str] = (), threads: int | None = None) -> list[Case]:
@@ -43,6 +44,8 @@ def bench(
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
     if reason:
         print(reason)
+    if scale == "full" and gpu_absent():
+        print(f"backend triton skipped: {gpu_absent()}")
     results: list[Result] = []
     table: list[report.Row] = []
     if out is not None:

@@ -2,7 +2,6 @@
 // is the only caller; it owns the tensors behind the addresses and turns a status into an exception.
 #include <pybind11/pybind11.h>
 
-#include <new>
 #include <stdexcept>
 
 #include "manylinux.h"

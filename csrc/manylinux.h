@@ -3,6 +3,8 @@
 // for nothing of the kind.
 #pragma once
 
+#include <new>
+
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GLIBCXX__)
 
 extern "C" {
