@@ -52,8 +52,9 @@ def whole_file(path: str | Path) -> Iterator[IO[bytes]]:
 def _umask() -> int:
     # Linux tells it without changing it, which another thread would see
     with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("Umask:"):
+        # the process's name, which need not be text, stands there too
+        for line in Path("/proc/self/status").read_bytes().splitlines():
+            if line.startswith(b"Umask:"):
                 return int(line.split()[1], 8)
     mask = os.umask(0o077)
     os.umask(mask)
