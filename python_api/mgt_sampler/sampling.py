@@ -227,7 +227,7 @@ def generate(
                 callback(SamplerStep(k, num_draws, token_ids, logprob, tokens == mask_token_id, divergence))
             num_draws += 1
     if anything_masked:
-        _check_all_drawn(tokens, mask_token_id)
+        check_all_drawn("model.predict_logits", tokens, mask_token_id)
     return GenerateOutput(tokens, model.decode(tokens).float().clamp(0, 1), seeds, predictor.num_calls)
 
 
@@ -330,13 +330,13 @@ def _seeds(seed: int | Tensor, batch_size: int, device: torch.device) -> Tensor:
     return sample_seeds(seed, batch_size).to(device)
 
 
-def _check_all_drawn(tokens: Tensor, mask_token_id: int) -> None:
-    """Raise where a GPU kernel, which cannot, marked logits that it could not draw from."""
+def check_all_drawn(name: str, tokens: Tensor, mask_token_id: int) -> None:
+    """Raise where a GPU kernel, which cannot raise, marked logits that it could not draw from."""
     left = tokens == mask_token_id
     if left.any():
         sample, position = left.nonzero()[0].tolist()
         raise ValueError(
-            "model.predict_logits: expected finite logits, or -inf to forbid a token, got NaN, +inf or "
+            f"{name}: expected finite logits, or -inf to forbid a token, got NaN, +inf or "
             f"nothing but -inf at sample {sample}, position {position}"
         )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import Any
 
 import torch
@@ -14,6 +13,8 @@ from torch import Tensor
 from mgt_kernels import DifferentialState, differential_sample, remask_tokens, sample_tokens
 from mgt_kernels.cpu import DIFFERENTIAL_VARIANTS
 from mgt_kernels.ops import REMASK_VARIANTS
+
+from .arguments import integer, kind, number
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Differential:
 
     def __post_init__(self) -> None:
         """Check the attributes."""
-        _check_number("differential.share", self.share)
+        object.__setattr__(self, "share", _finite("differential.share", self.share))
         if not 0 <= self.share <= 1:
             raise ValueError(f"differential.share: expected a number in [0, 1], got {self.share}")
         _check_variant("differential.variant", self.variant, DIFFERENTIAL_VARIANTS)
@@ -76,10 +77,11 @@ class ZSampling:
 
     def __post_init__(self) -> None:
         """Check the attributes."""
-        _check_number("z_sampling.inversion_guidance_scale", self.inversion_guidance_scale)
+        scale = _finite("z_sampling.inversion_guidance_scale", self.inversion_guidance_scale)
+        object.__setattr__(self, "inversion_guidance_scale", scale)
         _check_variant("z_sampling.variant", self.variant, REMASK_VARIANTS)
         if self.steps is not None:
-            check_steps("z_sampling.steps", self.steps)
+            object.__setattr__(self, "steps", check_steps("z_sampling.steps", self.steps))
 
     def steps_of(self, num_inference_steps: int) -> frozenset[int]:
         """The steps of a run of T that are taken so.
@@ -210,25 +212,29 @@ def remask(
 
 
 def check_steps(name: str, steps: Collection[int], first: int = 0, last: float = math.inf) -> frozenset[int]:
-    """Return the steps as a set, if they are ints within [first, last]."""
-    if isinstance(steps, (str, bytes)) or not isinstance(steps, Collection):
-        raise TypeError(f"{name}: expected a collection of ints, got {type(steps).__name__}")
-    for step in steps:
-        if isinstance(step, bool) or not isinstance(step, int):
-            raise TypeError(f"{name}: expected a collection of ints, got {step!r} in it")
+    """Return the steps as a set, if they are whole numbers within [first, last]."""
+    if isinstance(steps, (str, bytes)) or not isinstance(steps, Collection) or getattr(steps, "ndim", 1) != 1:
+        raise TypeError(f"{name}: expected a collection of ints, got {kind(steps)}")
+    found = set()
+    for given in steps:
+        try:
+            step = integer(name, given)
+        except TypeError:
+            raise TypeError(f"{name}: expected a collection of ints, got {given!r} in it") from None
         if not first <= step <= last:
             expected = f"at least {first}" if last == math.inf else f"within [{first}, {last}]"
             raise ValueError(f"{name}: expected steps {expected}, got {step}")
-    return frozenset(steps)
+        found.add(step)
+    return frozenset(found)
 
 
-def _check_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name}: expected a finite number, got {value}")
+def _finite(name: str, value: object) -> float:
+    found = number(name, value)
+    if not abs(found) <= torch.finfo(torch.float32).max:
+        raise ValueError(f"{name}: expected a finite number, got {found}")
+    return found
 
 
 def _check_variant(name: str, value: object, variants: tuple[str, ...]) -> None:
-    if value not in variants:
+    if not isinstance(value, str) or value not in variants:
         raise ValueError(f"{name}: expected one of {variants}, got {value!r}")
