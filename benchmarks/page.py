@@ -8,6 +8,8 @@ from typing import Any
 
 import jinja2
 
+from mgt_sampler.files import whole_file
+
 from .report import COLUMNS, Row, cells
 from .run import OURS
 
@@ -34,7 +36,8 @@ def write_page(folder: Path, table: list[Row], machine: dict[str, str]) -> list[
     )  # fmt: skip
     files = {"report.html": page, **{f"{name}.svg": plot for name, plot in plots.items()}}
     for name, text in files.items():
-        (folder / name).write_text(text, encoding="utf-8")
+        with whole_file(folder / name) as file:
+            file.write(text.encode())
     return [folder / name for name in files]
 
 

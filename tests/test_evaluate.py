@@ -396,14 +396,14 @@ class TestRun:
             {"num_images": 90},
             {"configurations": [Configuration("base", {"num_inference_steps": 4})]},
         ):
-            with pytest.raises(ValueError, match=r"base/00.safetensors: expected images of this configuration.*delete"):
+            with pytest.raises(ValueError, match=r"base/00.safetensors: expected images of this evaluation.*delete"):
                 evaluate(out=tmp_path, **changed)
 
     def test_other_weights_are_refused(self, drawn: list[Any], tmp_path: Path) -> None:
         evaluate(out=tmp_path)
         model = load_model()
         model.transformer.head.bias[0] += 1
-        with pytest.raises(ValueError, match="expected images of this configuration, these seeds and weights"):
+        with pytest.raises(ValueError, match="expected images of this evaluation"):
             run.evaluate(model, TWO, num_images=60, num_groups=3, out=tmp_path, progress=False)
 
     def test_a_quantized_configuration_draws_with_quantized_layers(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -446,7 +446,7 @@ class TestRun:
         second = masked_token_nll(load_model(), images[20:40], validation[1][20:40], seed=1)
         assert float(estimate.value) == pytest.approx(float((nll.mean() + second.mean()) / 2), rel=1e-4)
         assert "NLL" in run.results_table(results) and "NLL" in run.results_table(results[:1])
-        with pytest.raises(ValueError, match="expected images of this configuration"):
+        with pytest.raises(ValueError, match="expected images of this evaluation"):
             evaluate(num_images=40, num_groups=2, out=tmp_path)
 
     def test_bad_arguments(self, drawn: list[Any]) -> None:

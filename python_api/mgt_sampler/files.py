@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -49,6 +51,20 @@ def whole_file(path: str | Path) -> Iterator[IO[bytes]]:
         raise
 
 
+def write_csv(path: str | Path, fields: Sequence[str], rows: Iterable[Mapping[str, object]]) -> None:
+    """Write rows under a header, whole or not at all.
+
+    Raises:
+        OSError: as `whole_file`.
+    """
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fields)
+    writer.writeheader()
+    writer.writerows(rows)
+    with whole_file(path) as file:
+        file.write(text.getvalue().encode())
+
+
 def _umask() -> int:
     # Linux tells it without changing it, which another thread would see
     with suppress(OSError):
@@ -79,3 +95,14 @@ def check_writable(name: str, path: str | Path) -> None:
         raise ValueError(f"{name}: expected a path in a folder that exists, got {str(path)!r}")
     if not os.access(target.parent, os.W_OK | os.X_OK):
         raise ValueError(f"{name}: expected a path in a folder that can be written to, got {str(path)!r}")
+
+
+def make_folder(name: str, folder: str | Path) -> None:
+    """Make a folder before long work, and check that files can be written to it.
+
+    Raises:
+        OSError: it cannot be made.
+        ValueError: it cannot be written to.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    check_writable(name, Path(folder) / "file")

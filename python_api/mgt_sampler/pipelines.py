@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import number
+from .arguments import kind, number
 from .scheduler import Generators, MGTScheduler, MGTSchedulerOutput, flatten_logits
 from .techniques import ZSampling, remask
 
@@ -49,6 +49,8 @@ def z_sample(pipe: Any, *args: Any, z_sampling: ZSampling | None = None, **kwarg
         raise TypeError(f"pipe: expected one with an MGTScheduler, got {type(scheduler).__name__}")
     if scheduler.config.rng != "philox":
         raise ValueError(f"pipe: expected an MGTScheduler with rng 'philox', got {scheduler.config.rng!r}")
+    if not (z_sampling is None or isinstance(z_sampling, ZSampling)):
+        raise TypeError(f"z_sampling: expected a ZSampling or None, got {kind(z_sampling)}")
     call = inspect.signature(pipe).bind(*args, **kwargs)
     call.apply_defaults()
     if "guidance_scale" not in call.arguments:
@@ -63,6 +65,8 @@ def z_sample(pipe: Any, *args: Any, z_sampling: ZSampling | None = None, **kwarg
         return pipe(*args, **kwargs)
     finally:
         handle.remove()
+        # the two refer to each other, and to the pipeline's inputs
+        del scheduler.step
 
 
 class _Zigzag:

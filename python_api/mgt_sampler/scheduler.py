@@ -354,7 +354,7 @@ class MGTScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                 f"temperatures: expected a value for each of {len(run.timesteps.values())} timesteps, "
                 f"got {len(run.temperatures.values())}"
             )
-        # rounded to float32, as in the original
+        # the product is rounded to float32, as in the original
         ratio = None if at == 0 else share * run.ratios[index]
         if run.settings.rng == "torch":
             prev_sample, drawn = self._step_torch(run, logits, tokens, index, ratio, generator)
@@ -486,7 +486,7 @@ class MGTScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             seen = copy.copy(seen)
             seen.observe(guided_logits(logits, None, 1.0))
             logits = seen.logits(run.momenta[index])
-        draw = {"seed": run.seeds, "step": run.num_draws}
+        draw: dict[str, Any] = {"seed": run.seeds, "step": run.num_draws}
         token_ids, logprob, _ = run.sampler.draw(logits, tokens, noise_scale=run.noise_scales[index], **draw)
         if ratio is None:
             check_all_drawn("model_output", token_ids, mask_token_id)
@@ -612,22 +612,22 @@ def _index(timesteps: list[Any], timestep: float) -> int:
     return timesteps.index(timestep)
 
 
-def _checked_share(starting_mask_ratio: float | Tensor, batch_size: int) -> Tensor:
-    """The argument of this name as float32, () or (B,)."""
-    if isinstance(starting_mask_ratio, Tensor):
-        if starting_mask_ratio.ndim and starting_mask_ratio.numel() not in (1, batch_size):
-            raise ValueError(
-                f"starting_mask_ratio: expected a number, or one for each of {batch_size} samples, "
-                f"got shape {tuple(starting_mask_ratio.shape)}"
-            )
-        share = starting_mask_ratio.to(torch.float32)
-        share = share.reshape(-1) if share.ndim else share
-    else:
-        given = number("starting_mask_ratio", starting_mask_ratio, "a number or a tensor of numbers")
-        share = torch.tensor(given, dtype=torch.float32, device="cpu")
-    if share.device.type == "cpu" and not ((share >= 0) & (share <= 1)).all():
-        raise ValueError(f"starting_mask_ratio: expected numbers in [0, 1], got {share.tolist()}")
-    return share
+def _checked_share(starting_mask_ratio: float | Tensor, batch_size: int) -> float | Tensor:
+    """The argument of this name: a number, or float32 () or (B,)."""
+    if not isinstance(starting_mask_ratio, Tensor):
+        share = number("starting_mask_ratio", starting_mask_ratio, "a number or a tensor of numbers")
+        if not 0 <= share <= 1:
+            raise ValueError(f"starting_mask_ratio: expected a number in [0, 1], got {share}")
+        return float(torch.tensor(share, dtype=torch.float32, device="cpu"))
+    shares = starting_mask_ratio.to(torch.float32)
+    if shares.ndim and shares.numel() not in (1, batch_size):
+        raise ValueError(
+            f"starting_mask_ratio: expected a number, or one for each of {batch_size} samples, "
+            f"got shape {tuple(shares.shape)}"
+        )
+    if shares.device.type == "cpu" and not ((shares >= 0) & (shares <= 1)).all():
+        raise ValueError(f"starting_mask_ratio: expected numbers in [0, 1], got {shares.tolist()}")
+    return shares.reshape(-1) if shares.ndim else shares
 
 
 def _listed(generator: Generators) -> Sequence[torch.Generator | None]:

@@ -235,7 +235,7 @@ def checked_values(
         schedule_values(value, 1, name=name, minimum=minimum)
         return str(value)
     if isinstance(value, Real):
-        return schedule_values(value, 1, name=name, minimum=minimum)[0]
+        return schedule_values(number(name, value, VALUE_SCHEDULES), 1, name=name, minimum=minimum)[0]
     given = _floats(name, value, VALUE_SCHEDULES)
     schedule_values(given, len(given) or 1, name=name, minimum=minimum)
     return given

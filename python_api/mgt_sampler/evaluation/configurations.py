@@ -115,11 +115,16 @@ def load_configurations(path: str | Path) -> list[Configuration]:
     path = shipped if shipped.is_file() and not Path(path).is_file() else Path(path)
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path}: {error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: expected a TOML file, got {error}") from error
     _check_keys(str(path), table, ("defaults", "configuration"))
+    if not isinstance(table.get("defaults", {}), Mapping):
+        raise TypeError(f"{path}: defaults: expected a table, got {table['defaults']!r}")
+    given_list = table.get("configuration", [])
+    if not isinstance(given_list, list) or not all(isinstance(given, Mapping) for given in given_list):
+        raise TypeError(f"{path}: configuration: expected tables [[configuration]], got {given_list!r}")
     configurations: list[Configuration] = []
-    for i, given in enumerate(table.get("configuration", [])):
+    for i, given in enumerate(given_list):
         arguments = {**table.get("defaults", {}), **given}
         name = arguments.pop("name", None)
         if not isinstance(name, str) or not name.strip():

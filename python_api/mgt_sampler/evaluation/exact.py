@@ -10,6 +10,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .. import sampling
+from ..files import whole_file
 from ..models.markov import MarkovModel, total_variation
 from ..tables import aligned
 from .configurations import Configuration, load_configurations
@@ -104,7 +105,7 @@ def save_exact_plot(
             torch.stack([getattr(distance, name) for distance in result.distances]) for name in ("value", "half_width")
         )
         # side by side, so that equal distances do not hide each other
-        at = torch.tensor(steps) + 0.04 * (i - (len(results) - 1) / 2)
+        at = torch.tensor(steps, dtype=torch.float32, device="cpu") + 0.04 * (i - (len(results) - 1) / 2)
         ax.errorbar(at, value, yerr=half_width, marker="o", ms=4, capsize=2, lw=1, label=result.name)
     ax.axhline(noise, color="0.35", ls="--", lw=1, label="exact samples")
     ax.set_xticks(steps)
@@ -113,9 +114,10 @@ def save_exact_plot(
     ax.set_ylabel("total variation to the truth")
     ax.grid(color="0.93")
     figure.legend(loc="outside right upper", frameon=False)
-    figure.savefig(path, dpi=110)
+    with whole_file(path) as file:
+        figure.savefig(file, format="png", dpi=110)
 
 
 def _interval(values: Sequence[float]) -> Estimate:
-    numbers = torch.tensor(values, dtype=torch.float64)
+    numbers = torch.tensor(values, dtype=torch.float64, device="cpu")
     return jackknife(lambda kept: {"mean": numbers[kept].mean()}, len(values))["mean"]

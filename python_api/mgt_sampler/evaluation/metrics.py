@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -91,7 +93,11 @@ def pixel_spread(images: Tensor, labels: Tensor, *, num_classes: int) -> Tensor:
     for label in range(num_classes):
         chosen = images[labels == label].double()
         # the unbiased variance, so that few images do not look less diverse than many
-        variance = chosen.var(0).mean() if len(chosen) > 1 else torch.tensor(torch.nan).double()
+        variance = (
+            chosen.var(0).mean()
+            if len(chosen) > 1
+            else torch.full((), torch.nan, dtype=torch.float64, device=images.device)
+        )
         spreads.append(variance.sqrt())
     return torch.stack(spreads)
 
@@ -191,12 +197,12 @@ def token_entropy(tokens: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
     Returns:
         Entropy, 0 to log2(min(N, V)), and share, 0 to 1: (n,) float32 each.
     """
-    counts = torch.zeros(len(tokens), codebook_size, device=tokens.device)
+    counts = torch.zeros(len(tokens), codebook_size, dtype=torch.float32, device=tokens.device)
     counts.scatter_add_(1, tokens, torch.ones_like(tokens, dtype=counts.dtype))
     share = counts / tokens.shape[1]
     # xlogy is 0 at 0, unlike the product
-    entropy = -torch.xlogy(share, share).sum(1) / torch.log(torch.tensor(2.0))
-    return entropy, (counts > 0).sum(1) / tokens.shape[1]
+    entropy = -torch.xlogy(share, share).sum(1) / math.log(2)
+    return entropy, (counts > 0).sum(1).float() / tokens.shape[1]
 
 
 def winning_rate(log_prob: Tensor, baseline: Tensor, *, tie: float = 0.01) -> tuple[float, float, float]:
@@ -241,10 +247,11 @@ def masked_token_nll(
         (num_images,) float32, in nats.
     """
     generator = torch.Generator().manual_seed(seed)
-    shares = torch.cos(torch.rand(len(images), 1, generator=generator) * (torch.pi / 2))
+    cpu: dict[str, Any] = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
+    shares = torch.cos(torch.rand(len(images), 1, **cpu) * (torch.pi / 2))
     num_masked = (shares * model.num_tokens).ceil().clamp(1, model.num_tokens)
-    order = torch.rand(len(images), model.num_tokens, generator=generator).argsort(1).argsort(1)
-    losses = [torch.zeros(0)]
+    order = torch.rand(len(images), model.num_tokens, **cpu).argsort(1).argsort(1)
+    losses = [torch.zeros(0, dtype=torch.float32, device="cpu")]
     batches = (x.split(batch_size) for x in (images, labels, order < num_masked))
     for batch, batch_labels, masked in zip(*batches, strict=True):
         tokens, masked = model.encode(batch), masked.to(model.device)

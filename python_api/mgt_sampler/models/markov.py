@@ -43,7 +43,8 @@ class MarkovModel:
         self.codebook_size = codebook_size
         self.mask_token_id = codebook_size
         generator = torch.Generator().manual_seed(seed)
-        logits = torch.randn(codebook_size + 1, codebook_size, generator=generator, dtype=torch.float64) * std
+        shape = codebook_size + 1, codebook_size
+        logits = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu") * std
         self.initial, self.transition = logits[0].softmax(-1), logits[1:].softmax(-1)
 
     def predict_logits(self, tokens: Tensor, condition: Tensor | None) -> Tensor:
@@ -60,7 +61,7 @@ class MarkovModel:
             raise ValueError("condition: the Markov chain has no classes, expected None")
         # the likelihood of the evidence at each position: 1 for every value where nothing is known
         known = torch.nn.functional.one_hot(tokens, self.codebook_size + 1)[..., :-1].double()
-        evidence = torch.where((tokens == self.mask_token_id)[..., None], 1.0, known)
+        evidence = known.masked_fill((tokens == self.mask_token_id)[..., None], 1.0)
         # what the tokens before a position, and those behind it, say of it
         forward, backward = torch.empty_like(evidence), torch.ones_like(evidence)
         forward[:, 0] = self.initial
@@ -94,13 +95,13 @@ class MarkovModel:
             raise ValueError(f"num_tokens: expected at most 2^20 sequences, got {self.codebook_size}^{self.num_tokens}")
         probability = self.initial
         for _ in range(self.num_tokens - 1):
-            last = torch.arange(len(probability)) % self.codebook_size
+            last = torch.arange(len(probability), device="cpu") % self.codebook_size
             probability = (probability[:, None] * self.transition[last]).flatten()
         return probability
 
     def counts(self, tokens: Tensor) -> Tensor:
         """Count how often each of the V^N sequences is among tokens (B, N): (V^N,) int64."""
-        digits = self.codebook_size ** torch.arange(self.num_tokens - 1, -1, -1)
+        digits = self.codebook_size ** torch.arange(self.num_tokens - 1, -1, -1, device="cpu")
         return torch.bincount((tokens * digits).sum(-1), minlength=self.codebook_size**self.num_tokens)
 
 
@@ -118,7 +119,7 @@ def total_variation(model: MarkovModel, tokens: Tensor) -> tuple[float, float]:
         tokens: (B, N) int64, none masked; B at least 1.
     """
     truth, num_samples = model.probabilities(), len(tokens)
-    distance = (model.counts(tokens) / num_samples - truth).abs().sum() / 2
+    distance = (model.counts(tokens).double() / num_samples - truth).abs().sum() / 2
     m = (num_samples * truth).floor().clamp(max=num_samples - 1) + 1
     log_binomial = math.lgamma(num_samples + 1) - torch.lgamma(m + 1) - torch.lgamma(num_samples - m + 1)
     log_deviation = log_binomial + torch.xlogy(m, truth) + torch.xlogy(num_samples - m + 1, 1 - truth)
