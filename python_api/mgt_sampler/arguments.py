@@ -43,7 +43,7 @@ def number(name: str, value: object, expected: str = "a number") -> float:
     try:
         return float(plain)
     except OverflowError:
-        raise ValueError(f"{name}: expected {expected} that fits a float, got {plain:.3e}") from None
+        raise ValueError(f"{name}: expected {expected} below 1.8e308, got a larger one") from None
 
 
 def kind(value: object) -> str:

@@ -127,7 +127,7 @@ def generate(
         num_inference_steps: T, at least 1.
         guidance_scale: s; 1 takes the conditional logits alone, 0 the unconditional ones, and spares the other pass.
         temperature: of the confidence that decides which tokens are masked again, at least 0.
-        token_temperature: of the draw of a token, at least 0; 0 takes the likeliest.
+        token_temperature: of the draw of a token: 0, which takes the likeliest, or at least 1e-30.
         noise_scale: sigma, the Gaussian noise on the logits in nats, at least 0 (arXiv 2411.10781).
         mask_schedule: gamma: a name that `schedules.mask_ratio` knows, or T ratios in [0, 1].
         differential: draw what changed least since the previous draw from what did change; None: don't.
@@ -171,6 +171,9 @@ def generate(
     guidance_scales = values("guidance_scale", guidance_scale)
     temperatures = values("temperature", temperature, 0.0)
     token_temperatures = values("token_temperature", token_temperature, 0.0)
+    for k, value in enumerate(token_temperatures):
+        if 0 < value < 1e-30:
+            raise ValueError(f"token_temperature: expected 0 or at least 1e-30 at every step, got {value} at step {k}")
     noise_scales = values("noise_scale", noise_scale, 0.0)
     momenta = values("momentum", momentum)
     ratios = mask_ratios(mask_schedule, num_inference_steps, num_tokens)
@@ -378,10 +381,9 @@ def _batch_size(num_samples: int | None, tokens: object, labels: object, seed: o
     sizes = {"num_samples": num_samples}
     for name, value in (("tokens", tokens), ("labels", labels), ("seed", seed)):
         if value is not None and not _is_one_int(value):
-            try:
-                sizes[name] = len(value)  # type: ignore[arg-type]
-            except TypeError:
-                raise TypeError(f"{name}: expected ints or a tensor, got {kind(value)}") from None
+            if isinstance(value, (str, bytes)) or not hasattr(value, "__len__"):
+                raise TypeError(f"{name}: expected ints or a tensor, got {kind(value)}")
+            sizes[name] = len(value)
     given = {name: size for name, size in sizes.items() if size is not None}
     if len(set(given.values())) > 1:
         listed = ", ".join(f"{name} {size}" for name, size in given.items())
