@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import errno
 import itertools
 import math
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +20,7 @@ from scipy import stats
 from scipy.spatial import distance
 from typer.testing import CliRunner
 
+from mgt_kernels import cpu
 from mgt_sampler import cli, sampling
 from mgt_sampler.evaluation import exact, plots, run
 from mgt_sampler.evaluation.configurations import Configuration, load_configurations
@@ -398,6 +401,63 @@ class TestRun:
         ):
             with pytest.raises(ValueError, match=r"base/00.safetensors: expected images of this evaluation.*delete"):
                 evaluate(out=tmp_path, **changed)
+
+    @pytest.mark.parametrize(
+        ("name", "value", "message"),
+        [
+            ("mgt_sampler.evaluation.run.__version__", "9.9.9", "those of other mgt-kernels; delete"),
+            ("torch.__version__", "9.9.9", "those of other torch; delete"),
+            ("torch.backends.cpu.get_cpu_capability", lambda: "PDP11", "other instruction set of torch; delete"),
+        ],
+    )
+    def test_images_of_another_version_are_not_mixed(
+        self, drawn: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: Any, message: str
+    ) -> None:
+        settings: Any = {"out": tmp_path, "num_images": 20, "num_groups": 2}
+        evaluate(TWO[:1], **settings)
+        monkeypatch.setattr(name, value)
+        with pytest.raises(ValueError, match=message):
+            evaluate(TWO[:1], **settings)
+
+    def test_what_an_image_depends_on(self) -> None:
+        model, seeds = load_model(), torch.arange(4)
+        plain, quantized = TWO[0], Configuration("w4a16", {"quantization": {"share": 0}})
+
+        def facts(configuration: Configuration, backend: str, weights: str = "") -> dict[str, str]:
+            return run._facts(model, configuration, seeds % 2, seeds, weights, backend)
+
+        assert facts(plain, "scalar") == facts(plain, "reference")
+        assert facts(quantized, "scalar") != facts(quantized, "reference")
+        assert facts(quantized, "auto") == facts(quantized, cpu.kernel_isa("w4a16_linear"))
+        digests = {run._digest_of_weights(load_model(dtype=dtype)) for dtype in (torch.float32, torch.bfloat16)}
+        assert len(digests) == 2
+
+    def test_a_damaged_file_is_named(self, drawn: list[Any], tmp_path: Path) -> None:
+        settings: Any = {"out": tmp_path, "num_images": 20, "num_groups": 2}
+        evaluate(TWO[:1], **settings)
+        path = tmp_path / "groups" / "base" / "00.safetensors"
+        for damaged in (b"", b"\xff" * 100, path.read_bytes()[:-1]):
+            path.write_bytes(damaged)
+            with pytest.raises(ValueError, match=r"00.safetensors: expected images that an evaluation kept"):
+                evaluate(TWO[:1], **settings)
+
+    def test_a_full_disk_leaves_what_was_there(
+        self, drawn: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        results = evaluate(TWO[:1], num_images=20, num_groups=2)
+
+        def full(descriptor: int) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        names = ["results.csv", "metrics.png"]
+        for name in names:
+            (tmp_path / name).write_text("old")
+        monkeypatch.setattr(os, "fsync", full)
+        for save in (run.save_results, save_plots):
+            with pytest.raises(OSError, match="No space"):
+                save(results, tmp_path)
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+        assert all((tmp_path / name).read_text() == "old" for name in names)
 
     def test_other_weights_are_refused(self, drawn: list[Any], tmp_path: Path) -> None:
         evaluate(out=tmp_path)

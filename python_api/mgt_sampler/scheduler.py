@@ -92,7 +92,9 @@ class _Numbers:
     """The values of a public tensor, which may be changed; a GPU's are read again only where it was."""
 
     def __init__(self, tensor: Any, values: list[Any] | None = None) -> None:
-        self.tensor: Tensor = torch.as_tensor(tensor)
+        # as_tensor would move a tensor to the default device
+        is_tensor = isinstance(tensor, Tensor)
+        self.tensor: Tensor = tensor if is_tensor else torch.tensor(tensor, dtype=torch.float32, device="cpu")
         self._values = self.tensor.tolist() if values is None else values
         self._version = self._current_version()
 

@@ -184,7 +184,7 @@ def density_coverage(features: Tensor, real: Tensor, num_neighbours: int = 5) ->
     # the nearest is the image itself
     radius = torch.cdist(x, x).kthvalue(num_neighbours + 1, dim=1).values
     inside = torch.cdist(x, y) <= radius[:, None]
-    return float(inside.sum() / (num_neighbours * len(y))), float(inside.any(1).double().mean())
+    return float(inside.sum()) / (num_neighbours * len(y)), float(inside.any(1).double().mean())
 
 
 def token_entropy(tokens: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
