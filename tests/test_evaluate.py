@@ -26,6 +26,7 @@ from mgt_sampler.evaluation import exact, plots, run
 from mgt_sampler.evaluation.configurations import Configuration, load_configurations
 from mgt_sampler.evaluation.intervals import jackknife
 from mgt_sampler.evaluation.metrics import (
+    RealStatistics,
     class_accuracy,
     density_coverage,
     feature_statistics,
@@ -40,6 +41,7 @@ from mgt_sampler.evaluation.metrics import (
 )
 from mgt_sampler.evaluation.plots import save_plots
 from mgt_sampler.models import load_classifier, load_model
+from mgt_sampler.models.fashion import Transformer, TransformerConfig
 from mgt_sampler.techniques import Differential, ZSampling
 
 
@@ -297,10 +299,34 @@ class TestConfigurations:
             load_configurations("technique")
 
 
+class Judge:
+    """A classifier in two matrices, so that what is shown of an evaluation does not wait for convolutions."""
+
+    def __init__(self, **_: Any) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.network = torch.nn.Linear(784, 16, bias=False)
+        self.network.weight.data = torch.randn(16, 784, generator=generator) / 28
+        self.head = torch.randn(16, 10, generator=generator)
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        return self.features(images) @ self.head
+
+    @torch.no_grad()
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        return self.network(images.float().flatten(1))
+
+    def statistics(self) -> RealStatistics:
+        images = torch.rand(100, 1, 28, 28, generator=torch.Generator().manual_seed(1)) / 10
+        mean, covariance = feature_statistics(self.features(images))
+        return RealStatistics(mean, covariance, self.features(images), torch.full((10,), 0.1), torch.tensor(0.9))
+
+
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """A sampler that draws images of real ones' brightness at random, and the calls that it got."""
+    """A sampler that draws images at random, which a quick judge sees, and the calls that it got."""
     calls: list[Any] = []
+    monkeypatch.setattr(run, "load_classifier", Judge)
+    monkeypatch.setattr(run, "load_real_statistics", Judge().statistics)
 
     def generate(model: Any, *, callback: Any = None, **arguments: Any) -> SimpleNamespace:
         seeds, num_steps = arguments.get("seed", torch.zeros(0).long()), arguments.get("num_inference_steps", 12)
@@ -319,7 +345,8 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             # a Z-Sampling step draws twice; the second draw is the one that counts
             for shown in (torch.zeros_like(tokens), tokens):
                 callback(SimpleNamespace(step=k, tokens=shown, divergence=recorded))
-        return SimpleNamespace(tokens=tokens, images=model.decode(tokens), model_calls=2 * num_steps)
+        images = (tokens / 127).view(-1, 1, 14, 14).repeat_interleave(2, 2).repeat_interleave(2, 3)
+        return SimpleNamespace(tokens=tokens, images=images, model_calls=2 * num_steps)
 
     monkeypatch.setattr(sampling, "generate", generate)
     return calls
@@ -496,18 +523,18 @@ class TestRun:
             evaluate([bad], num_images=20, num_groups=2)
 
     def test_likelihood_of_real_images(self, drawn: list[Any], tmp_path: Path) -> None:
-        images = torch.rand(50, 1, 28, 28, generator=torch.Generator().manual_seed(0))
-        validation = (images, torch.arange(50) % 10)
-        results = evaluate(num_images=40, num_groups=2, validation=validation, out=tmp_path)
+        images = torch.rand(25, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+        validation = (images, torch.arange(25) % 10)
+        results = evaluate(num_images=20, num_groups=2, validation=validation, out=tmp_path)
         estimate = results[0].estimates["token_nll"]
         # the same images and the same masks for every configuration
         assert float(estimate.value) == float(results[1].estimates["token_nll"].value)
-        nll = masked_token_nll(load_model(), images[:20], validation[1][:20], seed=0, batch_size=7)
-        second = masked_token_nll(load_model(), images[20:40], validation[1][20:40], seed=1)
+        nll = masked_token_nll(load_model(), images[:10], validation[1][:10], seed=0, batch_size=7)
+        second = masked_token_nll(load_model(), images[10:20], validation[1][10:20], seed=1)
         assert float(estimate.value) == pytest.approx(float((nll.mean() + second.mean()) / 2), rel=1e-4)
         assert "NLL" in run.results_table(results) and "NLL" in run.results_table(results[:1])
         with pytest.raises(ValueError, match="expected images of this evaluation"):
-            evaluate(num_images=40, num_groups=2, out=tmp_path)
+            evaluate(num_images=20, num_groups=2, out=tmp_path)
 
     def test_bad_arguments(self, drawn: list[Any]) -> None:
         with pytest.raises(ValueError, match="num_groups: an interval needs two at least, got 1"):
@@ -567,7 +594,12 @@ class TestCommands:
         assert result.stdout.startswith("configuration") and "winning_rates.png" in result.stdout
         assert len(list(out.glob("*.png"))) == 7 and len(list(out.glob("groups/*/*.safetensors"))) == 4
 
-    def test_every_technique(self, tmp_path: Path) -> None:
+    def test_every_technique(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        # plots are shown elsewhere, and a small network makes as many calls
+        monkeypatch.setattr(plots, "save_plots", lambda results, out: [])
+        model = load_model()
+        model.transformer = Transformer(TransformerConfig(width=32, num_layers=1, num_heads=1)).eval()
+        monkeypatch.setattr(cli, "load_model", lambda name, **_: model)
         path = tmp_path / "list.toml"
         path.write_text(
             """
