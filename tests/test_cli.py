@@ -305,7 +305,7 @@ def test_info_names_an_instruction_set_that_is_missing(monkeypatch):
             "--trajectory: expected another file than --out",
         ),
         (("exact", "--out", "nope/e.png"), "--out: expected a path in a folder that exists, got 'nope/e.png'"),
-        (("evaluate", "--out", "file/out"), "Not a directory: 'file/out'"),
+        (("evaluate", "--out", "file/out"), "Not a directory: 'file/out"),
         (("bench", "--out", "file/out", "--quick"), "Not a directory: 'file/out'"),
         (("export", "--out", "file/out"), "Not a directory: 'file/out'"),
     ],

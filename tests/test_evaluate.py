@@ -16,6 +16,7 @@ import pytest
 import scipy.linalg
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from scipy import stats
 from scipy.spatial import distance
 from typer.testing import CliRunner
@@ -305,7 +306,7 @@ class Judge:
     def __init__(self, **_: Any) -> None:
         generator = torch.Generator().manual_seed(0)
         self.network = torch.nn.Linear(784, 16, bias=False)
-        self.network.weight.data = torch.randn(16, 784, generator=generator) / 28
+        self.network.weight.data = torch.randn(16, 784, generator=generator) / 10
         self.head = torch.randn(16, 10, generator=generator)
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
@@ -543,6 +544,13 @@ class TestRun:
             evaluate(batch_size=0)
         with pytest.raises(ValueError, match="expected names that make different folders, got 'base!'"):
             evaluate([TWO[0], Configuration("base!", {})])
+        for validation in ((torch.zeros(0, 1, 28, 28), torch.zeros(0)), (torch.zeros(2, 1, 28, 28), torch.zeros(2))):
+            with pytest.raises(ValueError, match=r"^validation: expected .*, got Tensor of"):
+                evaluate(validation=validation)
+        with pytest.raises(ValueError, match="configurations: expected one at least, got none"):
+            evaluate([])
+        with pytest.raises(TypeError, match="num_images: expected an int, got float"):
+            evaluate(num_images=60.0)
         # before anything is drawn
         with pytest.raises(ValueError, match="cold: temperature: expected"):
             evaluate([TWO[0], Configuration("cold", {"temperature": -1})])
@@ -640,7 +648,58 @@ class TestCommands:
         assert result.exit_code == 2 and "none.toml" in result.stderr
 
 
+class TestStatistics:
+    def save(self, path: Path, **changes: Any) -> None:
+        tensors = {**vars(Judge().statistics()), **changes}
+        save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
+
+    def test_they_come_back(self, tmp_path: Path) -> None:
+        self.save(tmp_path / "s.safetensors")
+        loaded = load_real_statistics(tmp_path / "s.safetensors")
+        assert torch.equal(loaded.feature_mean, Judge().statistics().feature_mean)
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"feature_mean": None},
+            {"more": torch.zeros(1)},
+            {"feature_mean": torch.zeros(3)},
+            {"feature_covariance": torch.zeros(16)},
+            {"features": torch.zeros(5, 16, dtype=torch.int64)},
+            {"accuracy": torch.tensor(math.nan)},
+            {"pixel_spread": torch.tensor(0.1)},
+        ],
+    )
+    def test_others_are_named(self, tmp_path: Path, changes: dict[str, Any]) -> None:
+        self.save(tmp_path / "s.safetensors", **changes)
+        with pytest.raises(ValueError, match=r"s.safetensors: expected finite statistics"):
+            load_real_statistics(tmp_path / "s.safetensors")
+
+    def test_a_damaged_file_is_named(self, tmp_path: Path) -> None:
+        for content in (b"", b"\xff" * 50):
+            (tmp_path / "s.safetensors").write_bytes(content)
+            with pytest.raises(ValueError, match=r"s.safetensors: expected statistics of real images"):
+                load_real_statistics(tmp_path / "s.safetensors")
+
+
 class TestExact:
+    @pytest.mark.parametrize(
+        ("arguments", "error", "message"),
+        [
+            ({"steps": (4,)}, ValueError, "steps: expected divisors of 6, got 4"),
+            ({"steps": (1.5,)}, TypeError, "steps: expected an int, got float"),
+            ({"num_seeds": 1}, ValueError, "num_seeds: an interval needs two at least, got 1"),
+            ({"num_samples": 0}, ValueError, "num_samples: expected 1 at least, got 0"),
+            ({"seed": "0"}, TypeError, "seed: expected an int, got str"),
+        ],
+    )
+    def test_bad_arguments(
+        self, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any], error: type[Exception], message: str
+    ) -> None:
+        monkeypatch.setattr(sampling, "generate", lambda *_, **__: pytest.fail("worked"))
+        with pytest.raises(error, match=f"^{message}"):
+            exact.judge_exactly([Configuration("vanilla", {})], progress=False, **arguments)
+
     def test_one_token_a_step_in_random_order_is_exact(self) -> None:
         techniques = [Configuration("random order", {"temperature": 1e6}), Configuration("vanilla", {})]
         results, noise = exact.judge_exactly(techniques, steps=(1, 6), num_samples=2000, num_seeds=3, progress=False)

@@ -122,6 +122,8 @@ def save_trajectory(frames: Tensor, path: str | Path, *, num_columns: int | None
     """
     if not isinstance(frames, Tensor) or frames.ndim != 5:
         raise ValueError(f"frames: expected a tensor (T + 1, B, C, H, W), got {kind(frames)}")
+    if len(frames) == 0 or integer("num_rows", num_rows) < 1:
+        raise ValueError(f"frames, num_rows: expected 1 at least, got {len(frames)}, {num_rows}")
     check_writable("path", path)
     suffix = check_suffix("path", path, (*ANIMATIONS, ".png"))
     if suffix == ".png":

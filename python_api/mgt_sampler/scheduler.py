@@ -201,7 +201,7 @@ class MGTScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     A run reads the config, `timesteps` and `temperatures` at its first step. So a change by `register_to_config`, or
     another tensor in place of one of the two, is in effect from the next run on, also between `set_timesteps` and the
     first step; values that are written into the two tensors, from the next step on. A copy by `copy.deepcopy` goes on
-    with the runs that have begun, one by `pickle` does not know of them.
+    with the runs that have begun; one by `copy.copy` or `pickle` does not know of them.
 
     Args:
         mask_token_id: the token that stands for "masked".

@@ -10,6 +10,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .. import sampling
+from ..arguments import integer
 from ..files import whole_file
 from ..models.markov import MarkovModel, total_variation
 from ..tables import aligned
@@ -55,9 +56,22 @@ def judge_exactly(
 
     Returns:
         The results, and the distance that exact samples have by their noise alone.
+
+    Raises:
+        TypeError, ValueError: a number of the wrong type or out of range, or a technique that `generate` refuses.
     """
+    num_samples, num_seeds, seed = (
+        integer(name, value) for name, value in (("num_samples", num_samples), ("num_seeds", num_seeds), ("seed", seed))
+    )
+    if num_seeds < 2:
+        raise ValueError(f"num_seeds: an interval needs two at least, got {num_seeds}")
+    if num_samples < 1:
+        raise ValueError(f"num_samples: expected 1 at least, got {num_samples}")
     techniques = techniques or load_configurations("exact")
     model = MarkovModel()
+    for num_steps in steps:
+        if integer("steps", num_steps) < 1 or model.num_tokens % num_steps:
+            raise ValueError(f"steps: expected divisors of {model.num_tokens}, got {num_steps}")
     results, noise = [], 0.0
     with tqdm(total=len(techniques) * len(steps) * num_seeds, disable=not progress) as bar:
         for technique in techniques:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -50,8 +51,24 @@ def load_real_statistics(path: str | Path = WEIGHTS_DIR / "statistics.safetensor
 
     Raises:
         FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, or holds something else.
     """
-    tensors = load_file(path)
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: expected statistics of real images, got {error}") from error
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    (size,), (num_classes,) = (shapes.get(name, ())[:1] or (0,) for name in ("feature_mean", "pixel_spread"))
+    expected = {
+        "feature_mean": (size,),
+        "feature_covariance": (size, size),
+        "features": (*shapes.get("features", ())[:1], size),
+        "pixel_spread": (num_classes,),
+        "accuracy": (),
+    }
+    floating = all(tensor.is_floating_point() and tensor.isfinite().all() for tensor in tensors.values())
+    if shapes != expected or not floating:
+        raise ValueError(f"{path}: expected finite statistics of shapes {expected}, got {shapes}")
     return RealStatistics(**{**tensors, "features": tensors["features"].float()})
 
 

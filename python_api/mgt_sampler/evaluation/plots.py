@@ -40,6 +40,8 @@ def save_plots(results: Sequence[Result], out: str | Path) -> list[Path]:
         same of one family beside the baseline), steps.png (curves over the steps), winning_rates.png, calls.png
         (Fréchet distance against model calls) and grid.png (images of the same seeds).
     """
+    if not results:
+        raise ValueError("results: expected one at least, got none")
     Path(out).mkdir(parents=True, exist_ok=True)
     figures = {
         "metrics": _metrics(results),

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from mgt_kernels import __version__, cpu
 
 from .. import sampling
-from ..arguments import integer
+from ..arguments import integer, kind
 from ..files import make_folder, whole_file, write_csv
 from ..models import FashionClassifier, FashionModel, load_classifier
 from ..quantize import ScaledModel, quantize, sampler_trajectories
@@ -205,8 +205,11 @@ def evaluate(
     paths = _paths(configurations, None if out is None else Path(out))
     for configuration in configurations:
         _check(model, configuration, backend)
-    if out is not None:
-        make_folder("out", out)
+    if validation is not None:
+        _check_validation(*validation)
+    for path in paths:
+        if path is not None:
+            make_folder("out", path)
 
     group_size = math.ceil(num_images / (num_groups * model.num_classes)) * model.num_classes
     labels = torch.arange(group_size, device="cpu") % model.num_classes
@@ -320,7 +323,13 @@ def save_results(results: Sequence[Result], out: str | Path) -> list[Path]:
 
     Every metric has a column of its name and one of half its 95 % interval, `<name>_interval`; empty where there is
     none. Shares are 0 to 1, divergences in nats, entropies in bits.
+
+    Raises:
+        ValueError: there are no results.
+        OSError: a file cannot be written; it is then as before.
     """
+    if not results:
+        raise ValueError("results: expected one at least, got none")
     Path(out).mkdir(parents=True, exist_ok=True)
     tables: dict[str, list[dict[str, Any]]] = {"results": [], "steps": [], "classes": []}
     for result in results:
@@ -469,6 +478,13 @@ def _arguments(configuration: Configuration, backend: str) -> dict[str, Any]:
     return {**arguments, "backend": backend, "progress": False}
 
 
+def _check_validation(images: Tensor, labels: Tensor) -> None:
+    if images.ndim != 4 or len(images) == 0 or not images.is_floating_point():
+        raise ValueError(f"validation: expected float images (M, C, H, W), got {kind(images)}")
+    if labels.shape != images.shape[:1] or labels.dtype != torch.int64:
+        raise ValueError(f"validation: expected int64 labels of shape ({len(images)},), got {kind(labels)}")
+
+
 def _check(model: FashionModel, configuration: Configuration, backend: str) -> None:
     """Let `generate` look at the arguments before hours are spent on the configurations before this one."""
     try:
@@ -541,7 +557,6 @@ def _load(path: Path | None, facts: dict[str, str]) -> Group | None:
 def _save(group: Group, path: Path | None, facts: dict[str, str]) -> None:
     if path is None:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as file:
         file.write(save({name: tensor.contiguous() for name, tensor in vars(group).items()}, facts))
 

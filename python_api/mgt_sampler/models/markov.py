@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from ..arguments import integer, number
+
 _MOST_STATES = 2**20
 
 
@@ -28,11 +30,14 @@ class MarkovModel:
             tokens depend strongly on one another.
 
     Raises:
+        TypeError: a number of the wrong type.
         ValueError: a size out of range, or std negative or not finite.
     """
 
     def __init__(self, num_tokens: int = 6, codebook_size: int = 4, *, seed: int = 0, std: float = 1.5) -> None:
         """Draw the chain."""
+        num_tokens, codebook_size = integer("num_tokens", num_tokens), integer("codebook_size", codebook_size)
+        seed, std = integer("seed", seed), number("std", std)
         if num_tokens < 1:
             raise ValueError(f"num_tokens: expected at least 1, got {num_tokens}")
         if codebook_size < 2:
@@ -117,7 +122,16 @@ def total_variation(model: MarkovModel, tokens: Tensor) -> tuple[float, float]:
     Args:
         model: the chain.
         tokens: (B, N) int64, none masked; B at least 1.
+
+    Raises:
+        ValueError: tokens of another shape, none at all, or one that is no code.
     """
+    if tokens.ndim != 2 or tokens.shape[1] != model.num_tokens or len(tokens) == 0:
+        raise ValueError(f"tokens: expected shape (B, {model.num_tokens}), B at least 1, got {tuple(tokens.shape)}")
+    if not ((tokens >= 0) & (tokens < model.codebook_size)).all():
+        raise ValueError(
+            f"tokens: expected 0 to {model.codebook_size - 1}, got {int(tokens.min())} to {int(tokens.max())}"
+        )
     truth, num_samples = model.probabilities(), len(tokens)
     distance = (model.counts(tokens).double() / num_samples - truth).abs().sum() / 2
     m = (num_samples * truth).floor().clamp(max=num_samples - 1) + 1
