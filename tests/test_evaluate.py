@@ -41,7 +41,7 @@ from mgt_sampler.evaluation.metrics import (
     winning_rate,
 )
 from mgt_sampler.evaluation.plots import save_plots
-from mgt_sampler.models import load_classifier, load_model
+from mgt_sampler.models import FashionModel, load_classifier, load_model
 from mgt_sampler.models.fashion import Transformer, TransformerConfig
 from mgt_sampler.techniques import Differential, ZSampling
 
@@ -356,9 +356,18 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 TWO = (Configuration("base", {"num_inference_steps": 2}), Configuration("more steps", {"num_inference_steps": 3}))
 
 
+def small_model(width: int = 192, **sizes: int) -> FashionModel:
+    """The bundled model with a random transformer of one layer, which makes as many calls in less time."""
+    model = load_model()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model.transformer = Transformer(TransformerConfig(width=width, num_layers=1, **sizes)).eval()
+    return model
+
+
 def evaluate(configurations: Any = TWO, **options: Any) -> list[run.Result]:
     return run.evaluate(
-        load_model(), configurations, **{"num_images": 60, "num_groups": 3, "progress": False, **options}
+        small_model(), configurations, **{"num_images": 60, "num_groups": 3, "progress": False, **options}
     )
 
 
@@ -489,14 +498,16 @@ class TestRun:
 
     def test_other_weights_are_refused(self, drawn: list[Any], tmp_path: Path) -> None:
         evaluate(out=tmp_path)
-        model = load_model()
-        model.transformer.head.bias[0] += 1
+        model = small_model()
+        model.transformer.head.bias.data[0] += 1
         with pytest.raises(ValueError, match="expected images of this evaluation"):
             run.evaluate(model, TWO, num_images=60, num_groups=3, out=tmp_path, progress=False)
 
     def test_a_quantized_configuration_draws_with_quantized_layers(self, monkeypatch: pytest.MonkeyPatch) -> None:
         drawers = []
         generate = sampling.generate
+        monkeypatch.setattr(run, "load_classifier", Judge)
+        monkeypatch.setattr(run, "load_real_statistics", Judge().statistics)
 
         def spy(model: Any, **arguments: Any) -> Any:
             drawers.append(model)
@@ -530,8 +541,8 @@ class TestRun:
         estimate = results[0].estimates["token_nll"]
         # the same images and the same masks for every configuration
         assert float(estimate.value) == float(results[1].estimates["token_nll"].value)
-        nll = masked_token_nll(load_model(), images[:10], validation[1][:10], seed=0, batch_size=7)
-        second = masked_token_nll(load_model(), images[10:20], validation[1][10:20], seed=1)
+        nll = masked_token_nll(small_model(), images[:10], validation[1][:10], seed=0, batch_size=7)
+        second = masked_token_nll(small_model(), images[10:20], validation[1][10:20], seed=1)
         assert float(estimate.value) == pytest.approx(float((nll.mean() + second.mean()) / 2), rel=1e-4)
         assert "NLL" in run.results_table(results) and "NLL" in run.results_table(results[:1])
         with pytest.raises(ValueError, match="expected images of this evaluation"):
@@ -603,11 +614,11 @@ class TestCommands:
         assert len(list(out.glob("*.png"))) == 7 and len(list(out.glob("groups/*/*.safetensors"))) == 4
 
     def test_every_technique(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        # plots are shown elsewhere, and a small network makes as many calls
+        # plots are shown elsewhere
         monkeypatch.setattr(plots, "save_plots", lambda results, out: [])
-        model = load_model()
-        model.transformer = Transformer(TransformerConfig(width=32, num_layers=1, num_heads=1)).eval()
-        monkeypatch.setattr(cli, "load_model", lambda name, **_: model)
+        monkeypatch.setattr(cli, "load_model", lambda name, **_: small_model(32, num_heads=1))
+        monkeypatch.setattr(run, "load_classifier", Judge)
+        monkeypatch.setattr(run, "load_real_statistics", Judge().statistics)
         path = tmp_path / "list.toml"
         path.write_text(
             """
