@@ -583,3 +583,12 @@ def test_more_bad_arguments_are_named_before_the_model_is_called(model, name, er
     with pytest.raises(error, match=rf"^{name}: .*, got "):
         sample(model, **kwargs)
     assert not model.calls
+
+
+def test_a_model_that_is_none_is_named():
+    with pytest.raises(TypeError, match=r"^model: expected one with predict_logits, .*, got NoneType without predict"):
+        sample(None)
+
+
+def test_logits_that_momentum_carries_beyond_float32(model):
+    assert (sample(model, momentum=3e38).tokens < V).all()

@@ -720,9 +720,11 @@ class TestConfigIsRead:
         assert torch.equal(samples[0], samples[1]) and not torch.equal(samples[0], samples[2])
 
     def test_the_mask_token_inside_the_codebook(self):
+        # hosts write to attributes of a config, and to its items
         for change in (
             lambda s: s.register_to_config(mask_token_id=3),
             lambda s: setattr(s.config, "mask_token_id", 3),
+            lambda s: s.config.__setitem__("mask_token_id", np.int64(3)),
         ):
             scheduler = philox()
             change(scheduler)
@@ -730,6 +732,9 @@ class TestConfigIsRead:
             assert set(noisy.unique().tolist()) == {0, 3}
             *before, last = steps_of(scheduler, seeded(0), sample=sample)
             assert (before[-1] == 3).any() and not (last == 3).any()
+            # and a later change leaves it as it is
+            scheduler.register_to_config(noise_scale=0.5)
+            assert scheduler.config.mask_token_id == scheduler.config["mask_token_id"] == 3
 
     def test_the_backend(self):
         scheduler = philox()

@@ -150,6 +150,10 @@ def generate(
         TypeError: an argument of the wrong type.
         ValueError: an argument out of range or sizes that disagree; the message names it.
     """
+    asked = ("predict_logits", "decode", "num_tokens", "codebook_size", "mask_token_id")
+    absent = [name for name in asked if not hasattr(model, name)]
+    if absent:
+        raise TypeError(f"model: expected one with {', '.join(asked)}, got {kind(model)} without {', '.join(absent)}")
     mask_token_id, num_tokens, codebook_size = (
         integer(f"model.{name}", getattr(model, name)) for name in ("mask_token_id", "num_tokens", "codebook_size")
     )

@@ -6,7 +6,7 @@ import copy
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -81,11 +81,15 @@ class _Settings:
         if self.rng == "torch" and (self.differential is not None or self.momentum not in (0.0, [0.0])):
             raise ValueError("rng: expected 'philox' with differential or momentum, got 'torch'")
 
-    @classmethod
-    def of(cls, config: Any) -> _Settings:
-        """Those of a config, by its attributes, which hosts write to."""
-        names = [f.name for f in fields(cls)]
-        return cls(**{name: getattr(config, name) for name in names if hasattr(config, name)})
+    def changed_by(self, config: Any) -> _Settings:
+        """These settings as a config has them now, where a host has written to its attributes or to its items."""
+        changed = {}
+        for f in fields(self):
+            before = getattr(self, f.name)
+            for value in (config.get(f.name, before), getattr(config, f.name, before)):
+                if value is not before and (type(value) is not type(before) or value != before):
+                    changed[f.name] = value
+        return replace(self, **changed) if changed else self
 
 
 class _Numbers:
@@ -254,11 +258,11 @@ class MGTScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         Raises:
             TypeError, ValueError: as for the constructor; the config is then as before.
         """
-        names = [f.name for f in fields(_Settings)]
-        before = {name: getattr(self.config, name) for name in names} if hasattr(self, "_internal_dict") else {}
-        given = {name: kwargs[name] for name in names if name in kwargs}
-        settings = _Settings(**{**before, **given})
-        super().register_to_config(**{**kwargs, **{name: getattr(settings, name) for name in given}})
+        given = {f.name: kwargs[f.name] for f in fields(_Settings) if f.name in kwargs}
+        settings = replace(self._current_settings(), **given) if hasattr(self, "_settings") else _Settings(**given)
+        known = {f.name: getattr(settings, f.name) for f in fields(settings)}
+        super().register_to_config(**{**kwargs, **known})
+        self._settings = settings
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -291,7 +295,7 @@ class MGTScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """
         num_inference_steps = check_num_inference_steps(num_inference_steps)
         start, end = _temperature_pair(temperature)
-        settings = _Settings.of(self.config)
+        settings = self._current_settings()
         # a list that does not have T values is refused before the first step
         _by_step(settings, num_inference_steps, 2)
         # plain tensors even in inference mode, whose own do not say that they were changed
@@ -403,12 +407,15 @@ class MGTScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if isinstance(generator, (list, tuple)):
             parts = [self.add_noise(sample[i : i + 1], timesteps, g) for i, g in enumerate(generator)]
             return torch.cat(parts) if parts else sample.clone()
-        settings = _Settings.of(self.config)
+        settings = self._current_settings()
         num_positions = sample[:1].numel()
         ratio = mask_ratios(settings.masking_schedule, len(values), num_positions, name="masking_schedule")[index]
         device = sample.device if generator is None else generator.device
         draws = torch.rand(sample.shape, dtype=torch.float32, device=device, generator=generator).to(sample.device)
         return sample.masked_fill(draws < ratio, settings.mask_token_id)
+
+    def _current_settings(self) -> _Settings:
+        return self._settings.changed_by(self.config)
 
     def _timesteps_and_temperatures(self) -> tuple[_Numbers, _Numbers]:
         if self.timesteps is None or self.temperatures is None:
@@ -441,7 +448,7 @@ class MGTScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     def _new_run(self, timestep: float, shape: tuple[int, int], generator: Generators, device: torch.device) -> _Run:
         timesteps, temperatures = self._timesteps_and_temperatures()
-        settings = _Settings.of(self.config)
+        settings = self._current_settings()
         index = _index(timesteps.values(), timestep)
         ratios, noise_scales, momenta = _by_step(settings, len(timesteps.values()), shape[1])
         differential = None if settings.differential is None else Differential(**settings.differential)

@@ -16,6 +16,8 @@ from mgt_kernels.ops import REMASK_VARIANTS
 
 from .arguments import integer, kind, number
 
+_FLOAT32_MAX = torch.finfo(torch.float32).max
+
 
 @dataclass(frozen=True)
 class Differential:
@@ -139,7 +141,7 @@ class Extrapolation:
 
     l are the model's guided logits, not the extrapolated ones: multistep extrapolation, as DPM-Solver++ 2M has it
     (arXiv 2211.01095). A logit that is not finite in either stays as it is. The formula is this project's: that of
-    arXiv 2411.10781 is not public.
+    arXiv 2411.10781 is not public. What is beyond float32 becomes its largest number.
     """
 
     last: Tensor | None = field(default=None, init=False)
@@ -159,7 +161,9 @@ class Extrapolation:
         if self.before_last is None or momentum == 0:
             return self.last
         change = self.last - self.before_last
-        return torch.where(change.isfinite(), self.last + momentum * change, self.last)
+        # what overflows would forbid a token, or all of them
+        carried = (self.last + momentum * change).clamp(-_FLOAT32_MAX, _FLOAT32_MAX)
+        return torch.where(change.isfinite(), carried, self.last)
 
 
 def guided_logits(logits: Tensor, uncond_logits: Tensor | None, guidance_scale: float) -> Tensor:
@@ -230,7 +234,7 @@ def check_steps(name: str, steps: Collection[int], first: int = 0, last: float =
 
 def _finite(name: str, value: object) -> float:
     found = number(name, value)
-    if not abs(found) <= torch.finfo(torch.float32).max:
+    if not abs(found) <= _FLOAT32_MAX:
         raise ValueError(f"{name}: expected a finite number, got {found}")
     return found
 
