@@ -239,6 +239,7 @@ def test_evaluate_says_what_is_missing(model, monkeypatch):
         (("--out", "no/such/folder/grid.png"), "no/such/folder"),
         (("--backend", "abacus"), "backend: expected one of"),
         (("--device", "abacus"), "--device: "),
+        (("--device", "meta"), "--device: expected one that computes"),
         (("--seed", "x"), "--seed"),
     ],
 )

@@ -518,6 +518,8 @@ def _device(name: str, backend: str) -> torch.device:
         sample_tokens(logits, token, mask_token_id=1, seed=0, step=0, backend=backend)
     except RuntimeError as error:
         raise ValueError(str(error)) from error
+    if device.type == "meta":
+        raise ValueError(f"--device: expected one that computes, such as cpu or cuda, got {name!r}")
     return device
 
 

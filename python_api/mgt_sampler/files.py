@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import os
 import stat
@@ -36,7 +37,7 @@ def whole_file(path: str | Path) -> Iterator[IO[bytes]]:
         with open(target, "wb") as file:
             yield file
         return
-    descriptor, name = tempfile.mkstemp(prefix=f".{target.name[:100]}.", dir=target.parent)
+    descriptor, name = tempfile.mkstemp(prefix=f".{target.name[:20]}.", dir=target.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
             # a new file has the mode that open would give it; mkstemp's is for its owner alone
@@ -87,14 +88,28 @@ def check_writable(name: str, path: str | Path) -> None:
         ValueError: its folder is missing, is no folder or cannot be written to, or the path is a folder.
     """
     target = Path(os.path.realpath(path))
+    try:
+        target.stat()
+    except OSError as error:
+        # what is absent is told by its folder
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+            raise ValueError(
+                f"{name}: expected a path that can be written to, got {str(path)!r}: {error.strerror}"
+            ) from error
     if target.is_dir():
         raise ValueError(f"{name}: expected the path of a file, got the folder {str(path)!r}")
     if target.exists() and not target.is_file():
         return
     if not target.parent.is_dir():
         raise ValueError(f"{name}: expected a path in a folder that exists, got {str(path)!r}")
-    if not os.access(target.parent, os.W_OK | os.X_OK):
-        raise ValueError(f"{name}: expected a path in a folder that can be written to, got {str(path)!r}")
+    try:
+        # permissions alone do not tell: the system may refuse for reasons of its own
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{name}: expected a path in a folder that can be written to, got {str(path)!r}: {error.strerror}"
+        ) from error
 
 
 def make_folder(name: str, folder: str | Path) -> None:
