@@ -395,6 +395,10 @@ class TestZSampling:
             self.z_call(pipe, ZSampling(0.0), guidance_scale=1.0)
         with pytest.raises(ValueError, match=r"^z_sampling.steps: expected steps within \[0, 4\], got 7"):
             self.z_call(pipe, ZSampling(steps=[7]))
+        pipe.scheduler.step = functools.partial(pipe.scheduler.step)
+        with pytest.raises(TypeError, match=r"^pipe: expected a scheduler with the step of its class, got one that"):
+            self.z_call(pipe)
+        del pipe.scheduler.step
         with pytest.raises(TypeError, match=r"^z_sampling: expected a ZSampling or None, got str"):
             self.z_call(pipe, "paper")
         assert "step" not in vars(pipe.scheduler) and not parts["transformer"]._forward_hooks

@@ -40,7 +40,8 @@ def z_sample(pipe: Any, *args: Any, z_sampling: ZSampling | None = None, **kwarg
         What the pipeline returns.
 
     Raises:
-        TypeError: the scheduler is another, or the transformer's inputs or outputs are none of these.
+        TypeError: the scheduler is another, or its step was replaced; or the transformer's inputs or outputs are none of
+            these.
         ValueError: `MGTScheduler` has rng "torch", an inversion guidance scale that needs guidance in the pipeline,
             or steps that the run does not have.
     """
@@ -49,6 +50,10 @@ def z_sample(pipe: Any, *args: Any, z_sampling: ZSampling | None = None, **kwarg
         raise TypeError(f"pipe: expected one with an MGTScheduler, got {type(scheduler).__name__}")
     if scheduler.config.rng != "philox":
         raise ValueError(f"pipe: expected an MGTScheduler with rng 'philox', got {scheduler.config.rng!r}")
+    if "step" in vars(scheduler):
+        raise TypeError(
+            "pipe: expected a scheduler with the step of its class, got one that was replaced on the instance"
+        )
     if not (z_sampling is None or isinstance(z_sampling, ZSampling)):
         raise TypeError(f"z_sampling: expected a ZSampling or None, got {kind(z_sampling)}")
     call = inspect.signature(pipe).bind(*args, **kwargs)
