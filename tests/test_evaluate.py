@@ -659,6 +659,22 @@ class TestCommands:
         assert result.exit_code == 2 and "none.toml" in result.stderr
 
 
+def test_too_few_images_are_named() -> None:
+    few = torch.zeros(1, 4)
+    with pytest.raises(ValueError, match=r"^features: expected two images at least, got 1"):
+        kernel_distance(few, torch.zeros(4, 4))
+    with pytest.raises(ValueError, match=r"^real, features: expected more than 5 and 1 at least, got 4, 1"):
+        density_coverage(few, torch.zeros(4, 4))
+
+
+def test_a_configuration_has_a_name_and_arguments_by_name() -> None:
+    for name in ("", 3):
+        with pytest.raises(ValueError, match=r"^name: expected a word at least, got"):
+            Configuration(name, {})  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^x: expected arguments by name, got \[1\]"):
+        Configuration("x", [1])  # type: ignore[arg-type]
+
+
 class TestStatistics:
     def save(self, path: Path, **changes: Any) -> None:
         tensors = {**vars(Judge().statistics()), **changes}

@@ -17,7 +17,7 @@ def integer(name: str, value: object, expected: str = "an int") -> int:
     Raises:
         TypeError: value is none of these.
     """
-    if not _is_bool(value) and getattr(value, "ndim", 0) == 0:
+    if not is_bool(value) and getattr(value, "ndim", 0) == 0:
         try:
             return operator.index(value)  # type: ignore[arg-type]
         except TypeError:
@@ -53,5 +53,6 @@ def kind(value: object) -> str:
     return type(value).__name__
 
 
-def _is_bool(value: object) -> bool:
+def is_bool(value: object) -> bool:
+    """Whether this is a truth value, of Python's, NumPy's or PyTorch's."""
     return isinstance(value, bool) or "bool" in str(getattr(value, "dtype", ""))

@@ -40,8 +40,8 @@ def z_sample(pipe: Any, *args: Any, z_sampling: ZSampling | None = None, **kwarg
         What the pipeline returns.
 
     Raises:
-        TypeError: the scheduler is another, or its step was replaced; or the transformer's inputs or outputs are none of
-            these.
+        TypeError: the scheduler is another, or its step was replaced on it; or the transformer's inputs or outputs are
+            none of these.
         ValueError: `MGTScheduler` has rng "torch", an inversion guidance scale that needs guidance in the pipeline,
             or steps that the run does not have.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from numbers import Real
 from typing import TypeAlias
 
@@ -286,6 +286,6 @@ def _amplitude(name: str, value: str, amplitude: str) -> float:
 def _floats(name: str, value: object, expected: str) -> list[float]:
     if hasattr(value, "tolist"):
         value = value.tolist()
-    if not isinstance(value, Iterable):
+    if not isinstance(value, Iterable) or isinstance(value, (bytes, Mapping, Set)):
         raise TypeError(f"{name}: expected {expected}, got {kind(value)}")
     return [number(name, v, expected) for v in value]

@@ -14,7 +14,7 @@ from mgt_kernels import DifferentialState, differential_sample, remask_tokens, s
 from mgt_kernels.cpu import DIFFERENTIAL_VARIANTS
 from mgt_kernels.ops import REMASK_VARIANTS
 
-from .arguments import integer, kind, number
+from .arguments import integer, is_bool, kind, number
 
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 
@@ -46,8 +46,9 @@ class Differential:
         if not 0 <= self.share <= 1:
             raise ValueError(f"differential.share: expected a number in [0, 1], got {self.share}")
         _check_variant("differential.variant", self.variant, DIFFERENTIAL_VARIANTS)
-        if not isinstance(self.aliased_history, bool):
-            raise TypeError(f"differential.aliased_history: expected a bool, got {type(self.aliased_history).__name__}")
+        if not is_bool(self.aliased_history):
+            raise TypeError(f"differential.aliased_history: expected a bool, got {kind(self.aliased_history)}")
+        object.__setattr__(self, "aliased_history", bool(self.aliased_history))
         if self.aliased_history and self.variant != "official":
             raise ValueError("differential.aliased_history: expected False with variant 'paper'")
 

@@ -59,6 +59,10 @@ class Configuration:
 
     def __post_init__(self) -> None:
         """Check the names of the arguments."""
+        if not isinstance(self.name, str) or not self.name.strip():
+            raise ValueError(f"name: expected a word at least, got {self.name!r}")
+        if not isinstance(self.arguments, Mapping):
+            raise TypeError(f"{self.name}: expected arguments by name, got {self.arguments!r}")
         _check_keys(self.name, self.arguments, (*ARGUMENTS, "quantization"))
         self.generate_arguments()
         if self.quantization is not None:

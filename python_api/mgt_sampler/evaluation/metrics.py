@@ -174,6 +174,8 @@ def kernel_distance(features: Tensor, real: Tensor, *, real_similarity: float | 
 
 def mean_similarity(features: Tensor) -> float:
     """The kernel of `kernel_distance` of two different images, on average."""
+    if len(features) < 2:
+        raise ValueError(f"features: expected two images at least, got {len(features)}")
     values = _kernel(features, features)
     return float((values.sum() - values.trace()) / (len(values) * (len(values) - 1)))
 
@@ -197,6 +199,10 @@ def density_coverage(features: Tensor, real: Tensor, num_neighbours: int = 5) ->
     Returns:
         Density, 0 or more, 1 for real images on average; coverage, 0 to 1. Source: arXiv 2002.09797, section 3.
     """
+    if len(real) <= num_neighbours or len(features) == 0:
+        raise ValueError(
+            f"real, features: expected more than {num_neighbours} and 1 at least, got {len(real)}, {len(features)}"
+        )
     x, y = real.double(), features.double()
     # the nearest is the image itself
     radius = torch.cdist(x, x).kthvalue(num_neighbours + 1, dim=1).values
