@@ -1,13 +1,14 @@
 """What a case is: a call of ours, the peers that do the same job, the check, and what the job moves and computes."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
 Run = Callable[[], object]
+T = TypeVar("T")
 
 
 class AbsentError(Exception):
@@ -128,3 +129,10 @@ class Case:
     """What a call may allocate, its outputs included."""
     curve: tuple[str, float] | None = None
     """The axis along which this is a point of a curve, and where."""
+
+
+def in_turn(contestants: Mapping[str, T], turn: int) -> list[tuple[str, T]]:
+    """The contestants in the order of a round: each begins in turn, for the first finds other caches than the rest."""
+    listed = list(contestants.items())
+    first = turn % max(1, len(listed))
+    return listed[first:] + listed[:first]

@@ -22,6 +22,7 @@ import typer
 import mgt_kernels
 from mgt_kernels import cpu
 from mgt_kernels.info import OPS
+from mgt_sampler.files import whole_file
 
 from .case import DTYPE_NAMES, AbsentError, Setting
 
@@ -108,7 +109,8 @@ def main(write: Annotated[bool, typer.Option(help="Make what is counted the budg
         # what this processor lacks stays
         kept = read_budget()[1] if BUDGET.exists() and read_budget()[0] == compiler else {}
         written = {"compiler": compiler, "instructions": dict(sorted((kept | counts).items()))}
-        BUDGET.write_text(json.dumps(written, indent=1) + "\n")
+        with whole_file(BUDGET) as file:
+            file.write((json.dumps(written, indent=1) + "\n").encode())
         return
     of, budget = read_budget()
     if of != compiler:

@@ -6,7 +6,6 @@ Every variant runs in a process of its own, so that memory and thread pools are 
 memory: else fresh pages take a part of each forward that differs from run to run.
 """
 
-import csv
 import json
 import os
 import statistics
@@ -27,7 +26,9 @@ from torch.nn import functional
 
 import mgt_kernels
 from mgt_kernels.packing import packed_bytes
+from mgt_sampler.files import check_writable, write_csv
 
+from .case import in_turn
 from .kept_memory import ENVIRONMENT
 
 VARIANTS = ("fp32", "bf16", "w8a8", "w4a16", "scq", "w4a8")
@@ -284,9 +285,14 @@ def main(
     if variant:
         print(json.dumps(measure(variant, scale, threads)))
         return
+    if csv_file is not None:
+        try:
+            check_writable("--csv", csv_file)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
     measured: dict[str, list[dict[str, float]]] = {name: [] for name in VARIANTS}
     for turn in range(rounds):
-        for name in VARIANTS:
+        for name, _ in in_turn(measured, turn):
             print(f"round {turn + 1} of {rounds}: {name}", file=sys.stderr)
             command = [sys.executable, "-m", "mgt_benchmarks.meissonic", "--variant", name, "--scale", scale]
             command += ["--threads", str(threads)]
@@ -320,10 +326,7 @@ def main(
         )  # fmt: skip
     Console(width=120).print(shown)
     if csv_file is not None:
-        with csv_file.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(asdict(table[0])))
-            writer.writeheader()
-            writer.writerows(map(asdict, table))
+        write_csv(csv_file, list(asdict(table[0])), map(asdict, table))
     if scale == "full" and any(r.missed for r in table):
         raise typer.Exit(1)
 

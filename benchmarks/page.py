@@ -8,6 +8,8 @@ from typing import Any
 
 import jinja2
 
+from mgt_sampler.files import whole_file
+
 from .report import COLUMNS, Row, cells
 from .run import OURS
 
@@ -34,18 +36,18 @@ def write_page(folder: Path, table: list[Row], machine: dict[str, str]) -> list[
     )  # fmt: skip
     files = {"report.html": page, **{f"{name}.svg": plot for name, plot in plots.items()}}
     for name, text in files.items():
-        (folder / name).write_text(text, encoding="utf-8")
+        with whole_file(folder / name) as file:
+            file.write(text.encode())
     return [folder / name for name in files]
 
 
 def _svg(figure: Any) -> str:
-    from matplotlib import pyplot
+    from matplotlib import rc_context
 
     buffer = io.StringIO()
     # text as text: searchable, and small
-    with pyplot.rc_context({"svg.fonttype": "none"}):
+    with rc_context({"svg.fonttype": "none"}):
         figure.savefig(buffer, format="svg", bbox_inches="tight")
-    pyplot.close(figure)
     text = buffer.getvalue()
     return text[text.index("<svg") :]
 
@@ -57,12 +59,13 @@ def looks(names: list[str]) -> dict[str, tuple[str, str]]:
 
 
 def _ratios(table: list[Row]) -> str:
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     shown = [row for row in table if row["ratio"] and not row["axis"]]
     cases = list(dict.fromkeys(row["case"] for row in shown))
     look = looks([row["contestant"] for row in table])
-    figure, axes = pyplot.subplots(figsize=(10, 1 + 0.28 * len(cases)))
+    figure = Figure(figsize=(10, 1 + 0.28 * len(cases)))
+    axes = figure.subplots()
     labelled = set()
     for row in shown:
         median, low, high = (float(row[name]) for name in ("ratio", "ratio_q1", "ratio_q3"))
@@ -84,10 +87,11 @@ def _ratios(table: list[Row]) -> str:
 
 
 def _roofline(table: list[Row]) -> str:
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     shown = [row for row in table if row["contestant"] == OURS and not row["axis"]]
-    figure, axes = pyplot.subplots(figsize=(10, 1 + 0.28 * len(shown)))
+    figure = Figure(figsize=(10, 1 + 0.28 * len(shown)))
+    axes = figure.subplots()
     values = [float(row["roofline_share"]) for row in shown]
     bounds = [[float(row[f"roofline_share_{which}"]) for row in shown] for which in ("q1", "q3")]
     errors = [[abs(a - b) for a, b in zip(values, bound, strict=True)] for bound in bounds]
@@ -101,11 +105,12 @@ def _roofline(table: list[Row]) -> str:
 
 
 def _curves(curves: dict[str, list[Row]]) -> str:
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     num_columns = min(2, len(curves))
     num_rows = math.ceil(len(curves) / num_columns)
-    figure, grid = pyplot.subplots(num_rows, num_columns, figsize=(5.6 * num_columns, 4 * num_rows), squeeze=False)
+    figure = Figure(figsize=(5.6 * num_columns, 4 * num_rows))
+    grid = figure.subplots(num_rows, num_columns, squeeze=False)
     look = looks([row["contestant"] for rows in curves.values() for row in rows])
     for axes, (axis, rows) in zip(grid.flat, curves.items(), strict=False):
         names = dict.fromkeys(row["contestant"] for row in rows)

@@ -9,7 +9,6 @@ environment is there, `mgt bench` has its library among the peers. zentorch's ta
 CUDA build of PyTorch, and ggml's is compiled for this processor, which takes minutes. ggml has groups of 32 alone.
 """
 
-import csv
 import json
 import os
 import statistics
@@ -27,8 +26,9 @@ from rich.console import Console
 from rich.table import Table
 
 import mgt_kernels
+from mgt_sampler.files import check_writable, write_csv
 
-from .case import AbsentError
+from .case import AbsentError, in_turn
 from .kept_memory import ENVIRONMENT
 from .peer_worker import GROUP_SIZES, LAYERS, has_group_size
 
@@ -167,6 +167,11 @@ def main(
             raise typer.BadParameter(f"expected some of {tuple(REQUIREMENTS)}, got {name!r}", param_hint="NAMES")
     if scale not in ("full", "tiny"):
         raise typer.BadParameter(f"expected full or tiny, got {scale!r}", param_hint="--scale")
+    if csv_file is not None:
+        try:
+            check_writable("--csv", csv_file)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
     for name in names:
         install(name, folder)
     pythons = {name: interpreter(name, folder) for name in (*HERE, *names)}
@@ -175,7 +180,7 @@ def main(
     for layer in FULL if scale == "full" else TINY:
         measured: dict[str, list[dict[str, float]]] = {name: [] for name in pythons if has_group_size(name, layer[3])}
         for turn in range(rounds):
-            for name, runs in measured.items():
+            for name, runs in in_turn(measured, turn):
                 print(f"layer {layer}, round {turn + 1} of {rounds}: {name}", file=sys.stderr)
                 runs.append(measure(name, pythons[name], layer, threads, calls))
         seconds = {name: statistics.median(run["seconds"] for run in runs) for name, runs in measured.items()}
@@ -198,10 +203,7 @@ def main(
     Console(width=100).print(table)
     print("zentorch and the bfloat16 layers take and return bfloat16; error: of the Frobenius norm, on normal data")
     if csv_file is not None:
-        with csv_file.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(csv_file, list(rows[0]), rows)
 
 
 if __name__ == "__main__":

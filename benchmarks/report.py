@@ -4,12 +4,13 @@ import csv
 import json
 import math
 import statistics
-from collections.abc import Iterable
 from datetime import datetime, timezone
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+
+from mgt_sampler.files import whole_file
 
 from .case import DTYPE_NAMES
 from .run import OURS, Result, quartiles
@@ -85,14 +86,6 @@ def rows(result: Result, instructions_per_element: float | None = None) -> list[
     return [{field: row.get(field, "") for field in FIELDS} for row in found]
 
 
-def write_csv(path: Path, table: Iterable[Row]) -> None:
-    """Write the rows."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(table)
-
-
 def read_csv(path: Path) -> list[Row]:
     """Read rows; ValueError where the file has other columns."""
     with path.open(newline="", encoding="utf-8") as file:
@@ -140,7 +133,8 @@ def write_json(path: Path, results: list[Result], machine: dict[str, str]) -> No
         "datetime": datetime.now(timezone.utc).isoformat(),
         "version": "5.0.0",
     }
-    path.write_text(json.dumps(document, indent=1), encoding="utf-8")
+    with whole_file(path) as file:
+        file.write(json.dumps(document, indent=1).encode())
 
 
 COLUMNS = ("case", "contestant", "median ms", "x ours", "roofline share", "instructions/element", "target", "missed")

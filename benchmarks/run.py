@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 
 from . import machine
-from .case import Case, Contestant, Work
+from .case import Case, Contestant, Work, in_turn
 
 OURS = "mgt-kernels"
 # a round of a short call is the median of as many as take this long
@@ -133,8 +133,8 @@ def _time_case(case: Case, rounds: int) -> Result:
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     bandwidth: list[float] = []
     peak: list[float] = []
-    for _ in range(rounds):
-        for name, contestant in contestants.items():
+    for turn in range(rounds):
+        for name, contestant in in_turn(contestants, turn):
             seconds[name].append(statistics.median(contestant.seconds() for _ in range(repeats[name])))
         bandwidth.append(machine.read_bandwidth(device))
         if job.work.operations and device == "cpu":

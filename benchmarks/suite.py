@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from mgt_sampler.files import make_folder, write_csv
+
 from . import comparison, instructions, machine, report
 from .case import AbsentError, Case
 from .cases import Scale, cases_of
@@ -35,6 +37,8 @@ def bench(
     """Run cases, print and write what was measured; return the names of those that miss what they are held to."""
     selected = select(scale, only, threads)
     rounds = rounds or (3 if scale == "quick" else 7)
+    if out is not None:
+        make_folder("out", out)
     counts, reason = {}, ""
     try:
         counts = instructions.in_use() if scale == "quick" else instructions.count()[1]
@@ -48,15 +52,13 @@ def bench(
         print(f"backend triton skipped: {gpu_absent()}")
     results: list[Result] = []
     table: list[report.Row] = []
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
     for case in tqdm(selected, unit="case", disable=not progress):
         result = time_case(case, rounds)
         results.append(result)
         table += report.rows(result, counts.get(instructions.key(case.setting)))
         if out is not None:
             # what an interrupted run leaves
-            report.write_csv(out / "results.csv", table)
+            write_csv(out / "results.csv", report.FIELDS, table)
     if markdown:
         print(report.markdown(table))
     else:
@@ -71,7 +73,7 @@ def write(out: Path, table: list[report.Row], results: list[Result], facts: dict
     from .page import write_page
 
     out.mkdir(parents=True, exist_ok=True)
-    report.write_csv(out / "results.csv", table)
+    write_csv(out / "results.csv", report.FIELDS, table)
     report.write_json(out / "results.json", results, facts)
     for path in (out / "results.csv", out / "results.json", *write_page(out, table, facts)):
         print(path)

@@ -1,7 +1,9 @@
 """The suite: its gate, its arithmetic on known times, its files, what it says of two runs, and the command."""
 
 import csv
+import errno
 import json
+import os
 import re
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from mgt_benchmarks.run import OURS, Result, allocated_bytes, time_case
 from mgt_benchmarks.steps import compiled, gather_peers, sampling_case
 from mgt_kernels.info import OPS
 from mgt_sampler.cli import app
+from mgt_sampler.files import write_csv
 
 SMALL = Model("small", 9, 64, 3.0)
 WORK = Work(bytes_moved=1000, num_positions=10)
@@ -305,3 +308,44 @@ def test_the_colours_and_markers_of_contestants_differ():
     names = [OURS, *(f"peer {i}" for i in range(15))]
     looks = page.looks(names)
     assert len(set(looks.values())) == len(names)
+
+
+def test_the_contestants_begin_in_turn():
+    order = []
+
+    class Timed:
+        def __init__(self, name):
+            self.name = name
+
+        def seconds(self):
+            order.append(self.name)
+            return 1.0
+
+    peers = {name: Timed(name) for name in ("first peer", "second peer")}
+    result = time_case(case_of(ours=Timed(OURS), peers=peers), rounds=4)
+    # two calls of each to warm up, the rounds, and one that counts memory
+    rounds = [order[6 + 3 * i : 9 + 3 * i] for i in range(4)]
+    assert [each[0] for each in rounds] == [OURS, "first peer", "second peer", OURS]
+    assert all(sorted(each) == sorted([OURS, *peers]) for each in rounds)
+    assert list(result.seconds) == [OURS, *peers] and all(len(each) == 4 for each in result.seconds.values())
+
+
+def test_the_files_of_a_full_disk_are_the_old_ones(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    names = ["results.csv", "results.json", "report.html"]
+    for name in names:
+        (tmp_path / name).write_text("old")
+    table = report.rows(result_of())
+    writers = (
+        lambda: write_csv(tmp_path / "results.csv", report.FIELDS, table),
+        lambda: report.write_json(tmp_path / "results.json", [result_of()], {}),
+        lambda: page.write_page(tmp_path, table, {}),
+    )
+    monkeypatch.setattr(os, "fsync", full)
+    for write in writers:
+        with pytest.raises(OSError, match="No space"):
+            write()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+    assert all((tmp_path / name).read_text() == "old" for name in names)

@@ -1,5 +1,8 @@
 """The command `mgt`, on a model of a few lines: every flag arrives, every error is one kind line."""
 
+import errno
+import os
+import subprocess
 import sys
 
 import pytest
@@ -236,6 +239,7 @@ def test_evaluate_says_what_is_missing(model, monkeypatch):
         (("--out", "no/such/folder/grid.png"), "no/such/folder"),
         (("--backend", "abacus"), "backend: expected one of"),
         (("--device", "abacus"), "--device: "),
+        (("--device", "meta"), "--device: expected one that computes"),
         (("--seed", "x"), "--seed"),
     ],
 )
@@ -286,3 +290,78 @@ def test_info_names_an_instruction_set_that_is_missing(monkeypatch):
     monkeypatch.setenv("MGT_ISA", "avx1024")
     result = mgt("info")
     assert result.exit_code == 2 and "MGT_ISA=avx1024" in result.output
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (
+            ("sample", "--trajectory", "nope/t.gif"),
+            "--trajectory: expected a path in a folder that exists, got 'nope/t.gif'",
+        ),
+        (("sample", "--out", "nope/g.png"), "--out: expected a path in a folder that exists, got 'nope/g.png'"),
+        (("sample", "--out", "folder.png"), "--out: expected the path of a file, got the folder 'folder.png'"),
+        (
+            ("sample", "--out", "same.png", "--trajectory", "./same.png"),
+            "--trajectory: expected another file than --out",
+        ),
+        (("exact", "--out", "nope/e.png"), "--out: expected a path in a folder that exists, got 'nope/e.png'"),
+        (("evaluate", "--out", "file/out"), "Not a directory: 'file/out"),
+        (("bench", "--out", "file/out", "--quick"), "Not a directory: 'file/out'"),
+        (("export", "--out", "file/out"), "Not a directory: 'file/out'"),
+    ],
+)
+def test_outputs_are_checked_before_any_work(model, calls, tmp_path, monkeypatch, args, message):
+    for name in ("mgt_sampler.evaluation.exact.judge_exactly", "mgt_benchmarks.suite.time_case"):
+        monkeypatch.setattr(name, lambda *args, **kwargs: pytest.fail("worked"))
+    monkeypatch.setattr("mgt_sampler.sampling.generate", lambda *args, **kwargs: pytest.fail("worked"))
+    if args[0] == "evaluate":
+        model.device = torch.device("cpu")
+        monkeypatch.setattr("mgt_sampler.evaluation.run._check", lambda *args: None)
+    if args[0] == "export":
+        pytest.importorskip("triton")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").write_text("")
+    result = mgt(*args)
+    assert result.exit_code == 2 and not calls
+    assert message in " ".join(result.stderr.split())
+    assert "Traceback" not in result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.png"]
+
+
+def test_a_picture_on_a_full_disk_is_the_old_one(model, tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    (tmp_path / "grid.png").write_bytes(b"old")
+    result = mgt("sample", "-n", "3", "--no-progress")
+    assert result.exit_code == 2 and "No space left on device" in result.stderr
+    assert (tmp_path / "grid.png").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_an_environment_that_asks_for_what_is_absent(tmp_path):
+    code = (
+        "import sys\nfrom typer.testing import CliRunner\nfrom mgt_sampler import cli\n"
+        "for command in (['sample'], ['exact'], ['bench', '--list'], ['info']):\n"
+        "    result = CliRunner().invoke(cli.app, command)\n"
+        "    assert result.exit_code == 2 and 'MGT_ISA=nonsense' in result.stderr, (command, result.stderr)\n"
+    )
+    environment = {**os.environ, "MGT_ISA": "nonsense"}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=environment)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"\xff\xfe", "list.toml: expected a TOML file"),
+        (b"configuration = 3", "list.toml: configuration: expected tables [[configuration]], got 3"),
+        (b"[configuration]\nname = 'a'", "list.toml: configuration: expected tables [[configuration]]"),
+        (b"defaults = 3\n[[configuration]]\nname = 'a'", "list.toml: defaults: expected a table, got 3"),
+        (b"[[configuration]]\nname = 'a'\nskip = 1", "a: skip: expected a collection of ints, got int"),
+    ],
+)
+def test_lists_that_are_none(tmp_path, text, message):
+    (tmp_path / "list.toml").write_bytes(text)
+    result = mgt("evaluate", str(tmp_path / "list.toml"), "--out", str(tmp_path / "out"))
+    assert result.exit_code == 2 and message in " ".join(result.stderr.split())

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import errno
 import itertools
 import math
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,15 +16,18 @@ import pytest
 import scipy.linalg
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from scipy import stats
 from scipy.spatial import distance
 from typer.testing import CliRunner
 
+from mgt_kernels import cpu
 from mgt_sampler import cli, sampling
 from mgt_sampler.evaluation import exact, plots, run
 from mgt_sampler.evaluation.configurations import Configuration, load_configurations
 from mgt_sampler.evaluation.intervals import jackknife
 from mgt_sampler.evaluation.metrics import (
+    RealStatistics,
     class_accuracy,
     density_coverage,
     feature_statistics,
@@ -36,7 +41,8 @@ from mgt_sampler.evaluation.metrics import (
     winning_rate,
 )
 from mgt_sampler.evaluation.plots import save_plots
-from mgt_sampler.models import load_classifier, load_model
+from mgt_sampler.models import FashionModel, load_classifier, load_model
+from mgt_sampler.models.fashion import Transformer, TransformerConfig
 from mgt_sampler.techniques import Differential, ZSampling
 
 
@@ -294,10 +300,34 @@ class TestConfigurations:
             load_configurations("technique")
 
 
+class Judge:
+    """A classifier in two matrices, so that what is shown of an evaluation does not wait for convolutions."""
+
+    def __init__(self, **_: Any) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.network = torch.nn.Linear(784, 16, bias=False)
+        self.network.weight.data = torch.randn(16, 784, generator=generator) / 10
+        self.head = torch.randn(16, 10, generator=generator)
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        return self.features(images) @ self.head
+
+    @torch.no_grad()
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        return self.network(images.float().flatten(1))
+
+    def statistics(self) -> RealStatistics:
+        images = torch.rand(100, 1, 28, 28, generator=torch.Generator().manual_seed(1)) / 10
+        mean, covariance = feature_statistics(self.features(images))
+        return RealStatistics(mean, covariance, self.features(images), torch.full((10,), 0.1), torch.tensor(0.9))
+
+
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """A sampler that draws images of real ones' brightness at random, and the calls that it got."""
+    """A sampler that draws images at random, which a quick judge sees, and the calls that it got."""
     calls: list[Any] = []
+    monkeypatch.setattr(run, "load_classifier", Judge)
+    monkeypatch.setattr(run, "load_real_statistics", Judge().statistics)
 
     def generate(model: Any, *, callback: Any = None, **arguments: Any) -> SimpleNamespace:
         seeds, num_steps = arguments.get("seed", torch.zeros(0).long()), arguments.get("num_inference_steps", 12)
@@ -316,7 +346,8 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             # a Z-Sampling step draws twice; the second draw is the one that counts
             for shown in (torch.zeros_like(tokens), tokens):
                 callback(SimpleNamespace(step=k, tokens=shown, divergence=recorded))
-        return SimpleNamespace(tokens=tokens, images=model.decode(tokens), model_calls=2 * num_steps)
+        images = (tokens / 127).view(-1, 1, 14, 14).repeat_interleave(2, 2).repeat_interleave(2, 3)
+        return SimpleNamespace(tokens=tokens, images=images, model_calls=2 * num_steps)
 
     monkeypatch.setattr(sampling, "generate", generate)
     return calls
@@ -325,9 +356,18 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 TWO = (Configuration("base", {"num_inference_steps": 2}), Configuration("more steps", {"num_inference_steps": 3}))
 
 
+def small_model(width: int = 192, **sizes: int) -> FashionModel:
+    """The bundled model with a random transformer of one layer, which makes as many calls in less time."""
+    model = load_model()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model.transformer = Transformer(TransformerConfig(width=width, num_layers=1, **sizes)).eval()
+    return model
+
+
 def evaluate(configurations: Any = TWO, **options: Any) -> list[run.Result]:
     return run.evaluate(
-        load_model(), configurations, **{"num_images": 60, "num_groups": 3, "progress": False, **options}
+        small_model(), configurations, **{"num_images": 60, "num_groups": 3, "progress": False, **options}
     )
 
 
@@ -396,19 +436,78 @@ class TestRun:
             {"num_images": 90},
             {"configurations": [Configuration("base", {"num_inference_steps": 4})]},
         ):
-            with pytest.raises(ValueError, match=r"base/00.safetensors: expected images of this configuration.*delete"):
+            with pytest.raises(ValueError, match=r"base/00.safetensors: expected images of this evaluation.*delete"):
                 evaluate(out=tmp_path, **changed)
+
+    @pytest.mark.parametrize(
+        ("name", "value", "message"),
+        [
+            ("mgt_sampler.evaluation.run.__version__", "9.9.9", "those of other mgt-kernels; delete"),
+            ("torch.__version__", "9.9.9", "those of other torch; delete"),
+            ("torch.backends.cpu.get_cpu_capability", lambda: "PDP11", "other instruction set of torch; delete"),
+        ],
+    )
+    def test_images_of_another_version_are_not_mixed(
+        self, drawn: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: Any, message: str
+    ) -> None:
+        settings: Any = {"out": tmp_path, "num_images": 20, "num_groups": 2}
+        evaluate(TWO[:1], **settings)
+        monkeypatch.setattr(name, value)
+        with pytest.raises(ValueError, match=message):
+            evaluate(TWO[:1], **settings)
+
+    def test_what_an_image_depends_on(self) -> None:
+        model, seeds = load_model(), torch.arange(4)
+        plain, quantized = TWO[0], Configuration("w4a16", {"quantization": {"share": 0}})
+
+        def facts(configuration: Configuration, backend: str, weights: str = "") -> dict[str, str]:
+            return run._facts(model, configuration, seeds % 2, seeds, weights, backend)
+
+        assert facts(plain, "scalar") == facts(plain, "reference")
+        assert facts(quantized, "scalar") != facts(quantized, "reference")
+        assert facts(quantized, "auto") == facts(quantized, cpu.kernel_isa("w4a16_linear"))
+        digests = {run._digest_of_weights(load_model(dtype=dtype)) for dtype in (torch.float32, torch.bfloat16)}
+        assert len(digests) == 2
+
+    def test_a_damaged_file_is_named(self, drawn: list[Any], tmp_path: Path) -> None:
+        settings: Any = {"out": tmp_path, "num_images": 20, "num_groups": 2}
+        evaluate(TWO[:1], **settings)
+        path = tmp_path / "groups" / "base" / "00.safetensors"
+        for damaged in (b"", b"\xff" * 100, path.read_bytes()[:-1]):
+            path.write_bytes(damaged)
+            with pytest.raises(ValueError, match=r"00.safetensors: expected images that an evaluation kept"):
+                evaluate(TWO[:1], **settings)
+
+    def test_a_full_disk_leaves_what_was_there(
+        self, drawn: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        results = evaluate(TWO[:1], num_images=20, num_groups=2)
+
+        def full(descriptor: int) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        names = ["results.csv", "metrics.png"]
+        for name in names:
+            (tmp_path / name).write_text("old")
+        monkeypatch.setattr(os, "fsync", full)
+        for save in (run.save_results, save_plots):
+            with pytest.raises(OSError, match="No space"):
+                save(results, tmp_path)
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+        assert all((tmp_path / name).read_text() == "old" for name in names)
 
     def test_other_weights_are_refused(self, drawn: list[Any], tmp_path: Path) -> None:
         evaluate(out=tmp_path)
-        model = load_model()
-        model.transformer.head.bias[0] += 1
-        with pytest.raises(ValueError, match="expected images of this configuration, these seeds and weights"):
+        model = small_model()
+        model.transformer.head.bias.data[0] += 1
+        with pytest.raises(ValueError, match="expected images of this evaluation"):
             run.evaluate(model, TWO, num_images=60, num_groups=3, out=tmp_path, progress=False)
 
     def test_a_quantized_configuration_draws_with_quantized_layers(self, monkeypatch: pytest.MonkeyPatch) -> None:
         drawers = []
         generate = sampling.generate
+        monkeypatch.setattr(run, "load_classifier", Judge)
+        monkeypatch.setattr(run, "load_real_statistics", Judge().statistics)
 
         def spy(model: Any, **arguments: Any) -> Any:
             drawers.append(model)
@@ -436,18 +535,18 @@ class TestRun:
             evaluate([bad], num_images=20, num_groups=2)
 
     def test_likelihood_of_real_images(self, drawn: list[Any], tmp_path: Path) -> None:
-        images = torch.rand(50, 1, 28, 28, generator=torch.Generator().manual_seed(0))
-        validation = (images, torch.arange(50) % 10)
-        results = evaluate(num_images=40, num_groups=2, validation=validation, out=tmp_path)
+        images = torch.rand(25, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+        validation = (images, torch.arange(25) % 10)
+        results = evaluate(num_images=20, num_groups=2, validation=validation, out=tmp_path)
         estimate = results[0].estimates["token_nll"]
         # the same images and the same masks for every configuration
         assert float(estimate.value) == float(results[1].estimates["token_nll"].value)
-        nll = masked_token_nll(load_model(), images[:20], validation[1][:20], seed=0, batch_size=7)
-        second = masked_token_nll(load_model(), images[20:40], validation[1][20:40], seed=1)
+        nll = masked_token_nll(small_model(), images[:10], validation[1][:10], seed=0, batch_size=7)
+        second = masked_token_nll(small_model(), images[10:20], validation[1][10:20], seed=1)
         assert float(estimate.value) == pytest.approx(float((nll.mean() + second.mean()) / 2), rel=1e-4)
         assert "NLL" in run.results_table(results) and "NLL" in run.results_table(results[:1])
-        with pytest.raises(ValueError, match="expected images of this configuration"):
-            evaluate(num_images=40, num_groups=2, out=tmp_path)
+        with pytest.raises(ValueError, match="expected images of this evaluation"):
+            evaluate(num_images=20, num_groups=2, out=tmp_path)
 
     def test_bad_arguments(self, drawn: list[Any]) -> None:
         with pytest.raises(ValueError, match="num_groups: an interval needs two at least, got 1"):
@@ -456,6 +555,13 @@ class TestRun:
             evaluate(batch_size=0)
         with pytest.raises(ValueError, match="expected names that make different folders, got 'base!'"):
             evaluate([TWO[0], Configuration("base!", {})])
+        for validation in ((torch.zeros(0, 1, 28, 28), torch.zeros(0)), (torch.zeros(2, 1, 28, 28), torch.zeros(2))):
+            with pytest.raises(ValueError, match=r"^validation: expected .*, got Tensor of"):
+                evaluate(validation=validation)
+        with pytest.raises(ValueError, match="configurations: expected one at least, got none"):
+            evaluate([])
+        with pytest.raises(TypeError, match="num_images: expected an int, got float"):
+            evaluate(num_images=60.0)
         # before anything is drawn
         with pytest.raises(ValueError, match="cold: temperature: expected"):
             evaluate([TWO[0], Configuration("cold", {"temperature": -1})])
@@ -507,7 +613,12 @@ class TestCommands:
         assert result.stdout.startswith("configuration") and "winning_rates.png" in result.stdout
         assert len(list(out.glob("*.png"))) == 7 and len(list(out.glob("groups/*/*.safetensors"))) == 4
 
-    def test_every_technique(self, tmp_path: Path) -> None:
+    def test_every_technique(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        # plots are shown elsewhere
+        monkeypatch.setattr(plots, "save_plots", lambda results, out: [])
+        monkeypatch.setattr(cli, "load_model", lambda name, **_: small_model(32, num_heads=1))
+        monkeypatch.setattr(run, "load_classifier", Judge)
+        monkeypatch.setattr(run, "load_real_statistics", Judge().statistics)
         path = tmp_path / "list.toml"
         path.write_text(
             """
@@ -548,7 +659,74 @@ class TestCommands:
         assert result.exit_code == 2 and "none.toml" in result.stderr
 
 
+def test_too_few_images_are_named() -> None:
+    few = torch.zeros(1, 4)
+    with pytest.raises(ValueError, match=r"^features: expected two images at least, got 1"):
+        kernel_distance(few, torch.zeros(4, 4))
+    with pytest.raises(ValueError, match=r"^real, features: expected more than 5 and 1 at least, got 4, 1"):
+        density_coverage(few, torch.zeros(4, 4))
+
+
+def test_a_configuration_has_a_name_and_arguments_by_name() -> None:
+    for name in ("", 3):
+        with pytest.raises(ValueError, match=r"^name: expected a word at least, got"):
+            Configuration(name, {})  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^x: expected arguments by name, got \[1\]"):
+        Configuration("x", [1])  # type: ignore[arg-type]
+
+
+class TestStatistics:
+    def save(self, path: Path, **changes: Any) -> None:
+        tensors = {**vars(Judge().statistics()), **changes}
+        save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
+
+    def test_they_come_back(self, tmp_path: Path) -> None:
+        self.save(tmp_path / "s.safetensors")
+        loaded = load_real_statistics(tmp_path / "s.safetensors")
+        assert torch.equal(loaded.feature_mean, Judge().statistics().feature_mean)
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"feature_mean": None},
+            {"more": torch.zeros(1)},
+            {"feature_mean": torch.zeros(3)},
+            {"feature_covariance": torch.zeros(16)},
+            {"features": torch.zeros(5, 16, dtype=torch.int64)},
+            {"accuracy": torch.tensor(math.nan)},
+            {"pixel_spread": torch.tensor(0.1)},
+        ],
+    )
+    def test_others_are_named(self, tmp_path: Path, changes: dict[str, Any]) -> None:
+        self.save(tmp_path / "s.safetensors", **changes)
+        with pytest.raises(ValueError, match=r"s.safetensors: expected finite statistics"):
+            load_real_statistics(tmp_path / "s.safetensors")
+
+    def test_a_damaged_file_is_named(self, tmp_path: Path) -> None:
+        for content in (b"", b"\xff" * 50):
+            (tmp_path / "s.safetensors").write_bytes(content)
+            with pytest.raises(ValueError, match=r"s.safetensors: expected statistics of real images"):
+                load_real_statistics(tmp_path / "s.safetensors")
+
+
 class TestExact:
+    @pytest.mark.parametrize(
+        ("arguments", "error", "message"),
+        [
+            ({"steps": (4,)}, ValueError, "steps: expected divisors of 6, got 4"),
+            ({"steps": (1.5,)}, TypeError, "steps: expected an int, got float"),
+            ({"num_seeds": 1}, ValueError, "num_seeds: an interval needs two at least, got 1"),
+            ({"num_samples": 0}, ValueError, "num_samples: expected 1 at least, got 0"),
+            ({"seed": "0"}, TypeError, "seed: expected an int, got str"),
+        ],
+    )
+    def test_bad_arguments(
+        self, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any], error: type[Exception], message: str
+    ) -> None:
+        monkeypatch.setattr(sampling, "generate", lambda *_, **__: pytest.fail("worked"))
+        with pytest.raises(error, match=f"^{message}"):
+            exact.judge_exactly([Configuration("vanilla", {})], progress=False, **arguments)
+
     def test_one_token_a_step_in_random_order_is_exact(self) -> None:
         techniques = [Configuration("random order", {"temperature": 1e6}), Configuration("vanilla", {})]
         results, noise = exact.judge_exactly(techniques, steps=(1, 6), num_samples=2000, num_seeds=3, progress=False)

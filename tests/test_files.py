@@ -6,7 +6,7 @@ import stat
 
 import pytest
 
-from mgt_sampler.files import check_writable, whole_file
+from mgt_sampler.files import check_writable, make_folder, whole_file, write_csv
 
 
 def write(path, data, times=1):
@@ -87,3 +87,32 @@ def test_what_cannot_be_written_is_refused_early(tmp_path):
     for path in (tmp_path / "nope" / "a.png", tmp_path):
         with pytest.raises(ValueError, match="out: expected"):
             check_writable("out", path)
+
+
+def test_names_as_long_as_a_file_system_has(tmp_path):
+    # 255 bytes: the fresh name beside it must not be longer
+    for name in ("a" * 255, "界" * 85, "𝄞" * 63 + "abc"):
+        check_writable("out", tmp_path / name)
+        write(tmp_path / name, b"1")
+        assert (tmp_path / name).read_bytes() == b"1"
+    assert len(os.listdir(tmp_path)) == 3
+    with pytest.raises(ValueError, match=r"^out: expected a path that can be written to, got .*: File name too long"):
+        check_writable("out", tmp_path / ("a" * 256))
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
+def test_a_folder_that_permissions_allow_and_the_system_does_not():
+    with pytest.raises(
+        ValueError, match=r"^out: expected a path in a folder that can be written to, got '/proc/a.png'"
+    ):
+        check_writable("out", "/proc/a.png")
+
+
+def test_a_table_and_a_folder(tmp_path):
+    make_folder("out", tmp_path / "a" / "b")
+    write_csv(tmp_path / "a" / "b" / "t.csv", ["x", "y"], [{"x": "1,5", "y": "ü"}, {"x": 2, "y": ""}])
+    content = (tmp_path / "a" / "b" / "t.csv").read_bytes()
+    assert content == 'x,y\r\n"1,5",ü\r\n2,\r\n'.encode()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        make_folder("out", tmp_path / "file" / "b")

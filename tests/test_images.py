@@ -1,5 +1,8 @@
 """Grids, animations and strips, pixel by pixel on images of a few pixels."""
 
+import errno
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -136,3 +139,73 @@ def test_a_strip_shows_images_spread_over_the_batch(tmp_path):
 def test_save_trajectory_names_a_bad_suffix(tmp_path):
     with pytest.raises(ValueError, match=r"^path: expected a file name ending in .gif"):
         save_trajectory(trajectory_images(Halves(), states()), tmp_path / "run.mp4")
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.gif", "a.apng"])
+class TestFiles:
+    """A picture is there whole or not at all."""
+
+    def save(self, path):
+        if path.suffix in (".gif", ".apng"):
+            save_trajectory(torch.zeros(3, 2, 1, 8, 8), path)
+        else:
+            save_grid(torch.zeros(2, 1, 8, 8), path)
+
+    def test_a_full_disk_leaves_the_old_picture(self, tmp_path, monkeypatch, name):
+        (tmp_path / name).write_bytes(b"old")
+
+        def full(descriptor):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left on device"):
+            self.save(tmp_path / name)
+        assert [path.name for path in tmp_path.iterdir()] == [name]
+        assert (tmp_path / name).read_bytes() == b"old"
+
+    def test_a_mode_and_a_link_stay(self, tmp_path, name):
+        (tmp_path / "folder").mkdir()
+        target = tmp_path / "folder" / name
+        target.write_bytes(b"old")
+        target.chmod(0o600)
+        (tmp_path / name).symlink_to(target)
+        self.save(tmp_path / name)
+        assert (tmp_path / name).is_symlink() and target.stat().st_mode & 0o777 == 0o600
+        assert Image.open(target).size[0] > 100
+
+    def test_a_missing_folder_is_named(self, tmp_path, name):
+        with pytest.raises(ValueError, match=r"^path: expected a path in a folder that exists, got '.*none"):
+            self.save(tmp_path / "none" / name)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"num_columns": 0}, ValueError, "^num_columns: expected at least 1, got 0"),
+        ({"num_columns": 1.5}, TypeError, "^num_columns: expected an int, got float"),
+        ({"scale": -1}, ValueError, "^scale: expected at least 1, got -1"),
+        ({"gap": -1}, ValueError, "^gap: expected at least 0, got -1"),
+        ({"images": np.zeros((1, 1, 4, 4))}, TypeError, "^images: expected a tensor, got ndarray"),
+        ({"images": torch.zeros(1, 1, 0, 4)}, ValueError, "^images: expected one at least"),
+    ],
+)
+def test_bad_arguments_of_a_grid(arguments, error, message):
+    with pytest.raises(error, match=message):
+        image_grid(**{"images": torch.zeros(1, 1, 4, 4), **arguments})
+
+
+def test_what_is_no_number_is_black():
+    grid = pixels(image_grid(torch.full((1, 1, 2, 2), torch.nan), scale=1, gap=0))
+    assert (grid == 0).all()
+
+
+def test_a_trajectory_does_not_write_to_the_states():
+    class Writes(Halves):
+        def decode(self, tokens):
+            images = super().decode(tokens).clone()
+            tokens.zero_()
+            return images
+
+    given = states()
+    assert torch.equal(trajectory_images(Writes(), given), trajectory_images(Halves(), states()))
+    assert torch.equal(given[0][0], states()[0][0])

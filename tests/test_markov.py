@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -82,7 +83,8 @@ def test_fewer_steps_are_further_from_the_truth():
     distances = []
     for num_steps in (1, 2, 6):
         ratios = [1 - (k + 1) / num_steps for k in range(num_steps)]
-        tokens = mgt_sampler.generate(model, num_inference_steps=num_steps, mask_schedule=ratios, **RANDOM_ORDER).tokens
+        arguments = {**RANDOM_ORDER, "num_samples": 20_000}
+        tokens = mgt_sampler.generate(model, num_inference_steps=num_steps, mask_schedule=ratios, **arguments).tokens
         distances.append(total_variation(model, tokens)[0])
     noise = total_variation(model, tokens)[1]
     assert all(more > less + noise for more, less in itertools.pairwise(distances))
@@ -112,3 +114,31 @@ def test_what_the_chain_cannot_do_is_named():
         model.predict_logits(torch.zeros(1, 12, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"expected at most 2\^20 sequences, got 4\^12"):
         model.probabilities()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(num_tokens=2.5), "num_tokens: expected an int, got float"),
+        (dict(codebook_size=True), "codebook_size: expected an int, got bool"),
+        (dict(std="1"), "std: expected a number, got str"),
+        (dict(seed=None), "seed: expected an int, got NoneType"),
+    ],
+)
+def test_arguments_of_the_wrong_type_are_named(arguments, message):
+    with pytest.raises(TypeError, match=f"^{message}"):
+        MarkovModel(**arguments)
+
+
+def test_numbers_of_numpy():
+    model = MarkovModel(np.int64(3), np.int32(3), seed=np.uint8(0), std=np.float32(1.5))
+    assert torch.equal(model.transition, MarkovModel(3, 3).transition)
+    assert torch.equal(model.probabilities(), MarkovModel(3, 3).probabilities())
+
+
+@pytest.mark.parametrize(
+    "tokens", [torch.zeros(0, 3).long(), torch.zeros(2, 4).long(), torch.full((2, 3), 3), torch.full((2, 3), -1)]
+)
+def test_tokens_that_are_no_samples_are_named(tokens):
+    with pytest.raises(ValueError, match=r"^tokens: expected .*, got "):
+        total_variation(MarkovModel(3, 3), tokens)

@@ -168,6 +168,8 @@ class TestIdx:
                 gzip.compress(idx_bytes(np.zeros((2, 3), np.uint8)))[:-6],
                 "gzip stream is damaged or truncated",
             ),
+            (gzip.compress(idx_bytes(np.zeros((2, 3), np.uint8)))[:10] + b"\xff" * 20, "gzip stream is damaged"),
+            (b"\0\0\x08\xff" + b"\0\0\0\1" * 255 + b"x", "expected at most 32 dimensions, got 255"),
         ],
     )
     def test_bad_files(self, tmp_path: Path, content: bytes, message: str) -> None:

@@ -1,6 +1,7 @@
 """`MGTScheduler` in diffusers' pipelines, and `z_sample`, which drives them."""
 
 import functools
+import threading
 
 import pytest
 import torch
@@ -230,6 +231,86 @@ class TestZSampling:
         # and nothing of it stays behind
         assert torch.equal(call(pipe, seeded(0), **SIZE), plain)
         assert "step" not in vars(pipe.scheduler) and not parts["transformer"]._forward_hooks
+        assert not pipe.scheduler._runs
+
+    def test_two_threads_on_one_pipeline(self, parts):
+        techniques = {"differential": {"share": 0.75}, "momentum": 0.2}
+        pipe = pipeline("AmusedPipeline", parts, MGTScheduler(mask_token_id=31, **techniques))
+        variants = ["paper", "official", "random", "paper"]
+
+        def run(seed):
+            arguments = {"z_sampling": ZSampling(0.5, variants[seed]), **SIZE, "num_inference_steps": 4}
+            return call(functools.partial(z_sample, pipe, **arguments), seeded(seed), batch_size=1 + seed % 2)
+
+        alone = [run(seed) for seed in range(4)]
+        results, barrier = {}, threading.Barrier(4)
+
+        def work(seed):
+            barrier.wait()
+            results[seed] = run(seed)
+
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert all(torch.equal(results[seed], alone[seed]) for seed in range(4))
+        assert "step" not in vars(pipe.scheduler) and not parts["transformer"]._forward_hooks
+
+    def test_one_within_the_callback_of_another(self, parts):
+        pipe = pipeline("AmusedPipeline", parts, MGTScheduler(mask_token_id=31))
+        inner, settings = [], {**SIZE, "num_inference_steps": 3}
+
+        def nested(*args):
+            inner.append(call(functools.partial(z_sample, pipe), seeded(7), **settings))
+
+        outer = call(functools.partial(z_sample, pipe), seeded(0), callback=nested, **settings)
+        assert torch.equal(outer, call(functools.partial(z_sample, pipe), seeded(0), **settings))
+        alone = call(functools.partial(z_sample, pipe), seeded(7), **settings)
+        assert len(inner) == 3 and all(torch.equal(each, alone) for each in inner)
+
+    def test_nothing_stays_where_the_pipeline_raises(self, parts):
+        pipe = pipeline("AmusedPipeline", parts, MGTScheduler(mask_token_id=31))
+
+        def stop(step, timestep, latents):
+            raise KeyboardInterrupt
+
+        before = vars(pipe).copy()
+        with pytest.raises(KeyboardInterrupt):
+            call(functools.partial(z_sample, pipe), seeded(0), callback=stop, **SIZE)
+        assert vars(pipe) == before
+        assert "step" not in vars(pipe.scheduler) and not parts["transformer"]._forward_hooks
+        assert not pipe.scheduler._runs
+
+    def test_what_a_gpu_kernel_could_not_draw_does_not_reach_the_decoder(self, parts, monkeypatch):
+        from mgt_sampler import techniques
+
+        def draw(*args, **kwargs):
+            token_ids, logprob = original(*args, **kwargs)
+            token_ids[1, 7], logprob[1, 7] = 31, -1e30
+            return token_ids, logprob
+
+        original = techniques.sample_tokens
+        monkeypatch.setattr(techniques, "sample_tokens", draw)
+        pipe = pipeline("AmusedPipeline", parts, MGTScheduler(mask_token_id=31))
+        with pytest.raises(ValueError, match=r"^model_output: expected finite logits.* sample 1, position 7"):
+            self.z_call(pipe, ZSampling(), output_type="np")
+
+    @pytest.mark.parametrize("scale", [1.0, 3.0])
+    def test_a_transformer_that_returns_the_same_buffer_at_every_call(self, parts, scale):
+        """As a CUDA graph or a bound output does."""
+        buffers, latents = {}, []
+        techniques = {"momentum": 0.3, "differential": {"share": 0.75}}
+        pipe = pipeline("AmusedPipeline", parts, MGTScheduler(mask_token_id=31, **techniques))
+
+        def bind(module, args, output):
+            return buffers.setdefault(output.shape, torch.empty_like(output)).copy_(output)
+
+        for bound in (False, True):
+            handle = parts["transformer"].register_forward_hook(bind) if bound else None
+            latents.append(self.z_call(pipe, ZSampling(1.0 if scale == 1 else 0.5), guidance_scale=scale))
+        handle.remove()
+        assert torch.equal(*latents)
 
     def test_a_run_draws_its_seeds_once(self, parts):
         pipe, states = pipeline("AmusedPipeline", parts, MGTScheduler(mask_token_id=31)), []
@@ -314,6 +395,12 @@ class TestZSampling:
             self.z_call(pipe, ZSampling(0.0), guidance_scale=1.0)
         with pytest.raises(ValueError, match=r"^z_sampling.steps: expected steps within \[0, 4\], got 7"):
             self.z_call(pipe, ZSampling(steps=[7]))
+        pipe.scheduler.step = functools.partial(pipe.scheduler.step)
+        with pytest.raises(TypeError, match=r"^pipe: expected a scheduler with the step of its class, got one that"):
+            self.z_call(pipe)
+        del pipe.scheduler.step
+        with pytest.raises(TypeError, match=r"^z_sampling: expected a ZSampling or None, got str"):
+            self.z_call(pipe, "paper")
         assert "step" not in vars(pipe.scheduler) and not parts["transformer"]._forward_hooks
         assert self.z_call(pipe, ZSampling(1.0), guidance_scale=1.0).max() < 8
 

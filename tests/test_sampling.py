@@ -2,10 +2,11 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from mgt_sampler import GenerateOutput, generate
+from mgt_sampler import Differential, GenerateOutput, ZSampling, generate
 from mgt_sampler.sampling import sample_seeds
 from mgt_sampler.schedules import mask_lens
 
@@ -327,3 +328,270 @@ def test_bad_logits_are_named_with_their_place(model, bad):
     model.by_class[1, 5, 2] = bad
     with pytest.raises(ValueError, match=r"sample 1.*position 5"):
         sample(model)
+
+
+TECHNIQUES = {
+    "guided": {"guidance_scale": 5.0},
+    "momentum": {"guidance_scale": 5.0, "momentum": 0.3, "skip": [2]},
+    "differential": {"guidance_scale": 5.0, "differential": Differential(0.75)},
+    "Z": {"guidance_scale": 5.0, "z_sampling": ZSampling(0.5)},
+    "Z guided at some steps": {"guidance_scale": [1, 1, 5, 5, 0], "z_sampling": ZSampling(2.0, "official")},
+}
+
+
+class BoundOutput(TinyModel):
+    """Writes its logits to the same memory at every call, as a CUDA graph or a bound output does."""
+
+    def __init__(self, offset=0):
+        super().__init__()
+        self.buffer, self.offset = torch.empty(8 * N * V), offset
+
+    def predict_logits(self, tokens, condition):
+        logits = super().predict_logits(tokens, condition)
+        # or to memory that laps over the last call's
+        start = self.offset * (len(self.calls) % 2)
+        place = self.buffer[start : start + logits.numel()].view_as(logits)
+        return place.copy_(logits)
+
+
+@pytest.mark.parametrize("offset", [0, 5])
+@pytest.mark.parametrize("technique", TECHNIQUES.values(), ids=TECHNIQUES.keys())
+def test_a_model_that_returns_the_same_buffer_at_every_call(model, technique, offset):
+    expected, output = (sample(each, **technique) for each in (model, BoundOutput(offset)))
+    assert torch.equal(output.tokens, expected.tokens)
+    assert output.model_calls == expected.model_calls + 1
+    assert not torch.equal(output.tokens, sample(model, **{**technique, "guidance_scale": 1.0}).tokens)
+
+
+def test_logits_of_a_model_with_memory_of_its_own_are_not_copied(model, monkeypatch):
+    from mgt_sampler import techniques
+
+    made, drawn = [], []
+    predict, draw = model.predict_logits, techniques.sample_tokens
+
+    def predicted(*args):
+        made.append(predict(*args))
+        return made[-1]
+
+    def seen(logits, *args, **kwargs):
+        drawn.append((logits.data_ptr(), kwargs["uncond_logits"].data_ptr()))
+        return draw(logits, *args, **kwargs)
+
+    model.predict_logits = predicted
+    monkeypatch.setattr(techniques, "sample_tokens", seen)
+    sample(model, guidance_scale=5.0)
+    assert drawn == [(made[k].data_ptr(), made[k + 1].data_ptr()) for k in range(0, 10, 2)]
+
+
+def test_a_model_that_writes_to_its_inputs(model):
+    labels, tokens = torch.tensor([0, 1, 2]), half_known()
+
+    class Writes(TinyModel):
+        def predict_logits(self, tokens, condition):
+            logits = super().predict_logits(tokens, condition).clone()
+            tokens.fill_(3)
+            if condition is not None:
+                condition.add_(1)
+            return logits
+
+        def decode(self, tokens):
+            images = super().decode(tokens).clone()
+            tokens.fill_(MASK)
+            return images
+
+    for given in ({"labels": labels}, {"labels": 2, "num_samples": 3}):
+        arguments = {"guidance_scale": 2.0, "tokens": tokens, **given}
+        output, expected = sample(Writes(), **arguments), sample(model, **arguments)
+        assert torch.equal(output.tokens, expected.tokens) and torch.equal(output.images, expected.images)
+    assert labels.tolist() == [0, 1, 2] and torch.equal(tokens, half_known())
+
+
+def test_a_callback_may_write_to_what_it_is_given(model):
+    def spoil(step):
+        for tensor in (step.tokens, step.logprob, step.divergence):
+            tensor.fill_(-1)
+        step.mask.logical_not_()
+
+    settings = {"guidance_scale": 2.0, "differential": Differential(), "z_sampling": ZSampling(steps=[1])}
+    output, expected = sample(model, callback=spoil, **settings), sample(model, **settings)
+    assert torch.equal(output.tokens, expected.tokens) and torch.equal(output.images, expected.images)
+
+
+def test_seeds_are_not_those_of_the_caller(model):
+    seeds = torch.tensor([5, 6, 7])
+    output = sample(model, seed=seeds, callback=lambda step: seeds.zero_())
+    assert output.seed.tolist() == [5, 6, 7]
+    assert torch.equal(output.tokens, sample(model, seed=[5, 6, 7]).tokens)
+
+
+def test_numbers_of_every_kind(model):
+    plain = {
+        "labels": [0, 1, 2],
+        "num_samples": 3,
+        "num_inference_steps": 5,
+        "guidance_scale": 2.0,
+        "temperature": (2.0, 0.5),
+        "token_temperature": 0.5,
+        "noise_scale": 1.0,
+        "mask_schedule": [0.75, 0.5, 0.25, 0.125, 0.0],
+        "momentum": 0.25,
+        "skip": [2],
+        "differential": Differential(0.5),
+        "z_sampling": ZSampling(0.5, steps=[1]),
+        "seed": 7,
+    }
+    of_numpy = {
+        "labels": np.array([0, 1, 2], dtype=np.int32),
+        "num_samples": np.int8(3),
+        "num_inference_steps": np.int64(5),
+        "guidance_scale": np.float32(2),
+        "temperature": np.array([2.0, 0.5], dtype=np.float16),
+        "token_temperature": np.float64(0.5),
+        "noise_scale": np.int64(1),
+        "mask_schedule": np.array([0.75, 0.5, 0.25, 0.125, 0.0], dtype=np.float32),
+        "momentum": np.float16(0.25),
+        "skip": np.array([2]),
+        "differential": Differential(np.float32(0.5)),
+        "z_sampling": ZSampling(np.float32(0.5), steps=np.array([1], dtype=np.uint8)),
+        "seed": np.int64(7),
+    }
+    of_torch = {
+        **of_numpy,
+        "labels": torch.tensor([0, 1, 2]),
+        "guidance_scale": torch.tensor(2.0),
+        "temperature": torch.tensor([2.0, 0.5], dtype=torch.bfloat16),
+        "noise_scale": torch.tensor(1),
+        "mask_schedule": torch.tensor([0.75, 0.5, 0.25, 0.125, 0.0]),
+        "num_inference_steps": torch.tensor(5),
+        "skip": torch.tensor([2]),
+        "differential": Differential(torch.tensor(0.5)),
+        "z_sampling": ZSampling(torch.tensor(0.5), steps=range(1, 2)),
+    }
+    expected = sample(model, **plain).tokens
+    for arguments in (of_numpy, of_torch):
+        assert torch.equal(sample(model, **arguments).tokens, expected)
+    seeds = sample_seeds(7, 3)
+    for seed in (seeds.numpy(), seeds.tolist(), list(seeds), seeds.numpy().view(np.uint64)):
+        assert torch.equal(sample(model, **{**plain, "seed": seed}).tokens, expected)
+    small = torch.tensor([1, 2, 3], dtype=torch.int32)
+    assert torch.equal(sample(model, seed=small).tokens, sample(model, seed=small.long()).tokens)
+    one_class = sample(model, labels=2, num_samples=3).tokens
+    for label in (np.int64(2), torch.tensor(2), np.array(2)):
+        assert torch.equal(sample(model, labels=label, num_samples=3).tokens, one_class)
+
+
+def test_a_model_whose_sizes_are_numpy_s(model):
+    expected = sample(model).tokens
+    model.num_tokens, model.codebook_size, model.mask_token_id = np.int64(N), np.int32(V), torch.tensor(MASK)
+    assert torch.equal(sample(model).tokens, expected)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda logits: logits.repeat_interleave(2, -1)[..., ::2],
+        lambda logits: logits.repeat_interleave(2, 1)[:, ::2].transpose(1, 2).contiguous().transpose(1, 2),
+        lambda logits: logits.requires_grad_(),
+        lambda logits: torch.nn.Parameter(logits),
+    ],
+    ids=["no unit stride", "unit stride over positions", "requires a gradient", "a parameter"],
+)
+@pytest.mark.parametrize("halves", ["both", "conditional"])
+def test_logits_as_a_model_may_have_them(model, change, halves):
+    predict = model.predict_logits
+
+    def changed(tokens, condition):
+        with torch.enable_grad():
+            logits = predict(tokens, condition)
+            return change(logits) if halves == "both" or condition is not None else logits
+
+    settings = {"guidance_scale": 3.0, "momentum": 0.1, "z_sampling": ZSampling(0.5)}
+    expected = sample(model, **settings).tokens
+    plain = sample(model, guidance_scale=3.0).tokens
+    model.predict_logits = changed
+    output = sample(model, **settings)
+    assert torch.equal(output.tokens, expected) and not output.images.requires_grad
+    assert torch.equal(sample(model, guidance_scale=3.0).tokens, plain)
+
+
+@pytest.mark.parametrize(
+    ("logits", "error", "message"),
+    [
+        (
+            torch.zeros(3, N, V, dtype=torch.float64),
+            TypeError,
+            "expected float32, bfloat16 or float16, got torch.float64",
+        ),
+        (torch.zeros(3, N, V, dtype=torch.int64), TypeError, "expected float32, bfloat16 or float16, got torch.int64"),
+        (torch.zeros(3, N, V + 1), ValueError, r"expected logits of shape \(3, 16, 8\), got \(3, 16, 9\)"),
+        (torch.zeros(3, N, V, device="meta"), ValueError, "expected logits on cpu, got them on meta"),
+        ((torch.zeros(3, N, V),), TypeError, "expected a tensor, got tuple"),
+        (None, TypeError, "expected a tensor, got NoneType"),
+    ],
+)
+def test_what_no_kernel_could_read_is_named(model, logits, error, message):
+    model.predict_logits = lambda tokens, condition: logits
+    with pytest.raises(error, match=f"^model.predict_logits: {message}"):
+        sample(model)
+
+
+def test_images_of_every_kind(model):
+    expected = sample(model).images
+    decode = model.decode
+    model.decode = lambda tokens: decode(tokens).transpose(2, 3).contiguous().transpose(2, 3).double()
+    output = sample(model).images
+    assert torch.equal(output, expected) and output.is_contiguous() and output.dtype == torch.float32
+    for images, error, message in (
+        (torch.zeros(3, 1, 4, 4, dtype=torch.uint8), TypeError, r"expected floats in \[0, 1\], got torch.uint8"),
+        (torch.zeros(2, 1, 4, 4), ValueError, r"expected 3 images, got shape \(2, 1, 4, 4\)"),
+        ([None] * 3, TypeError, "expected a tensor, got list"),
+    ):
+        model.decode = lambda tokens, images=images: images
+        with pytest.raises(error, match=f"^model.decode: {message}"):
+            sample(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "kwargs"),
+    [
+        ("num_inference_steps", TypeError, {"num_inference_steps": True}),
+        ("num_inference_steps", TypeError, {"num_inference_steps": "5"}),
+        ("guidance_scale", TypeError, {"guidance_scale": True}),
+        ("guidance_scale", TypeError, {"guidance_scale": ["1", "2"]}),
+        ("guidance_scale", ValueError, {"guidance_scale": 1e39}),
+        ("temperature", TypeError, {"temperature": None}),
+        ("temperature", ValueError, {"temperature": 10**400}),
+        ("mask_schedule", TypeError, {"mask_schedule": torch.ones(5, 2)}),
+        ("mask_schedule", TypeError, {"mask_schedule": 0.5}),
+        ("mask_schedule", TypeError, {"mask_schedule": b"cosine"}),
+        ("guidance_scale", TypeError, {"guidance_scale": {1.0, 2.0}}),
+        ("noise_scale", TypeError, {"noise_scale": {0: 1.0, 1: 0.0}}),
+        ("labels", TypeError, {"labels": [0.5, 1.5, 2.5]}),
+        ("labels", TypeError, {"labels": [True, False, True]}),
+        ("labels", TypeError, {"labels": np.array([0.0, 1.0, 2.0])}),
+        ("seed", TypeError, {"seed": "seed"}),
+        ("seed", TypeError, {"seed": [1.0, 2.0, 3.0]}),
+        ("seed", TypeError, {"seed": True}),
+        ("seed", TypeError, {"seed": torch.tensor([True] * 3)}),
+        ("num_samples", TypeError, {"num_samples": True, "labels": None}),
+        ("differential", TypeError, {"differential": {"share": 0.5}}),
+        ("z_sampling", TypeError, {"z_sampling": "paper"}),
+        ("skip", TypeError, {"skip": torch.tensor(1)}),
+        ("callback", TypeError, {"callback": 3}),
+        ("backend", ValueError, {"backend": "abacus", "tokens": torch.zeros(3, N, dtype=torch.int64)}),
+        ("token_temperature", ValueError, {"token_temperature": [1, 1, 1, 1, 1e-31]}),
+    ],
+)
+def test_more_bad_arguments_are_named_before_the_model_is_called(model, name, error, kwargs):
+    with pytest.raises(error, match=rf"^{name}: .*, got "):
+        sample(model, **kwargs)
+    assert not model.calls
+
+
+def test_a_model_that_is_none_is_named():
+    with pytest.raises(TypeError, match=r"^model: expected one with predict_logits, .*, got NoneType without predict"):
+        sample(None)
+
+
+def test_logits_that_momentum_carries_beyond_float32(model):
+    assert (sample(model, momentum=3e38).tokens < V).all()

@@ -1,9 +1,14 @@
 """`MGTScheduler`: rng="torch" is `AmusedScheduler` bit for bit, rng="philox" has a law of its own."""
 
 import copy
+import json
+import math
+import pickle
 import subprocess
 import sys
+import threading
 
+import numpy as np
 import pytest
 import torch
 
@@ -456,7 +461,7 @@ class TestErrors:
     )
     def test_schedules_of_the_config(self, rng, name, config):
         with pytest.raises(ValueError, match=rf"^{name}: expected .*, got "):
-            run(philox(rng=rng, **config), seeded(0))
+            philox(rng=rng, **config)
 
     def test_set_timesteps(self, rng):
         scheduler = MGTScheduler(MASK, rng=rng)
@@ -549,3 +554,430 @@ class TestTechniques:
     def test_bad_arguments(self, kwargs, error, message):
         with pytest.raises(error, match=message):
             MGTScheduler(MASK, **kwargs)
+
+
+def steps_of(scheduler, generator, logits_seed=0, batch_size=2, sample=None, shape=(H, W)):
+    """A run as an iterator, so that runs can take turns: a sample after each step."""
+    sample = torch.full((batch_size, *shape), MASK) if sample is None else sample
+    for timestep in scheduler.timesteps.tolist():
+        logits = logits_4d(batch_size, seed=1000 * logits_seed + timestep)
+        sample = scheduler.step(logits, timestep, sample, generator=generator).prev_sample
+        yield sample
+
+
+TECHNIQUES = {
+    "plain": {},
+    "noise": {"noise_scale": "abs_cos:1"},
+    "differential": {"differential": {"share": 0.75}},
+    "momentum": {"momentum": 0.4},
+    "everything": {"differential": {"variant": "official"}, "momentum": 0.2, "noise_scale": 1.0},
+}
+
+
+@pytest.mark.parametrize("config", TECHNIQUES.values(), ids=TECHNIQUES.keys())
+class TestRunsTakeTurns:
+    """Each draws as it would alone."""
+
+    def alone(self, config, seed, num_inference_steps=6):
+        return list(steps_of(philox(num_inference_steps, **config), seeded(seed), seed))
+
+    def equal(self, one, other):
+        return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+    def test_each_with_its_own_generator(self, config):
+        scheduler = philox(**config)
+        runs = [steps_of(scheduler, seeded(seed), seed) for seed in range(3)]
+        samples = list(zip(*runs, strict=True))
+        for seed in range(3):
+            assert self.equal([each[seed] for each in samples], self.alone(config, seed))
+        assert not scheduler._runs
+
+    def test_set_timesteps_of_one_leaves_the_others(self, config):
+        scheduler = philox(**config)
+        first = steps_of(scheduler, seeded(1), 1)
+        samples = [next(first), next(first)]
+        scheduler.set_timesteps(4)
+        second = steps_of(scheduler, seeded(2), 2)
+        others = [next(second)]
+        samples += list(first)
+        others += list(second)
+        assert self.equal(samples, self.alone(config, 1)) and self.equal(others, self.alone(config, 2, 4))
+
+    def test_of_different_sizes(self, config):
+        scheduler, generator = philox(**config), seeded(1)
+        first = steps_of(scheduler, generator, 1)
+        samples = [next(first)]
+        second = list(steps_of(scheduler, generator, 2, batch_size=3))
+        samples += list(first)
+        assert self.equal(samples, self.alone(config, 1)) and len(second) == 6
+
+    def test_of_one_generator_draw_what_the_other_order_draws(self, config):
+        def runs(turns):
+            scheduler, generator = philox(**config), seeded(0)
+            iterators = [steps_of(scheduler, generator, seed) for seed in (1, 2)]
+            samples = [[], []]
+            for which in turns:
+                samples[which].append(next(iterators[which]))
+            return samples
+
+        first, second = runs([0, 1] * 6), runs([0, 1, *[0] * 5, *[1] * 5])
+        assert self.equal(first[0], second[0]) and self.equal(first[1], second[1])
+
+    def test_in_threads(self, config):
+        scheduler, results = philox(**config), {}
+
+        def work(seed):
+            results[seed] = list(steps_of(scheduler, seeded(seed), seed))
+
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert all(self.equal(results[seed], self.alone(config, seed)) for seed in range(4))
+
+    def test_a_deep_copy_goes_on_with_a_run(self, config):
+        scheduler, generator = philox(**config), seeded(1)
+        first = steps_of(scheduler, generator, 1)
+        samples = [next(first), next(first)]
+        copied = copy.deepcopy(scheduler)
+        rest = list(first)
+        again = []
+        sample = samples[-1]
+        for timestep in copied.timesteps.tolist()[2:]:
+            sample = copied.step(logits_4d(2, seed=1000 + timestep), timestep, sample, generator=generator).prev_sample
+            again.append(sample)
+        assert self.equal(rest, again) and self.equal(samples + rest, self.alone(config, 1))
+
+    def test_an_edited_sample_stays_in_its_run(self, config):
+        outputs = []
+        for edit in (lambda x: x, torch.clone):
+            scheduler, sample, generator = philox(**config), all_masked(2), seeded(1)
+            for timestep in scheduler.timesteps:
+                sample = edit(sample)
+                logits = logits_4d(2, seed=int(timestep))
+                sample = scheduler.step(logits, timestep, sample, generator=generator).prev_sample
+            outputs.append(sample)
+        assert torch.equal(*outputs)
+
+    def test_a_step_that_failed_can_be_taken_again(self, config):
+        def run(break_at):
+            scheduler, sample, generator = philox(**config), all_masked(2), seeded(1)
+            for timestep in scheduler.timesteps:
+                logits = logits_4d(2, seed=int(timestep))
+                if timestep == break_at:
+                    with pytest.raises(ValueError, match="NaN"):
+                        scheduler.step(torch.full_like(logits, math.nan), timestep, sample, generator=generator)
+                sample = scheduler.step(logits, timestep, sample, generator=generator).prev_sample
+            return sample
+
+        plain = {name: value for name, value in config.items() if name != "differential"}
+        if plain == config:
+            assert torch.equal(run(None), run(3))
+        assert torch.equal(run(None), run(5))
+
+    def test_what_is_abandoned_does_not_stay(self, config):
+        scheduler, generator = philox(**config), seeded(0)
+        for _ in range(3):
+            scheduler.step(logits_4d(2), 5, all_masked(2), generator=generator)
+        assert len(scheduler._runs) == 1
+        scheduler.step(logits_4d(2), 5, all_masked(2), generator=seeded(1))
+        scheduler.step(logits_4d(2), 5, all_masked(2), generator=seeded(2))
+        assert len(scheduler._runs) <= 2
+        scheduler.set_timesteps(6)
+        assert not scheduler._runs
+
+    def test_a_pickle_has_the_config_and_no_run(self, config):
+        scheduler = philox(**config)
+        next(steps_of(scheduler, seeded(1), 1))
+        loaded = pickle.loads(pickle.dumps(scheduler))
+        assert loaded.config == scheduler.config
+        assert self.equal(list(steps_of(loaded, seeded(1), 1)), self.alone(config, 1))
+
+
+class TestConfigIsRead:
+    """A change is in effect from the next run on."""
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"differential": {"share": 1.0}},
+            {"momentum": 1.0},
+            {"noise_scale": 3.0},
+            {"masking_schedule": "linear"},
+            {"rng": "torch"},
+        ],
+    )
+    @pytest.mark.parametrize("when", ["before set_timesteps", "after set_timesteps"])
+    def test_a_change(self, change, when):
+        scheduler = MGTScheduler(MASK)
+        if when == "after set_timesteps":
+            scheduler.set_timesteps(6)
+        scheduler.register_to_config(**change)
+        if when == "before set_timesteps":
+            scheduler.set_timesteps(6)
+        samples = [list(steps_of(each, seeded(0)))[-1] for each in (scheduler, philox(**change), philox())]
+        assert torch.equal(samples[0], samples[1]) and not torch.equal(samples[0], samples[2])
+
+    def test_the_mask_token_inside_the_codebook(self):
+        # hosts write to attributes of a config, and to its items
+        for change in (
+            lambda s: s.register_to_config(mask_token_id=3),
+            lambda s: setattr(s.config, "mask_token_id", 3),
+            lambda s: s.config.__setitem__("mask_token_id", np.int64(3)),
+        ):
+            scheduler = philox()
+            change(scheduler)
+            sample, noisy = torch.full((2, H, W), 3), scheduler.add_noise(torch.zeros(2, H, W).long(), 3)
+            assert set(noisy.unique().tolist()) == {0, 3}
+            *before, last = steps_of(scheduler, seeded(0), sample=sample)
+            assert (before[-1] == 3).any() and not (last == 3).any()
+            # and a later change leaves it as it is
+            scheduler.register_to_config(noise_scale=0.5)
+            assert scheduler.config.mask_token_id == scheduler.config["mask_token_id"] == 3
+
+    def test_the_backend(self):
+        scheduler = philox()
+        scheduler.register_to_config(backend="triton")
+        with pytest.raises(RuntimeError, match="'triton' runs on CUDA"):
+            scheduler.step(logits_4d(2), 5, all_masked(2))
+
+    def test_a_change_within_a_run_waits_for_the_next(self):
+        scheduler = philox()
+        run_ = steps_of(scheduler, seeded(0))
+        first = next(run_)
+        scheduler.register_to_config(noise_scale=3.0, differential={"share": 1.0}, momentum=1.0, mask_token_id=MASK + 1)
+        samples = [first, *run_]
+        assert torch.equal(samples[-1], list(steps_of(philox(), seeded(0)))[-1])
+
+    def test_numbers_of_every_kind_and_their_file(self, tmp_path):
+        given = {
+            "mask_token_id": np.int32(MASK),
+            "masking_schedule": np.linspace(0.8, 0, 6, dtype=np.float32),
+            "noise_scale": (np.float16(1.5), 0),
+            "momentum": torch.tensor(0.25),
+            "differential": {"share": np.float32(0.5)},
+        }
+        scheduler = MGTScheduler(**given)
+        scheduler.save_config(tmp_path)
+        loaded = MGTScheduler.from_pretrained(tmp_path)
+        assert json.loads((tmp_path / "scheduler_config.json").read_text())["noise_scale"] == [1.5, 0.0]
+        outputs = []
+        for each in (scheduler, loaded, MGTScheduler.from_config(scheduler.config), copy.deepcopy(scheduler)):
+            each.set_timesteps(np.int64(6), (np.float32(2), torch.tensor(0)))
+            outputs.append(list(steps_of(each, seeded(0)))[-1])
+        assert all(torch.equal(output, outputs[0]) for output in outputs)
+
+    def test_a_differential_of_the_class(self):
+        from mgt_sampler import Differential
+
+        config = MGTScheduler(MASK, differential=Differential(0.5)).config
+        assert config.differential == {"share": 0.5, "variant": "paper", "aliased_history": False}
+
+    @pytest.mark.parametrize(
+        ("arguments", "error", "message"),
+        [
+            ({"mask_token_id": "40"}, TypeError, "^mask_token_id: expected an int, got str"),
+            ({"mask_token_id": None}, TypeError, "^mask_token_id: expected an int, got NoneType"),
+            ({"mask_token_id": 40.0}, TypeError, "^mask_token_id: expected an int, got float"),
+            ({"mask_token_id": True}, TypeError, "^mask_token_id: expected an int, got bool"),
+            ({"masking_schedule": "cosin"}, ValueError, "^masking_schedule: expected cosine.*, got 'cosin'"),
+            ({"masking_schedule": []}, ValueError, "^masking_schedule: expected .*, got no ratio"),
+            ({"masking_schedule": [0.5, 1.5]}, ValueError, r"^masking_schedule: expected ratios in \[0, 1\]"),
+            ({"masking_schedule": ["0.5"]}, TypeError, "^masking_schedule: expected cosine.*, got str"),
+            ({"masking_schedule": 0.5}, TypeError, "^masking_schedule: expected cosine.*, got float"),
+            ({"noise_scale": math.nan}, ValueError, "^noise_scale: expected a finite number of at least 0"),
+            ({"noise_scale": -1}, ValueError, "^noise_scale: expected a finite number of at least 0"),
+            ({"noise_scale": "abs_cos"}, ValueError, "^noise_scale: expected a number, .*, got 'abs_cos'"),
+            ({"noise_scale": [1.0, math.inf]}, ValueError, "^noise_scale: expected a finite number of at least 0"),
+            ({"noise_scale": 1e39}, ValueError, "^noise_scale: expected a finite number of at least 0"),
+            ({"momentum": "x:1"}, ValueError, "^momentum: expected a number, .*, got the shape 'x'"),
+            ({"momentum": True}, TypeError, "^momentum: expected a number, .*, got bool"),
+            ({"differential": {"shares": 0.5}}, TypeError, "^differential: expected keys among .*, got 'shares'"),
+            ({"differential": 0.75}, TypeError, "^differential: expected a dict of arguments of Differential"),
+            ({"differential": {"share": None}}, TypeError, "^differential.share: expected a number, got NoneType"),
+            ({"rng": "numpy"}, ValueError, "^rng: expected 'philox' or 'torch', got 'numpy'"),
+            ({"backend": "gpu"}, ValueError, "^backend: expected one of .*, got 'gpu'"),
+            ({"backend": None}, ValueError, "^backend: expected one of .*, got None"),
+        ],
+    )
+    def test_arguments_are_checked_when_they_are_given(self, arguments, error, message):
+        with pytest.raises(error, match=message):
+            MGTScheduler(**{"mask_token_id": MASK, **arguments})
+        scheduler = philox()
+        before = dict(scheduler.config)
+        with pytest.raises(error, match=message):
+            scheduler.register_to_config(**arguments)
+        assert dict(scheduler.config) == before
+        with pytest.raises(error, match=message):
+            MGTScheduler.from_config({"mask_token_id": MASK, **arguments})
+
+    def test_what_only_set_timesteps_can_know(self):
+        for name, value in (("masking_schedule", [0.5] * 5), ("noise_scale", [1.0] * 5), ("momentum", [0.1] * 5)):
+            with pytest.raises(ValueError, match=rf"^{name}: expected (.* )?6 "):
+                philox(6, **{name: value})
+
+
+@pytest.mark.parametrize("rng", ["philox", "torch"])
+class TestPublicTensors:
+    """`temperatures` and `timesteps` may be changed."""
+
+    def last(self, scheduler):
+        return list(steps_of(scheduler, seeded(0)))[-1]
+
+    def test_temperatures(self, rng):
+        expected = self.last(philox(temperature=(20, 20), rng=rng))
+        assert not torch.equal(expected, self.last(philox(rng=rng)))
+        in_place, replaced, listed = (philox(rng=rng) for _ in range(3))
+        in_place.temperatures.fill_(20.0)
+        replaced.temperatures = torch.full((6,), 20.0)
+        listed.temperatures = [20.0] * 6
+        for scheduler in (in_place, replaced, listed):
+            assert torch.equal(self.last(scheduler), expected)
+
+    def test_temperatures_within_a_run(self, rng):
+        amused = AmusedScheduler(MASK)
+        amused.set_timesteps(6)
+        ours, samples = philox(rng="torch"), [all_masked(2)] * 2
+        generators = seeded(0), seeded(0)
+        for timestep in amused.timesteps:
+            for i, scheduler in enumerate((amused, ours)):
+                scheduler.temperatures.mul_(1.5)
+                logits = logits_4d(2, seed=int(timestep))
+                samples[i] = scheduler.step(logits, timestep, samples[i], generator=generators[i]).prev_sample
+            assert torch.equal(*samples)
+
+    def test_timesteps_of_a_part(self, rng):
+        """As in the original: the step is where the timestep stands, T is how many there are."""
+        amused, ours = AmusedScheduler(MASK), philox(12, rng=rng)
+        amused.set_timesteps(12)
+        for scheduler in (amused, ours):
+            scheduler.timesteps = torch.tensor([11, 8, 5, 2, 0])
+        counts, samples, generators = [[], []], [all_masked(2)] * 2, (seeded(0), seeded(0))
+        for timestep in amused.timesteps:
+            for i, scheduler in enumerate((amused, ours)):
+                logits = logits_4d(2, seed=int(timestep))
+                samples[i] = scheduler.step(logits, timestep, samples[i], generator=generators[i]).prev_sample
+                counts[i].append((samples[i] == MASK).sum((1, 2)).tolist())
+        assert counts[0] == counts[1]
+        assert rng == "philox" or torch.equal(*samples)
+        assert ours.num_inference_steps == 5
+        with pytest.raises(ValueError, match=r"^timestep: expected one of \[11, 8, 5, 2, 0\], got 7"):
+            ours.step(logits_4d(2), 7, samples[1])
+
+    def test_too_few_temperatures(self, rng):
+        scheduler = philox(rng=rng)
+        scheduler.temperatures = scheduler.temperatures[:1]
+        with pytest.raises(ValueError, match=r"^temperatures: expected a value for each of 6 timesteps, got 1"):
+            self.last(scheduler)
+
+    def test_of_inference_mode(self, rng):
+        expected = self.last(philox(rng=rng))
+        with torch.inference_mode():
+            scheduler = philox(rng=rng)
+            assert torch.equal(self.last(scheduler), expected)
+            scheduler.temperatures.fill_(20.0)
+            assert not torch.equal(self.last(scheduler), expected)
+
+
+@pytest.mark.parametrize("rng", ["philox", "torch"])
+class TestArgumentsOfAStep:
+    @pytest.mark.parametrize(
+        ("arguments", "error", "message"),
+        [
+            (
+                {"starting_mask_ratio": torch.tensor(math.nan)},
+                ValueError,
+                r"^starting_mask_ratio: .* in \[0, 1\], got nan",
+            ),
+            ({"starting_mask_ratio": torch.tensor([0.5, 7.0])}, ValueError, r"^starting_mask_ratio: .* in \[0, 1\]"),
+            ({"starting_mask_ratio": torch.tensor(-0.1)}, ValueError, r"^starting_mask_ratio: .* in \[0, 1\]"),
+            (
+                {"starting_mask_ratio": torch.ones(3)},
+                ValueError,
+                r"^starting_mask_ratio: .* 2 samples, got shape \(3,\)",
+            ),
+            ({"starting_mask_ratio": math.nan}, ValueError, r"^starting_mask_ratio: .* in \[0, 1\], got nan"),
+            ({"starting_mask_ratio": "1"}, TypeError, "^starting_mask_ratio: expected a number or a tensor"),
+            ({"starting_mask_ratio": None}, TypeError, "^starting_mask_ratio: expected a number or a tensor"),
+            ({"timestep": 4.5}, ValueError, r"^timestep: expected one of \[5, 4, 3, 2, 1, 0\], got 4.5"),
+            ({"timestep": "4"}, TypeError, "^timestep: expected a number or a tensor of one, got str"),
+            ({"timestep": torch.tensor([4, 3])}, TypeError, "^timestep: expected a number or a tensor of one"),
+            ({"generator": 0}, TypeError, "^generator: expected a torch.Generator, a list of them or None, got int"),
+            ({"generator": [None, None]}, TypeError, "^generator: expected a torch.Generator, a list"),
+            (
+                {"sample": torch.zeros(2, H, W, dtype=torch.int64, device="meta")},
+                ValueError,
+                "^sample: expected device",
+            ),
+        ],
+    )
+    def test_bad_ones_are_named_and_begin_no_run(self, rng, arguments, error, message):
+        scheduler, generator = philox(rng=rng), seeded(0)
+        state = generator.get_state()
+        with pytest.raises(error, match=message):
+            scheduler.step(
+                **{
+                    "model_output": logits_4d(2),
+                    "timestep": 5,
+                    "sample": all_masked(2),
+                    "generator": generator,
+                    **arguments,
+                }
+            )
+        assert torch.equal(generator.get_state(), state)
+
+    def test_numbers_of_every_kind(self, rng):
+        expected = philox(rng=rng).step(logits_4d(2), 5, all_masked(2), 0.5, generator=seeded(0)).prev_sample
+        for timestep in (np.int64(5), torch.tensor(5), torch.tensor([5]), torch.tensor(5, dtype=torch.int32), 5.0):
+            output = philox(rng=rng).step(
+                logits_4d(2), timestep, all_masked(2), generator=seeded(0), starting_mask_ratio=0.5
+            )
+            assert torch.equal(output.prev_sample, expected)
+        for ratio in (np.float32(0.5), torch.tensor(0.5), torch.tensor([0.5]), torch.tensor([[0.5], [0.5]]).double()):
+            output = philox(rng=rng).step(logits_4d(2), 5, all_masked(2), ratio, generator=seeded(0))
+            assert torch.equal(output.prev_sample, expected)
+        noised = [philox(rng=rng).add_noise(all_masked(2) * 0, t, seeded(0)) for t in (3, np.int64(3), torch.tensor(3))]
+        assert all(torch.equal(each, noised[0]) for each in noised)
+
+    def test_logits_that_require_a_gradient(self, rng):
+        output = philox(rng=rng).step(logits_4d(2).requires_grad_(), 5, all_masked(2), generator=seeded(0))
+        expected = philox(rng=rng).step(logits_4d(2), 5, all_masked(2), generator=seeded(0))
+        assert torch.equal(output.prev_sample, expected.prev_sample)
+
+
+def test_logits_of_float64_are_refused():
+    with pytest.raises(TypeError, match=r"^model_output: expected float32, bfloat16 or float16, got torch.float64"):
+        philox().step(logits_4d(2).double(), 5, all_masked(2))
+
+
+def test_what_a_gpu_kernel_could_not_draw_does_not_reach_the_decoder(monkeypatch):
+    """A GPU's kernels cannot raise; a stand-in marks a row as they do."""
+    from mgt_sampler import techniques
+
+    def draw(*args, **kwargs):
+        token_ids, logprob = original(*args, **kwargs)
+        token_ids[1, 7], logprob[1, 7] = MASK, -1e30
+        return token_ids, logprob
+
+    original = techniques.sample_tokens
+    monkeypatch.setattr(techniques, "sample_tokens", draw)
+    scheduler = philox()
+    run_ = steps_of(scheduler, seeded(0))
+    for _ in range(5):
+        next(run_)
+    with pytest.raises(ValueError, match=r"^model_output: expected finite logits.* sample 1, position 7"):
+        next(run_)
+
+
+def test_momentum_keeps_no_memory_of_the_model():
+    """A model may write its logits to the same memory at every call."""
+    outputs, buffer = [], torch.empty_like(logits_4d(2))
+    for shared in (False, True):
+        scheduler, sample, generator = philox(momentum=0.4), all_masked(2), seeded(0)
+        for timestep in scheduler.timesteps:
+            logits = logits_4d(2, seed=int(timestep))
+            logits = buffer.copy_(logits) if shared else logits
+            sample = scheduler.step(logits, timestep, sample, generator=generator).prev_sample
+        outputs.append(sample)
+    assert torch.equal(*outputs)

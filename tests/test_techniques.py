@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -138,6 +139,9 @@ class TestDifferential:
         assert (seen[0].divergence == math.inf).all()
         for before, after in itertools.pairwise(seen):
             assert torch.equal(after.divergence.isfinite(), before.mask)
+
+    def test_a_truth_value_of_numpy_s(self):
+        assert Differential(0.5, "official", np.bool_(True)) == Differential(0.5, "official", True)
 
     def test_divergence_is_none_without(self, model):
         seen = []

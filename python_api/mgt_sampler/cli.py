@@ -15,6 +15,7 @@ from torch import Tensor
 from mgt_kernels import info as kernels_info
 from mgt_kernels import sample_tokens
 
+from .files import check_writable, make_folder
 from .images import ANIMATIONS, STILLS, check_suffix, save_grid, save_trajectory, trajectory_images
 from .models import load_model
 from .models.data import load_fashion_mnist, to_float_images
@@ -122,8 +123,12 @@ def sample(
 
     with _errors_of_users():
         check_suffix("--out", out, STILLS)
+        check_writable("--out", out)
         if trajectory is not None:
             check_suffix("--trajectory", trajectory, (*ANIMATIONS, ".png"))
+            check_writable("--trajectory", trajectory)
+            if trajectory.resolve() == out.resolve():
+                raise ValueError(f"--trajectory: expected another file than --out, got {str(trajectory)!r}")
         network: Any = load_model(model, device=_device(device, backend))
         if quantized is not None:
             network.transformer = load_quantized(network.transformer, quantized, backend=backend)
@@ -132,7 +137,7 @@ def sample(
         num_each = math.ceil(num_images / len(classes))
         output = generate(
             network,
-            labels=torch.tensor(classes).repeat_interleave(num_each),
+            labels=torch.tensor(classes, dtype=torch.int64, device="cpu").repeat_interleave(num_each),
             num_inference_steps=steps,
             guidance_scale=_values(guidance_scale),
             temperature=_values(temperature),
@@ -361,6 +366,8 @@ def exact(
 
         if out is not None:
             check_suffix("--out", out, (".png",))
+            check_writable("--out", out)
+        _device("cpu", "auto")
         results, noise = judge_exactly(num_samples=num_samples, num_seeds=seeds, progress=progress)
         typer.echo(exact_table(results, noise))
         if out is not None:
@@ -400,6 +407,7 @@ def bench(
     with _errors_of_users(), _extra("bench"):
         from mgt_benchmarks import suite
 
+        _device("cpu", "auto")
         if quick and full:
             raise ValueError("--quick: expected without --full, got both")
         scale = "quick" if quick else "full" if full else "standard"
@@ -444,6 +452,7 @@ def export(
         raise typer.BadParameter("export needs Triton: pip install mgt-kernels[gpu]") from error
 
     with _errors_of_users():
+        make_folder("--out", out)
         files = kernels.export(
             out, arch or (80, 90), dtype or kernels.DTYPES, layout or kernels.LAYOUTS, progress=progress
         )
@@ -505,9 +514,12 @@ def _device(name: str, backend: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device: {error}") from error
     try:
-        sample_tokens(torch.zeros(1, 1, 1, device=device), token, mask_token_id=1, seed=0, step=0, backend=backend)
+        logits = torch.zeros(1, 1, 1, dtype=torch.float32, device=device)
+        sample_tokens(logits, token, mask_token_id=1, seed=0, step=0, backend=backend)
     except RuntimeError as error:
         raise ValueError(str(error)) from error
+    if device.type == "meta":
+        raise ValueError(f"--device: expected one that computes, such as cpu or cuda, got {name!r}")
     return device
 
 

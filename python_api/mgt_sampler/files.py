@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import csv
+import errno
+import io
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -34,7 +37,7 @@ def whole_file(path: str | Path) -> Iterator[IO[bytes]]:
         with open(target, "wb") as file:
             yield file
         return
-    descriptor, name = tempfile.mkstemp(prefix=f".{target.name[:100]}.", dir=target.parent)
+    descriptor, name = tempfile.mkstemp(prefix=f".{target.name[:20]}.", dir=target.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
             # a new file has the mode that open would give it; mkstemp's is for its owner alone
@@ -47,6 +50,20 @@ def whole_file(path: str | Path) -> Iterator[IO[bytes]]:
         with suppress(FileNotFoundError):
             os.unlink(name)
         raise
+
+
+def write_csv(path: str | Path, fields: Sequence[str], rows: Iterable[Mapping[str, object]]) -> None:
+    """Write rows under a header, whole or not at all.
+
+    Raises:
+        OSError: as `whole_file`.
+    """
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fields)
+    writer.writeheader()
+    writer.writerows(rows)
+    with whole_file(path) as file:
+        file.write(text.getvalue().encode())
 
 
 def _umask() -> int:
@@ -72,11 +89,36 @@ def check_writable(name: str, path: str | Path) -> None:
         ValueError: its folder is missing, is no folder or cannot be written to, or the path is a folder.
     """
     target = Path(os.path.realpath(path))
+    try:
+        target.stat()
+    except OSError as error:
+        # what is absent is told by its folder
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+            raise ValueError(
+                f"{name}: expected a path that can be written to, got {str(path)!r}: {error.strerror}"
+            ) from error
     if target.is_dir():
         raise ValueError(f"{name}: expected the path of a file, got the folder {str(path)!r}")
     if target.exists() and not target.is_file():
         return
     if not target.parent.is_dir():
         raise ValueError(f"{name}: expected a path in a folder that exists, got {str(path)!r}")
-    if not os.access(target.parent, os.W_OK | os.X_OK):
-        raise ValueError(f"{name}: expected a path in a folder that can be written to, got {str(path)!r}")
+    try:
+        # permissions alone do not tell: the system may refuse for reasons of its own
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{name}: expected a path in a folder that can be written to, got {str(path)!r}: {error.strerror}"
+        ) from error
+
+
+def make_folder(name: str, folder: str | Path) -> None:
+    """Make a folder before long work, and check that files can be written to it.
+
+    Raises:
+        OSError: it cannot be made.
+        ValueError: it cannot be written to.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    check_writable(name, Path(folder) / "file")

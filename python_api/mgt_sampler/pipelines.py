@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable
+import threading
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .arguments import kind, number
 from .scheduler import Generators, MGTScheduler, MGTSchedulerOutput, flatten_logits
 from .techniques import ZSampling, remask
 
@@ -23,6 +25,9 @@ def z_sample(pipe: Any, *args: Any, z_sampling: ZSampling | None = None, **kwarg
     guidance halves stays one call. The pipeline's callbacks and its progress bar see the step as one. Tokens that were
     known in the first step, as in inpainting, are never masked again.
 
+    What is called is a shallow copy of the pipeline with a copy of its scheduler, so several threads may do so at once
+    with one pipeline, each with its own generator, and nothing stays behind in it.
+
     Args:
         pipe: a pipeline such as `AmusedPipeline` or Meissonic's: with a `transformer` that maps tokens (B, H, W) or
             (B, N), unconditional half first where there is guidance, to logits (B, V, H, W) or (B, N, V), a
@@ -35,7 +40,8 @@ def z_sample(pipe: Any, *args: Any, z_sampling: ZSampling | None = None, **kwarg
         What the pipeline returns.
 
     Raises:
-        TypeError: the scheduler is another, or the transformer's inputs or outputs are none of these.
+        TypeError: the scheduler is another, or its step was replaced on it; or the transformer's inputs or outputs are
+            none of these.
         ValueError: `MGTScheduler` has rng "torch", an inversion guidance scale that needs guidance in the pipeline,
             or steps that the run does not have.
     """
@@ -44,18 +50,28 @@ def z_sample(pipe: Any, *args: Any, z_sampling: ZSampling | None = None, **kwarg
         raise TypeError(f"pipe: expected one with an MGTScheduler, got {type(scheduler).__name__}")
     if scheduler.config.rng != "philox":
         raise ValueError(f"pipe: expected an MGTScheduler with rng 'philox', got {scheduler.config.rng!r}")
+    if "step" in vars(scheduler):
+        raise TypeError(
+            "pipe: expected a scheduler with the step of its class, got one that was replaced on the instance"
+        )
+    if not (z_sampling is None or isinstance(z_sampling, ZSampling)):
+        raise TypeError(f"z_sampling: expected a ZSampling or None, got {kind(z_sampling)}")
     call = inspect.signature(pipe).bind(*args, **kwargs)
     call.apply_defaults()
     if "guidance_scale" not in call.arguments:
         raise TypeError(f"pipe: expected a parameter guidance_scale, {type(pipe).__name__} has none")
-    zigzag = _Zigzag(pipe.transformer, scheduler, z_sampling or ZSampling(), float(call.arguments["guidance_scale"]))
-    handle = pipe.transformer.register_forward_hook(zigzag.record, with_kwargs=True)
+    scale = number("guidance_scale", call.arguments["guidance_scale"])
+    pipe, scheduler = copy.copy(pipe), copy.copy(scheduler)
+    zigzag = _Zigzag(pipe.transformer, scheduler, z_sampling or ZSampling(), scale)
     scheduler.step = zigzag.step
+    pipe.scheduler = scheduler
+    handle = pipe.transformer.register_forward_hook(zigzag.record, with_kwargs=True)
     try:
         return pipe(*args, **kwargs)
     finally:
-        del scheduler.step
         handle.remove()
+        # the two refer to each other, and to the pipeline's inputs
+        del scheduler.step
 
 
 class _Zigzag:
@@ -66,14 +82,15 @@ class _Zigzag:
     ) -> None:
         self._transformer, self._scheduler, self._z_sampling = transformer, scheduler, z_sampling
         self._guidance_scale = guidance_scale
-        self._step_once: Callable[..., tuple[Tensor, Tensor]] = scheduler.step  # type: ignore[assignment]
+        self._step_once = scheduler.step
+        self._thread = threading.get_ident()
         self._inputs: tuple[tuple[Any, ...], dict[str, Any]] = (), {}
         self._keep: Tensor | None = None
         self._is_ours = False
 
     def record(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
-        """Remember a call of the pipeline's."""
-        if not self._is_ours:
+        """Remember a call of this run's pipeline."""
+        if not self._is_ours and threading.get_ident() == self._thread:
             self._inputs = args, kwargs
 
     def step(
@@ -93,7 +110,8 @@ class _Zigzag:
         steps = self._z_sampling.steps_of(scheduler.num_inference_steps)
         prev_sample, drawn = self._step_once(model_output, now, sample, starting_mask_ratio, generator, False)
         if scheduler.num_inference_steps - 1 - now in steps:
-            seeds, draw = scheduler.next_draw
+            run = scheduler.run_that_returned(prev_sample)
+            assert run.seeds is not None
             remasked = remask(
                 self._z_sampling,
                 prev_sample.flatten(1),
@@ -101,14 +119,14 @@ class _Zigzag:
                 self._keep,
                 lambda tokens, scale: self._inverse(tokens.view_as(sample), now, scale),
                 mask_token_id=mask_token_id,
-                seed=seeds,
-                step=draw,
-                backend=scheduler.config.backend,
+                seed=run.seeds,
+                step=run.num_draws,
+                backend=run.settings.backend,
             ).view_as(sample)
             uncond_logits, logits = self._call(remasked)
             if uncond_logits is not None:
                 logits = uncond_logits + self._guidance_scale * (logits - uncond_logits)
-            scheduler.rewind()
+            run.again(remasked)
             prev_sample, drawn = self._step_once(logits, now, remasked, starting_mask_ratio, generator, False)
         return MGTSchedulerOutput(prev_sample, drawn) if return_dict else (prev_sample, drawn)
 

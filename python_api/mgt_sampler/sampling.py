@@ -12,12 +12,24 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mgt_kernels import mask_by_confidence
+from mgt_kernels.checks import check_backend
 
-from .schedules import MaskSchedule, ValueSchedule, mask_len, mask_ratios, schedule_values
+from .arguments import integer, kind
+from .schedules import (
+    MaskSchedule,
+    ValueSchedule,
+    check_num_inference_steps,
+    mask_len,
+    mask_ratios,
+    schedule_values,
+)
 from .techniques import Differential, Extrapolation, TokenSampler, ZSampling, check_steps, guided_logits, remask
 
 if TYPE_CHECKING:
     from .models import MaskedModel
+
+
+_LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -53,7 +65,8 @@ class GenerateOutput:
         tokens: int64 (B, N), no position masked.
         images: float32 (B, C, H, W) in [0, 1].
         seed: int64 (B,), each sample's own: `generate(..., seed=output.seed[i:i+1])` makes sample i alone.
-        model_calls: how often `predict_logits` was called; a step with guidance calls it twice.
+        model_calls: how often `predict_logits` was called; a step with guidance calls it twice, and the first such step
+            once more where the model returns the memory of its last call again.
     """
 
     tokens: Tensor
@@ -106,14 +119,15 @@ def generate(
     Args:
         model: anything with `predict_logits(tokens, condition) -> (B, N, V)`, where condition None means
             unconditional, `decode(tokens) -> (B, C, H, W)`, `num_tokens` (N), `codebook_size` (V) and
-            `mask_token_id`; where it has a `device`, the tokens live there.
+            `mask_token_id`; where it has a `device`, the tokens live there. Logits are float32, bfloat16 or float16,
+            and the memory of one call may be that of the next; what the model is given is its own to change.
         labels: what `predict_logits` takes as its condition, the batch first: a class for every sample, or
             one class for all of them, or any tensor (B, ...); None: unconditional.
         num_samples: B, where neither labels, tokens nor seed tell it; 1 by default.
         num_inference_steps: T, at least 1.
         guidance_scale: s; 1 takes the conditional logits alone, 0 the unconditional ones, and spares the other pass.
         temperature: of the confidence that decides which tokens are masked again, at least 0.
-        token_temperature: of the draw of a token, at least 0; 0 takes the likeliest.
+        token_temperature: of the draw of a token: 0, which takes the likeliest, or at least 1e-30.
         noise_scale: sigma, the Gaussian noise on the logits in nats, at least 0 (arXiv 2411.10781).
         mask_schedule: gamma: a name that `schedules.mask_ratio` knows, or T ratios in [0, 1].
         differential: draw what changed least since the previous draw from what did change; None: don't.
@@ -122,9 +136,9 @@ def generate(
             (`techniques.Extrapolation`); 0: don't.
         skip: steps k, of 1 to T - 1, that do without the model: they take the last call's logits, carried on by
             momentum. A skipped step takes no part in Z-Sampling.
-        seed: an int, from which `sample_seeds` makes one for each sample; or int64 (B,), one for each sample.
+        seed: an int, from which `sample_seeds` makes one for each sample; or ints (B,), one for each sample.
         tokens: int64 (B, N) to start from, mask_token_id where a token is wanted; None: all masked.
-        callback: called with a `SamplerStep` after every draw.
+        callback: called with a `SamplerStep` after every draw, whose tensors are its own to keep and to change.
         progress: show a progress bar.
         backend: of `mgt_kernels`: "auto", "reference", "triton" or an instruction set, as `sample_tokens` takes it.
 
@@ -136,11 +150,24 @@ def generate(
         TypeError: an argument of the wrong type.
         ValueError: an argument out of range or sizes that disagree; the message names it.
     """
-    mask_token_id = model.mask_token_id
+    asked = ("predict_logits", "decode", "num_tokens", "codebook_size", "mask_token_id")
+    absent = [name for name in asked if not hasattr(model, name)]
+    if absent:
+        raise TypeError(f"model: expected one with {', '.join(asked)}, got {kind(model)} without {', '.join(absent)}")
+    mask_token_id, num_tokens, codebook_size = (
+        integer(f"model.{name}", getattr(model, name)) for name in ("mask_token_id", "num_tokens", "codebook_size")
+    )
+    for name, given, expected in (("differential", differential, Differential), ("z_sampling", z_sampling, ZSampling)):
+        if not (given is None or isinstance(given, expected)):
+            raise TypeError(f"{name}: expected a {expected.__name__} or None, got {kind(given)}")
+    if not (callback is None or callable(callback)):
+        raise TypeError(f"callback: expected a function or None, got {kind(callback)}")
+    num_inference_steps = check_num_inference_steps(num_inference_steps)
     device = _device(model, tokens, labels)
     batch_size = _batch_size(num_samples, tokens, labels, seed)
     condition = _condition(labels, batch_size, device)
     seeds = _seeds(seed, batch_size, device)
+    check_backend(backend, device)
 
     def values(name: str, value: ValueSchedule, minimum: float = -math.inf) -> list[float]:
         return schedule_values(value, num_inference_steps, name=name, minimum=minimum)
@@ -148,9 +175,12 @@ def generate(
     guidance_scales = values("guidance_scale", guidance_scale)
     temperatures = values("temperature", temperature, 0.0)
     token_temperatures = values("token_temperature", token_temperature, 0.0)
+    for k, value in enumerate(token_temperatures):
+        if 0 < value < 1e-30:
+            raise ValueError(f"token_temperature: expected 0 or at least 1e-30 at every step, got {value} at step {k}")
     noise_scales = values("noise_scale", noise_scale, 0.0)
     momenta = values("momentum", momentum)
-    ratios = mask_ratios(mask_schedule, num_inference_steps, model.num_tokens)
+    ratios = mask_ratios(mask_schedule, num_inference_steps, num_tokens)
     skipped = check_steps("skip", skip, 1, num_inference_steps - 1)
     zigzag = frozenset() if z_sampling is None else z_sampling.steps_of(num_inference_steps) - skipped
     if condition is None and any(s != 1 for s in guidance_scales):
@@ -160,13 +190,13 @@ def generate(
         raise ValueError(f"z_sampling.inversion_guidance_scale: guidance needs labels, got {scale} and labels None")
 
     if tokens is None:
-        tokens = torch.full((batch_size, model.num_tokens), mask_token_id, device=device)
+        tokens = torch.full((batch_size, num_tokens), mask_token_id, dtype=torch.int64, device=device)
         anything_masked = batch_size > 0
     else:
-        tokens = _checked_tokens(tokens, model).to(device, copy=True)
+        tokens = _checked_tokens(tokens, num_tokens, codebook_size, mask_token_id).to(device, copy=True)
         anything_masked = bool((tokens == mask_token_id).any())
 
-    predictor = _Predictor(model, condition, (batch_size, model.num_tokens, model.codebook_size))
+    predictor = _Predictor(model, condition, (batch_size, num_tokens, codebook_size), device)
     extrapolation = Extrapolation() if skipped or any(momenta) else None
 
     def guided(k: int, tokens: Tensor) -> tuple[Tensor, Tensor | None, float]:
@@ -224,34 +254,87 @@ def generate(
                     backend=backend,
                 )
             if callback is not None:
-                callback(SamplerStep(k, num_draws, token_ids, logprob, tokens == mask_token_id, divergence))
+                mask = tokens == mask_token_id
+                # the last step's are what is returned
+                drawn = token_ids.clone() if tokens is token_ids else token_ids
+                callback(SamplerStep(k, num_draws, drawn, logprob, mask, divergence))
             num_draws += 1
     if anything_masked:
-        _check_all_drawn(tokens, mask_token_id)
-    return GenerateOutput(tokens, model.decode(tokens).float().clamp(0, 1), seeds, predictor.num_calls)
+        check_all_drawn("model.predict_logits", tokens, mask_token_id)
+    return GenerateOutput(tokens, _decoded(model, tokens), seeds, predictor.num_calls)
 
 
 class _Predictor:
     """Calls the model, as often as guidance needs it."""
 
-    def __init__(self, model: MaskedModel, condition: Tensor | None, shape: tuple[int, int, int]) -> None:
+    def __init__(
+        self, model: MaskedModel, condition: Tensor | None, shape: tuple[int, int, int], device: torch.device
+    ) -> None:
         self.num_calls = 0
-        self._model, self._condition, self._shape = model, condition, shape
+        self._model, self._condition, self._shape, self._device = model, condition, shape, device
+        self._reuses_memory = False
 
     def __call__(self, tokens: Tensor, guidance_scale: float) -> tuple[Tensor, Tensor | None]:
-        """The logits and, where the scale makes a difference, the unconditional ones."""
+        """The logits and, where the scale makes a difference, the unconditional ones; both until the next call."""
         if guidance_scale == 0:
             return self._predict(tokens, None), None
         logits = self._predict(tokens, self._condition)
-        guided = guidance_scale != 1 and self._condition is not None
-        return logits, self._predict(tokens, None) if guided else None
+        if guidance_scale == 1 or self._condition is None:
+            return logits, None
+        if self._reuses_memory:
+            logits = logits.clone()
+        uncond_logits = self._predict(tokens, None)
+        if _overlap(logits, uncond_logits):
+            # the second call has written over what the first returned, as a CUDA graph does; copied from now on
+            self._reuses_memory = True
+            uncond_logits = uncond_logits.clone()
+            logits = self._predict(tokens, self._condition)
+        if not any(_unit_strides(logits) & _unit_strides(uncond_logits)):
+            logits, uncond_logits = logits.contiguous(), uncond_logits.contiguous()
+        return logits, uncond_logits
 
     def _predict(self, tokens: Tensor, condition: Tensor | None) -> Tensor:
         self.num_calls += 1
-        logits = self._model.predict_logits(tokens, condition)
+        # copies, for some models write to what they are given
+        logits = self._model.predict_logits(tokens.clone(), None if condition is None else condition.clone())
+        if not isinstance(logits, Tensor):
+            raise TypeError(f"model.predict_logits: expected a tensor, got {kind(logits)}")
         if tuple(logits.shape) != self._shape:
             raise ValueError(f"model.predict_logits: expected logits of shape {self._shape}, got {tuple(logits.shape)}")
-        return logits
+        if logits.dtype not in _LOGITS_DTYPES:
+            raise TypeError(f"model.predict_logits: expected float32, bfloat16 or float16, got {logits.dtype}")
+        if logits.device.type != self._device.type:
+            raise ValueError(f"model.predict_logits: expected logits on {self._device}, got them on {logits.device}")
+        return logits if _unit_strides(logits) else logits.contiguous()
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether the memory that two tensors span has a byte in common."""
+    (first, past_first), (second, past_second) = map(_span, (a, b))
+    return a.device == b.device and first < past_second and second < past_first
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    num_bytes = (steps + 1) * tensor.element_size() if tensor.numel() else 0
+    return tensor.data_ptr(), tensor.data_ptr() + num_bytes
+
+
+def _unit_strides(logits: Tensor) -> set[int]:
+    """The dimensions of (B, N, V), of the latter two, that lie side by side in memory, as a kernel wants one to."""
+    return {dim for dim in (1, 2) if logits.stride(dim) == 1 or logits.shape[dim] == 1}
+
+
+def _decoded(model: MaskedModel, tokens: Tensor) -> Tensor:
+    """The images of tokens, float32 in [0, 1]."""
+    images = model.decode(tokens.clone())
+    if not isinstance(images, Tensor):
+        raise TypeError(f"model.decode: expected a tensor, got {kind(images)}")
+    if len(images) != len(tokens):
+        raise ValueError(f"model.decode: expected {len(tokens)} images, got shape {tuple(images.shape)}")
+    if images.dtype == torch.uint8:
+        raise TypeError("model.decode: expected floats in [0, 1], got torch.uint8; divide by 255")
+    return images.detach().to(torch.float32, memory_format=torch.contiguous_format).clamp(0, 1)
 
 
 def sample_seeds(seed: int, num_samples: int) -> Tensor:
@@ -271,11 +354,15 @@ def sample_seeds(seed: int, num_samples: int) -> Tensor:
     Raises:
         TypeError: seed is no int.
     """
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed: expected an int or int64 (B,), got {type(seed).__name__}")
+    seed = integer("seed", seed, "an int or ints (B,)")
     # an odd multiplier keeps ints apart, and the golden ratio's keeps their runs of B far apart
-    seeds = [(seed * 0x9E3779B97F4A7C15 + i) % 2**64 for i in range(num_samples)]
-    return torch.tensor([s - 2**64 if s >= 2**63 else s for s in seeds], dtype=torch.int64)
+    return _int64([seed * 0x9E3779B97F4A7C15 + i for i in range(integer("num_samples", num_samples))])
+
+
+def _int64(values: Sequence[int]) -> Tensor:
+    """Ints mod 2^64 as int64."""
+    signed = [(value + 2**63) % 2**64 - 2**63 for value in values]
+    return torch.tensor(signed, dtype=torch.int64, device="cpu")
 
 
 def _device(model: MaskedModel, tokens: Tensor | None, labels: object) -> torch.device:
@@ -292,17 +379,15 @@ def _device(model: MaskedModel, tokens: Tensor | None, labels: object) -> torch.
 def _batch_size(num_samples: int | None, tokens: object, labels: object, seed: object) -> int:
     """B, on which every argument that implies one must agree."""
     if num_samples is not None:
-        if isinstance(num_samples, bool) or not isinstance(num_samples, int):
-            raise TypeError(f"num_samples: expected an int, got {type(num_samples).__name__}")
+        num_samples = integer("num_samples", num_samples)
         if num_samples < 0:
             raise ValueError(f"num_samples: expected at least 0, got {num_samples}")
     sizes = {"num_samples": num_samples}
     for name, value in (("tokens", tokens), ("labels", labels), ("seed", seed)):
-        if value is not None and not isinstance(value, int) and not (isinstance(value, Tensor) and value.ndim == 0):
-            try:
-                sizes[name] = len(value)  # type: ignore[arg-type]
-            except TypeError:
-                raise TypeError(f"{name}: expected ints or a tensor, got {type(value).__name__}") from None
+        if value is not None and not _is_one_int(value):
+            if isinstance(value, (str, bytes)) or not hasattr(value, "__len__"):
+                raise TypeError(f"{name}: expected ints or a tensor, got {kind(value)}")
+            sizes[name] = len(value)
     given = {name: size for name, size in sizes.items() if size is not None}
     if len(set(given.values())) > 1:
         listed = ", ".join(f"{name} {size}" for name, size in given.items())
@@ -310,48 +395,62 @@ def _batch_size(num_samples: int | None, tokens: object, labels: object, seed: o
     return next(iter(given.values()), 1)
 
 
-def _condition(labels: int | Sequence[int] | Tensor | None, batch_size: int, device: torch.device) -> Tensor | None:
+def _is_one_int(value: object) -> bool:
+    try:
+        integer("value", value)
+    except TypeError:
+        return False
+    return True
+
+
+def _condition(labels: object, batch_size: int, device: torch.device) -> Tensor | None:
+    """A tensor of its own for labels, (B, ...)."""
     if labels is None:
         return None
     if not isinstance(labels, Tensor):
         try:
-            labels = torch.tensor(labels, dtype=torch.int64)
-        except (TypeError, ValueError):
+            given = torch.tensor(labels, device="cpu")
+        except (TypeError, ValueError, RuntimeError):
             raise TypeError(f"labels: expected ints or a tensor, got {labels!r}") from None
-    labels = labels.to(device)
+        if given.numel() and (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool):
+            raise TypeError(f"labels: expected ints or a tensor, got {labels!r}")
+        labels = given.to(torch.int64)
+    labels = labels.to(device, copy=True)
     return labels.expand(batch_size) if labels.ndim == 0 else labels
 
 
-def _seeds(seed: int | Tensor, batch_size: int, device: torch.device) -> Tensor:
+def _seeds(seed: object, batch_size: int, device: torch.device) -> Tensor:
+    """A tensor of its own for the seeds, int64 (B,)."""
     if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.ndim != 1:
-            raise TypeError(f"seed: expected an int or int64 (B,), got {seed.dtype} {tuple(seed.shape)}")
-        return seed.to(device)
-    return sample_seeds(seed, batch_size).to(device)
+        if seed.is_floating_point() or seed.is_complex() or seed.dtype == torch.bool or seed.ndim != 1:
+            raise TypeError(f"seed: expected an int or ints (B,), got {seed.dtype} {tuple(seed.shape)}")
+        return seed.to(device, torch.int64, copy=True)
+    if _is_one_int(seed):
+        return sample_seeds(seed, batch_size).to(device)  # type: ignore[arg-type]
+    return _int64([integer("seed", one, "an int or ints (B,)") for one in seed]).to(device)  # type: ignore[attr-defined]
 
 
-def _check_all_drawn(tokens: Tensor, mask_token_id: int) -> None:
-    """Raise where a GPU kernel, which cannot, marked logits that it could not draw from."""
+def check_all_drawn(name: str, tokens: Tensor, mask_token_id: int) -> None:
+    """Raise where a GPU kernel, which cannot raise, marked logits that it could not draw from."""
     left = tokens == mask_token_id
     if left.any():
         sample, position = left.nonzero()[0].tolist()
         raise ValueError(
-            "model.predict_logits: expected finite logits, or -inf to forbid a token, got NaN, +inf or "
+            f"{name}: expected finite logits, or -inf to forbid a token, got NaN, +inf or "
             f"nothing but -inf at sample {sample}, position {position}"
         )
 
 
-def _checked_tokens(tokens: Tensor, model: MaskedModel) -> Tensor:
+def _checked_tokens(tokens: Tensor, num_tokens: int, codebook_size: int, mask_token_id: int) -> Tensor:
     if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64:
-        got = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
-        raise TypeError(f"tokens: expected an int64 tensor, got {got}")
-    if tokens.ndim != 2 or tokens.shape[1] != model.num_tokens:
-        raise ValueError(f"tokens: expected shape (B, {model.num_tokens}), got {tuple(tokens.shape)}")
-    outside = ((tokens < 0) | (tokens >= model.codebook_size)) & (tokens != model.mask_token_id)
+        raise TypeError(f"tokens: expected an int64 tensor, got {kind(tokens)}")
+    if tokens.ndim != 2 or tokens.shape[1] != num_tokens:
+        raise ValueError(f"tokens: expected shape (B, {num_tokens}), got {tuple(tokens.shape)}")
+    outside = ((tokens < 0) | (tokens >= codebook_size)) & (tokens != mask_token_id)
     if outside.any():
         sample, position = outside.nonzero()[0].tolist()
         raise ValueError(
-            f"tokens: expected 0 to {model.codebook_size - 1} or the mask token {model.mask_token_id}, "
+            f"tokens: expected 0 to {codebook_size - 1} or the mask token {mask_token_id}, "
             f"got {int(tokens[sample, position])} at sample {sample}, position {position}"
         )
     return tokens

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from numbers import Real
+import copy
+import weakref
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from mgt_kernels import mask_by_confidence
+from mgt_kernels.checks import BACKENDS
 
-from .schedules import check_num_inference_steps, mask_len, mask_ratios, schedule_values
+from .arguments import integer, kind, number
+from .sampling import check_all_drawn
+from .schedules import (
+    check_num_inference_steps,
+    checked_mask_schedule,
+    checked_values,
+    mask_len,
+    mask_ratios,
+    schedule_values,
+)
 from .techniques import Differential, Extrapolation, TokenSampler, guided_logits
 
 try:
@@ -24,6 +35,8 @@ except ImportError as error:
     raise ImportError("MGTScheduler needs diffusers: pip install 'mgt-kernels[diffusers]'") from error
 
 Generators: TypeAlias = torch.Generator | list[torch.Generator] | tuple[torch.Generator, ...] | None
+
+_LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass
@@ -39,6 +52,124 @@ class MGTSchedulerOutput(BaseOutput):
     pred_original_sample: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class _Settings:
+    """The arguments of `MGTScheduler`, checked, and in types that a JSON file keeps."""
+
+    mask_token_id: int
+    masking_schedule: str | list[float] = "cosine"
+    noise_scale: float | str | list[float] = 0.0
+    differential: dict[str, Any] | None = None
+    momentum: float | str | list[float] = 0.0
+    rng: str = "philox"
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        plain = {
+            "mask_token_id": integer("mask_token_id", self.mask_token_id),
+            "masking_schedule": checked_mask_schedule(self.masking_schedule, name="masking_schedule"),
+            "noise_scale": checked_values(self.noise_scale, name="noise_scale", minimum=0.0),
+            "differential": _checked_differential(self.differential),
+            "momentum": checked_values(self.momentum, name="momentum"),
+        }
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
+        if self.rng not in ("philox", "torch"):
+            raise ValueError(f"rng: expected 'philox' or 'torch', got {self.rng!r}")
+        if self.backend not in BACKENDS:
+            raise ValueError(f"backend: expected one of {BACKENDS}, got {self.backend!r}")
+        if self.rng == "torch" and (self.differential is not None or self.momentum not in (0.0, [0.0])):
+            raise ValueError("rng: expected 'philox' with differential or momentum, got 'torch'")
+
+    def changed_by(self, config: Any) -> _Settings:
+        """These settings as a config has them now, where a host has written to its attributes or to its items."""
+        changed = {}
+        for f in fields(self):
+            before = getattr(self, f.name)
+            for value in (config.get(f.name, before), getattr(config, f.name, before)):
+                if value is not before and (type(value) is not type(before) or value != before):
+                    changed[f.name] = value
+        return replace(self, **changed) if changed else self
+
+
+class _Numbers:
+    """The values of a public tensor, which may be changed; a GPU's are read again only where it was."""
+
+    def __init__(self, tensor: Any, values: list[Any] | None = None) -> None:
+        # as_tensor would move a tensor to the default device
+        is_tensor = isinstance(tensor, Tensor)
+        self.tensor: Tensor = tensor if is_tensor else torch.tensor(tensor, dtype=torch.float32, device="cpu")
+        self._values = self.tensor.tolist() if values is None else values
+        self._version = self._current_version()
+
+    def values(self) -> list[Any]:
+        if self.tensor.device.type == "cpu" or self._version != self._current_version():
+            self._values, self._version = self.tensor.tolist(), self._current_version()
+        return self._values
+
+    def _current_version(self) -> int:
+        return -1 if self.tensor.is_inference() else self.tensor._version
+
+
+@dataclass(eq=False)
+class _Run:
+    """What one run has, from its first step to the one of timestep 0."""
+
+    settings: _Settings
+    timesteps: _Numbers
+    temperatures: _Numbers
+    generators: tuple[weakref.ref[torch.Generator] | None, ...]
+    shape: tuple[int, int]
+    """(B, N)."""
+
+    ratios: list[float]
+    noise_scales: list[float]
+    momenta: list[float]
+    sampler: TokenSampler
+    extrapolation: Extrapolation = field(default_factory=Extrapolation)
+    seeds: Tensor | None = None
+    """int64 (B,), each sample's, which the kernels take; None with rng "torch"."""
+
+    num_draws: int = 0
+    """The number of the next draw, which the kernels take as the step."""
+
+    last_index: int = -1
+    sample: weakref.ref[Tensor] | None = None
+    """What the last step returned: whoever has it may go on with the run."""
+
+    takes_any_sample: bool = True
+    """Whether a step of the same generator belongs to this run even if its sample is another."""
+
+    def goes_on(self, timestep: float, sample: Tensor, shape: tuple[int, int], generator: Generators) -> bool:
+        """Whether a step is the next of this run."""
+        if not (self.returned(sample) or self.takes_any_sample) or shape != self.shape or not self.is_of(generator):
+            return False
+        timesteps = self.timesteps.values()
+        return timestep in timesteps and timesteps.index(timestep) > self.last_index
+
+    def returned(self, sample: Tensor) -> bool:
+        """Whether the last step returned this very tensor."""
+        return self.sample is not None and self.sample() is sample
+
+    def is_of(self, generator: Generators) -> bool:
+        """Whether the run draws from these generators."""
+        given = _listed(generator)
+        return len(given) == len(self.generators) and all(
+            g is None if ref is None else g is not None and ref() is g
+            for ref, g in zip(self.generators, given, strict=True)
+        )
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether nobody has the sample that the run goes on from."""
+        return self.sample is None or self.sample() is None
+
+    def again(self, sample: Tensor) -> None:
+        """Let the last step be taken once more from another sample, with draws of its own, as in Z-Sampling."""
+        self.last_index -= 1
+        self.sample = weakref.ref(sample)
+
+
 class MGTScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     """Unmasks image tokens step by step, on the fused kernels.
 
@@ -47,7 +178,7 @@ class MGTScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
         pipe.scheduler = MGTScheduler.from_config(pipe.scheduler.config)
 
-    Step k = T - 1 - timestep of T draws a token at every masked position and masks the least confident again:
+    Step k of T, timestep T - 1 - k, draws a token at every masked position and masks the least confident again:
 
         l          = logits + sigma_k eps
         token      ~ softmax(l)
@@ -57,15 +188,24 @@ class MGTScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     with m_k = 0 at timestep 0 (MaskGIT, arXiv 2202.04200).
 
     With `rng="philox"` a draw is a function of the sample's seed, the step, the position and the token, so it
-    does not depend on the batch. The seeds are drawn from `generator` once a run; a run begins at the first
-    step after `set_timesteps`, where the timestep does not fall, and with another generator or batch size. A
-    sample with nothing masked stays as it is, and no logits are read where the token is known.
+    does not depend on the batch. The seeds are drawn from `generator` once a run. A sample with nothing masked
+    stays as it is, and known tokens stay as they are.
 
     With `rng="torch"` every draw is PyTorch's own, in the order of `AmusedScheduler`: on the CPU all results
     and the generator's final state equal its bit for bit, far slower than the kernels. That includes what one
     would not choose: a sample with nothing masked has one known token masked again, float16 logits mask a few
     known tokens again (a uniform draw of 0 becomes Gumbel noise of -inf), and half-precision confidences tie,
     so that fewer than m_k tokens may be masked. Noise of `noise_scale` is drawn first, where there is any.
+
+    Runs do not disturb each other: several may take turns on one scheduler, in threads too. A step belongs to
+    the run that returned its sample; a sample that was copied or edited in between, to the last run of the same
+    generator since `set_timesteps`. Any other step begins a run, as does one whose timestep does not fall and one
+    of another generator or shape.
+
+    A run reads the config, `timesteps` and `temperatures` at its first step. So a change by `register_to_config`, or
+    another tensor in place of one of the two, is in effect from the next run on, also between `set_timesteps` and the
+    first step; values that are written into the two tensors, from the next step on. A copy by `copy.deepcopy` goes on
+    with the runs that have begun; one by `copy.copy` or `pickle` does not know of them.
 
     Args:
         mask_token_id: the token that stands for "masked".
@@ -83,9 +223,10 @@ class MGTScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             `sample_tokens` takes it.
 
     Raises:
-        TypeError: differential has arguments that `Differential` does not know.
-        ValueError: rng is neither, or does not go with the other arguments; a schedule that is unknown raises at
-            `step`.
+        TypeError: an argument of the wrong type, or keys in differential that `Differential` does not know; here and
+            in `register_to_config`.
+        ValueError: an argument out of range, an unknown schedule, rng or backend, or an rng that does not go with the
+            other arguments; here and in `register_to_config`. A list whose length is not T raises at `set_timesteps`.
     """
 
     order = 1
@@ -106,21 +247,22 @@ class MGTScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         backend: str = "auto",
     ) -> None:
         """See the class."""
-        if rng not in ("philox", "torch"):
-            raise ValueError(f"rng: expected 'philox' or 'torch', got {rng!r}")
-        if rng == "torch" and (differential is not None or momentum != 0):
-            raise ValueError("rng: expected 'philox' with differential or momentum, got 'torch'")
-        self._sampler = TokenSampler(
-            mask_token_id, None if differential is None else Differential(**differential), backend
-        )
-        self._extrapolation = Extrapolation()
         self.temperatures = None
         self.timesteps = None
-        self._temperatures: list[float] = []
-        self._seeds: Tensor | None = None
-        self._generator: Generators = None
-        self._last_index = -1
-        self._num_draws = 0
+        # appended to and removed from, but never replaced: threads may do so at once
+        self._runs: list[_Run] = []
+
+    def register_to_config(self, **kwargs: Any) -> None:
+        """Change arguments of the constructor, for the runs that begin from now on.
+
+        Raises:
+            TypeError, ValueError: as for the constructor; the config is then as before.
+        """
+        given = {f.name: kwargs[f.name] for f in fields(_Settings) if f.name in kwargs}
+        settings = replace(self._current_settings(), **given) if hasattr(self, "_settings") else _Settings(**given)
+        known = {f.name: getattr(settings, f.name) for f in fields(settings)}
+        super().register_to_config(**{**kwargs, **known})
+        self._settings = settings
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -137,30 +279,41 @@ class MGTScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     ) -> None:
         """Begin a run of T steps.
 
-        Sets `timesteps`, int64 (T,) from T - 1 to 0, and `temperatures`, float32 (T,).
+        Sets `timesteps`, int64 (T,) from T - 1 to 0, and `temperatures`, float32 (T,). Either may be changed or
+        replaced, as long as T values stay: step k is where `timesteps` has the timestep, and its last is 0.
 
         Args:
             num_inference_steps: T, at least 1.
             temperature: of the confidences: (start, end), linear from the first step to the last; or a number
                 for (number, 0.01), as in the original.
-            device: where the two tensors live.
+            device: where the two tensors live; None: the CPU.
 
         Raises:
             TypeError: num_inference_steps is no int, or temperature neither a number nor two.
-            ValueError: num_inference_steps below 1, or a temperature that is negative or not finite.
+            ValueError: num_inference_steps below 1, a temperature that is negative or not finite, or a config with
+                lists of another length.
         """
-        check_num_inference_steps(num_inference_steps)
-        pair = temperature if isinstance(temperature, (tuple, list)) else (temperature, 0.01)
-        if len(pair) != 2 or not all(isinstance(t, Real) and not isinstance(t, bool) for t in pair):
-            raise TypeError(f"temperature: expected a number or (start, end), got {temperature!r}")
-        if not all(math.isfinite(t) and t >= 0 for t in pair):
-            raise ValueError(f"temperature: expected finite numbers of at least 0, got {temperature!r}")
-        temperatures = torch.linspace(float(pair[0]), float(pair[1]), num_inference_steps)
-        self._temperatures = temperatures.tolist()
-        self.temperatures = temperatures.to(device)
-        self.timesteps = torch.arange(num_inference_steps - 1, -1, -1, device=device)
-        self._forget()
+        num_inference_steps = check_num_inference_steps(num_inference_steps)
+        start, end = _temperature_pair(temperature)
+        settings = self._current_settings()
+        # a list that does not have T values is refused before the first step
+        _by_step(settings, num_inference_steps, 2)
+        # plain tensors even in inference mode, whose own do not say that they were changed
+        with torch.inference_mode(False):
+            temperatures = torch.linspace(start, end, num_inference_steps, dtype=torch.float32, device="cpu")
+            timesteps = torch.arange(num_inference_steps - 1, -1, -1, device="cpu")
+            device = "cpu" if device is None else device
+            self.temperatures, self.timesteps = temperatures.to(device), timesteps.to(device)
+        self._numbers = [
+            _Numbers(self.timesteps, timesteps.tolist()),
+            _Numbers(self.temperatures, temperatures.tolist()),
+        ]
+        for run in list(self._runs):
+            run.takes_any_sample = False
+            if run.is_lost:
+                self._remove(run)
 
+    @torch.no_grad()
     def step(
         self,
         model_output: Tensor,
@@ -180,7 +333,8 @@ class MGTScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             timestep: one of `timesteps`, T - 1 first and 0 last; a tensor on a GPU is waited for.
             sample: int64 (B, H, W) or (B, N): the tokens, mask_token_id where masked.
             starting_mask_ratio: share of the tokens that was masked when the run began, in [0, 1]; a tensor
-                may hold one for all samples or, (B,), one for each.
+                may hold one for all samples or one for each. On a GPU, where to look would wait, a tensor goes
+                unchecked, and m_k stays within 1 and M_k - 1.
             generator: on any device; a list holds one for each sample, whose result then depends on its own
                 alone; None: PyTorch's global one.
             return_dict: False returns the tuple (prev_sample, pred_original_sample).
@@ -191,42 +345,41 @@ class MGTScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         Raises:
             RuntimeError: `set_timesteps` was not called.
             TypeError: an argument of the wrong type.
-            ValueError: shapes that disagree, a timestep outside the run, or logits that hold NaN.
+            ValueError: shapes that disagree, a timestep outside the run, or, with rng "philox", logits that hold NaN
+                or +inf, or nothing but -inf, at a masked position. On a GPU, where to look would wait, those stay
+                masked until timestep 0, which raises for them.
         """
-        index = self._index(timestep)
+        at = _timestep(timestep)
         logits, tokens = flatten_logits(model_output, sample)
-        batch_size, num_positions, _ = logits.shape
-        if isinstance(generator, (list, tuple)) and len(generator) != batch_size:
-            raise ValueError(f"generator: expected one for each of {batch_size} samples, got {len(generator)}")
-
-        num_inference_steps = len(self._temperatures)
-        noise_scale = schedule_values(self.config.noise_scale, num_inference_steps, name="noise_scale", minimum=0.0)[
-            index
-        ]
-        remask = index < num_inference_steps - 1
-        ratio = self._mask_ratio(index, num_positions, starting_mask_ratio) if remask else None
-
-        draw = self._step_torch if self.config.rng == "torch" else self._step_philox
-        prev_sample, pred_original_sample = draw(logits, tokens, index, ratio, noise_scale, generator)
-        prev_sample = prev_sample.reshape(sample.shape)
-        pred_original_sample = pred_original_sample.reshape(sample.shape)
-        if not return_dict:
-            return prev_sample, pred_original_sample
-        return MGTSchedulerOutput(prev_sample, pred_original_sample)
+        _check_generators(generator, len(tokens))
+        share = _checked_share(starting_mask_ratio, len(tokens))
+        run = self._run_of(at, sample, logits, generator)
+        index = run.timesteps.values().index(at)
+        if index >= len(run.temperatures.values()):
+            raise ValueError(
+                f"temperatures: expected a value for each of {len(run.timesteps.values())} timesteps, "
+                f"got {len(run.temperatures.values())}"
+            )
+        # the product is rounded to float32, as in the original
+        ratio = None if at == 0 else share * run.ratios[index]
+        if run.settings.rng == "torch":
+            prev_sample, drawn = self._step_torch(run, logits, tokens, index, ratio, generator)
+        else:
+            prev_sample, drawn = self._step_philox(run, logits, tokens, index, ratio)
+        prev_sample, drawn = prev_sample.reshape(sample.shape), drawn.reshape(sample.shape)
+        run.last_index, run.sample = index, weakref.ref(prev_sample)
+        if at == 0:
+            self._remove(run)
+        return MGTSchedulerOutput(prev_sample, drawn) if return_dict else (prev_sample, drawn)
 
     @property
     def num_inference_steps(self) -> int:
-        """T of the run that `set_timesteps` began; 0 before it."""
-        return len(self._temperatures)
+        """T of the runs that begin from now on; 0 before `set_timesteps`."""
+        return 0 if self.timesteps is None else len(self.timesteps)
 
-    @property
-    def next_draw(self) -> tuple[Tensor | None, int]:
-        """The samples' seeds, int64 (B,), and the number of the next draw: what the kernels take as seed and step."""
-        return self._seeds, self._num_draws
-
-    def rewind(self) -> None:
-        """Let the last step be taken once more in the same run, with draws of its own, as in Z-Sampling."""
-        self._last_index -= 1
+    def run_that_returned(self, prev_sample: Tensor) -> _Run:
+        """The run whose last step returned this very tensor; `z_sample` takes a step of it once more."""
+        return next(run for run in list(self._runs) if run.returned(prev_sample))
 
     def add_noise(self, sample: Tensor, timesteps: int | Tensor, generator: Generators = None) -> Tensor:
         """Mask each token with the probability that a run has after the step of this timestep.
@@ -244,132 +397,147 @@ class MGTScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
         Raises:
             RuntimeError: `set_timesteps` was not called.
-            ValueError: a timestep outside the run.
+            TypeError: an argument of the wrong type.
+            ValueError: a timestep outside the run, or generators of another number than samples.
         """
-        index = self._index(timesteps)
+        values = self._timesteps_and_temperatures()[0].values()
+        index = _index(values, _timestep(timesteps))
+        _check_sample(sample)
+        _check_generators(generator, len(sample))
         if isinstance(generator, (list, tuple)):
-            if len(generator) != len(sample):
-                raise ValueError(f"generator: expected one for each of {len(sample)} samples, got {len(generator)}")
             parts = [self.add_noise(sample[i : i + 1], timesteps, g) for i, g in enumerate(generator)]
             return torch.cat(parts) if parts else sample.clone()
-        ratio = self._mask_ratio(index, sample[:1].numel())
+        settings = self._current_settings()
+        num_positions = sample[:1].numel()
+        ratio = mask_ratios(settings.masking_schedule, len(values), num_positions, name="masking_schedule")[index]
         device = sample.device if generator is None else generator.device
-        draws = torch.rand(sample.shape, device=device, generator=generator).to(sample.device)
-        return sample.masked_fill(draws < ratio, self.config.mask_token_id)
+        draws = torch.rand(sample.shape, dtype=torch.float32, device=device, generator=generator).to(sample.device)
+        return sample.masked_fill(draws < ratio, settings.mask_token_id)
 
-    def _index(self, timestep: int | Tensor) -> int:
-        """The step k of a timestep."""
-        num_inference_steps = len(self._temperatures)
-        if num_inference_steps == 0:
+    def _current_settings(self) -> _Settings:
+        return self._settings.changed_by(self.config)
+
+    def _timesteps_and_temperatures(self) -> tuple[_Numbers, _Numbers]:
+        if self.timesteps is None or self.temperatures is None:
             raise RuntimeError("MGTScheduler: call set_timesteps before step or add_noise")
-        index = num_inference_steps - 1 - int(timestep)
-        if not 0 <= index < num_inference_steps:
-            raise ValueError(f"timestep: expected 0 to {num_inference_steps - 1}, got {int(timestep)}")
-        return index
-
-    def _mask_ratio(self, index: int, num_positions: int, starting_mask_ratio: float | Tensor = 1.0) -> float | Tensor:
-        """The share of N that should be masked after a step, rounded to float32 at each product."""
-        ratios = mask_ratios(
-            self.config.masking_schedule, len(self._temperatures), num_positions, name="masking_schedule"
+        timesteps, temperatures = self._numbers
+        return (
+            timesteps if timesteps.tensor is self.timesteps else _Numbers(self.timesteps),
+            temperatures if temperatures.tensor is self.temperatures else _Numbers(self.temperatures),
         )
-        ratio = ratios[index]
-        if isinstance(starting_mask_ratio, Tensor):
-            return starting_mask_ratio.to(torch.float32) * ratio
-        if not 0 <= starting_mask_ratio <= 1:
-            raise ValueError(f"starting_mask_ratio: expected a number in [0, 1], got {starting_mask_ratio}")
-        return float(torch.tensor(starting_mask_ratio, dtype=torch.float32) * ratio)
+
+    def _run_of(self, timestep: float, sample: Tensor, logits: Tensor, generator: Generators) -> _Run:
+        """The run that a step belongs to: one that goes on, or else one that it begins."""
+        shape = (logits.shape[0], logits.shape[1])
+        going_on = [run for run in list(self._runs) if run.goes_on(timestep, sample, shape, generator)]
+        for run in going_on:
+            if run.returned(sample):
+                return run
+        if going_on:
+            return going_on[-1]
+        run = self._new_run(timestep, shape, generator, logits.device)
+        for other in list(self._runs):
+            if any(ref is not None and ref() is None for ref in other.generators):
+                self._remove(other)
+            elif other.is_of(generator):
+                other.takes_any_sample = False
+                if other.is_lost:
+                    self._remove(other)
+        self._runs.append(run)
+        return run
+
+    def _new_run(self, timestep: float, shape: tuple[int, int], generator: Generators, device: torch.device) -> _Run:
+        timesteps, temperatures = self._timesteps_and_temperatures()
+        settings = self._current_settings()
+        index = _index(timesteps.values(), timestep)
+        ratios, noise_scales, momenta = _by_step(settings, len(timesteps.values()), shape[1])
+        differential = None if settings.differential is None else Differential(**settings.differential)
+        run = _Run(
+            settings=settings,
+            timesteps=timesteps,
+            temperatures=temperatures,
+            generators=tuple(None if g is None else weakref.ref(g) for g in _listed(generator)),
+            shape=shape,
+            ratios=ratios,
+            noise_scales=noise_scales,
+            momenta=momenta,
+            sampler=TokenSampler(settings.mask_token_id, differential, settings.backend),
+            num_draws=index,
+        )
+        if settings.rng == "philox":
+            run.seeds = _draw_seeds(shape[0], generator, device)
+        return run
+
+    def _remove(self, run: _Run) -> None:
+        with suppress(ValueError):
+            self._runs.remove(run)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy by `pickle` has: no runs, whose generators and samples it could not know again."""
+        return {**self.__dict__, "_runs": []}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MGTScheduler:
+        """Copy the runs as well: they go on with the same generators and samples."""
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     def _step_philox(
-        self,
-        logits: Tensor,
-        tokens: Tensor,
-        index: int,
-        ratio: float | Tensor | None,
-        noise_scale: float,
-        generator: Generators,
+        self, run: _Run, logits: Tensor, tokens: Tensor, index: int, ratio: float | Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        seeds, step = self._begin_draw(index, len(tokens), generator, tokens.device)
-        momentum = schedule_values(self.config.momentum, len(self._temperatures), name="momentum")
-        if any(momentum):
-            self._extrapolation.observe(guided_logits(logits, None, 1.0))
-            logits = self._extrapolation.logits(momentum[index])
-        token_ids, logprob, _ = self._sampler.draw(logits, tokens, seed=seeds, step=step, noise_scale=noise_scale)
+        assert run.seeds is not None
+        if logits.dtype not in _LOGITS_DTYPES:
+            raise TypeError(f"model_output: expected float32, bfloat16 or float16, got {logits.dtype}")
+        mask_token_id, seen = run.settings.mask_token_id, run.extrapolation
+        if any(run.momenta):
+            # those of a step that raises are not kept
+            seen = copy.copy(seen)
+            seen.observe(guided_logits(logits, None, 1.0))
+            logits = seen.logits(run.momenta[index])
+        draw: dict[str, Any] = {"seed": run.seeds, "step": run.num_draws}
+        token_ids, logprob, _ = run.sampler.draw(logits, tokens, noise_scale=run.noise_scales[index], **draw)
         if ratio is None:
-            self._forget()
-            return token_ids, token_ids
-        mask_token_id = self.config.mask_token_id
-        num_masked = (tokens == mask_token_id).sum(-1)
-        prev_tokens = mask_by_confidence(
-            token_ids,
-            logprob,
-            mask_len(num_masked, ratio, tokens.shape[1]),
-            mask_token_id=mask_token_id,
-            temperature=self._temperatures[index],
-            seed=seeds,
-            step=step,
-            backend=self.config.backend,
-        )
+            check_all_drawn("model_output", token_ids, mask_token_id)
+            prev_tokens = token_ids
+        else:
+            prev_tokens = mask_by_confidence(
+                token_ids,
+                logprob,
+                mask_len((tokens == mask_token_id).sum(-1), ratio, tokens.shape[1]),
+                mask_token_id=mask_token_id,
+                temperature=run.temperatures.values()[index],
+                backend=run.settings.backend,
+                **draw,
+            )
+        run.extrapolation = seen
+        run.num_draws += 1
         return prev_tokens, token_ids
-
-    def _begin_draw(
-        self, index: int, batch_size: int, generator: Generators, device: torch.device
-    ) -> tuple[Tensor, int]:
-        """One seed for each sample, int64 (B,), drawn from the generator where a run begins; and the draw's number."""
-        if (
-            self._seeds is None
-            or len(self._seeds) != batch_size
-            or index <= self._last_index
-            or not self._is_last(generator)
-        ):
-            self._forget()
-            if isinstance(generator, (list, tuple)):
-                drawn = [_draw_seeds(1, g).to(device) for g in generator]
-                seeds = torch.cat(drawn) if drawn else torch.zeros(0, dtype=torch.int64)
-            else:
-                seeds = _draw_seeds(batch_size, generator)
-            self._seeds, self._generator, self._num_draws = seeds.to(device), generator, index
-        self._last_index = index
-        self._num_draws += 1
-        return self._seeds.to(device), self._num_draws - 1
-
-    def _forget(self) -> None:
-        """End the run: the next step begins another."""
-        self._seeds = self._generator = None
-        self._last_index = -1
-        self._sampler.reset()
-        self._extrapolation.reset()
-
-    def _is_last(self, generator: Generators) -> bool:
-        last = self._generator
-        if isinstance(generator, (list, tuple)) and isinstance(last, (list, tuple)):
-            return len(generator) == len(last) and all(a is b for a, b in zip(generator, last, strict=True))
-        return generator is last
 
     def _step_torch(
         self,
+        run: _Run,
         logits: Tensor,
         tokens: Tensor,
         index: int,
         ratio: float | Tensor | None,
-        noise_scale: float,
         generator: Generators,
     ) -> tuple[Tensor, Tensor]:
-        assert self.temperatures is not None
         if isinstance(generator, (list, tuple)):
             steps = [
                 self._step_torch(
+                    run,
                     logits[i : i + 1],
                     tokens[i : i + 1],
                     index,
                     ratio[i : i + 1] if isinstance(ratio, Tensor) and ratio.ndim else ratio,
-                    noise_scale,
                     one,
                 )
                 for i, one in enumerate(generator)
             ] or [(tokens, tokens)]
             return torch.cat([prev for prev, _ in steps]), torch.cat([drawn for _, drawn in steps])
 
-        mask_token_id = self.config.mask_token_id
+        mask_token_id, noise_scale = run.settings.mask_token_id, run.noise_scales[index]
         device = logits.device if generator is None else generator.device
         if noise_scale > 0:
             noise = torch.randn(logits.shape, dtype=torch.float32, device=device, generator=generator)
@@ -390,25 +558,126 @@ class MGTScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         uniform = torch.empty_like(chosen, device=device).uniform_(generator=generator).to(chosen.device)
         gumbel = -(-uniform.clamp(1e-20).log()).clamp(1e-20).log()
         # a slice, not an element: of dimension 1 it lifts half-precision noise to float32
-        confidence = chosen.clamp(1e-20).log() + self.temperatures[index : index + 1] * gumbel
+        confidence = chosen.clamp(1e-20).log() + run.temperatures.tensor[index : index + 1] * gumbel
         # at least 1, even where nothing is masked; and an index, which a single position has no second of
         counts = mask_len(masked.sum(-1), ratio, num_positions).clamp(1).clamp(max=num_positions - 1)
         cut_off = confidence.sort(-1).values.gather(-1, counts.unsqueeze(-1))
         return token_ids.masked_fill(confidence < cut_off, mask_token_id), token_ids
 
 
-def _draw_seeds(count: int, generator: torch.Generator | None) -> Tensor:
-    device = "cpu" if generator is None else generator.device
-    return torch.randint(2**63 - 1, (count,), device=device, generator=generator)
+def _by_step(
+    settings: _Settings, num_inference_steps: int, num_positions: int
+) -> tuple[list[float], list[float], list[float]]:
+    """Mask ratios, noise scales and momenta, one for each step."""
+    return (
+        mask_ratios(settings.masking_schedule, num_inference_steps, num_positions, name="masking_schedule"),
+        schedule_values(settings.noise_scale, num_inference_steps, name="noise_scale", minimum=0.0),
+        schedule_values(settings.momentum, num_inference_steps, name="momentum"),
+    )
+
+
+def _temperature_pair(temperature: object) -> tuple[float, float]:
+    expected = "a number or (start, end)"
+    pair = temperature.tolist() if hasattr(temperature, "tolist") else temperature
+    if not isinstance(pair, (tuple, list)):
+        pair = (number("temperature", pair, expected), 0.01)
+    if len(pair) != 2:
+        raise TypeError(f"temperature: expected {expected}, got {temperature!r}")
+    start, end = (number("temperature", t, expected) for t in pair)
+    for value in (start, end):
+        if not 0 <= value <= torch.finfo(torch.float32).max:
+            raise ValueError(f"temperature: expected finite numbers of at least 0, got {temperature!r}")
+    return start, end
+
+
+def _checked_differential(given: object) -> dict[str, Any] | None:
+    if given is None:
+        return None
+    names = [f.name for f in fields(Differential)]
+    if isinstance(given, Differential):
+        return {name: getattr(given, name) for name in names}
+    if not isinstance(given, Mapping):
+        raise TypeError(f"differential: expected a dict of arguments of Differential or None, got {kind(given)}")
+    unknown = [key for key in given if key not in names]
+    if unknown:
+        raise TypeError(f"differential: expected keys among {names}, got {', '.join(map(repr, unknown))}")
+    checked = Differential(**given)
+    return {name: getattr(checked, name) for name in given}
+
+
+def _timestep(timestep: object) -> float:
+    """A timestep as a number; a GPU is waited for."""
+    if isinstance(timestep, Tensor) and timestep.numel() == 1:
+        timestep = timestep.item()
+    return number("timestep", timestep, "a number or a tensor of one")
+
+
+def _index(timesteps: list[Any], timestep: float) -> int:
+    """The step k of a timestep."""
+    if timestep not in timesteps:
+        low, high = min(timesteps, default=0), max(timesteps, default=0)
+        expected = f"one of {timesteps}" if low < timestep < high else f"{low} to {high}"
+        raise ValueError(f"timestep: expected {expected}, got {timestep:g}")
+    return timesteps.index(timestep)
+
+
+def _checked_share(starting_mask_ratio: float | Tensor, batch_size: int) -> float | Tensor:
+    """The argument of this name: a number, or float32 () or (B,)."""
+    if not isinstance(starting_mask_ratio, Tensor):
+        share = number("starting_mask_ratio", starting_mask_ratio, "a number or a tensor of numbers")
+        if not 0 <= share <= 1:
+            raise ValueError(f"starting_mask_ratio: expected a number in [0, 1], got {share}")
+        return float(torch.tensor(share, dtype=torch.float32, device="cpu"))
+    shares = starting_mask_ratio.to(torch.float32)
+    if shares.ndim and shares.numel() not in (1, batch_size):
+        raise ValueError(
+            f"starting_mask_ratio: expected a number, or one for each of {batch_size} samples, "
+            f"got shape {tuple(shares.shape)}"
+        )
+    if shares.device.type == "cpu" and not ((shares >= 0) & (shares <= 1)).all():
+        raise ValueError(f"starting_mask_ratio: expected numbers in [0, 1], got {shares.tolist()}")
+    return shares.reshape(-1) if shares.ndim else shares
+
+
+def _listed(generator: Generators) -> Sequence[torch.Generator | None]:
+    return generator if isinstance(generator, (list, tuple)) else (generator,)
+
+
+def _check_generators(generator: Generators, batch_size: int) -> None:
+    for each in _listed(generator):
+        if not isinstance(each, torch.Generator) and generator is not None:
+            raise TypeError(f"generator: expected a torch.Generator, a list of them or None, got {kind(each)}")
+    if isinstance(generator, (list, tuple)) and len(generator) != batch_size:
+        raise ValueError(f"generator: expected one for each of {batch_size} samples, got {len(generator)}")
+
+
+def _draw_seeds(batch_size: int, generator: Generators, device: torch.device) -> Tensor:
+    """One seed for each sample, int64 (B,)."""
+
+    def draw(count: int, one: torch.Generator | None) -> Tensor:
+        at = "cpu" if one is None else one.device
+        return torch.randint(2**63 - 1, (count,), dtype=torch.int64, device=at, generator=one).to(device)
+
+    if not isinstance(generator, (list, tuple)):
+        return draw(batch_size, generator)
+    drawn = [draw(1, one) for one in generator]
+    return torch.cat(drawn) if drawn else torch.zeros(0, dtype=torch.int64, device=device)
+
+
+def _check_sample(sample: object) -> None:
+    if not isinstance(sample, Tensor):
+        raise TypeError(f"sample: expected a tensor, got {type(sample).__name__}")
+    if sample.dtype != torch.int64:
+        raise TypeError(f"sample: expected int64, got {sample.dtype}")
 
 
 def flatten_logits(model_output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
     """The logits as (B, N, V) and the sample as (B, N), without a copy where a kernel can read the logits."""
-    for name, value in (("model_output", model_output), ("sample", sample)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
-    if sample.dtype != torch.int64:
-        raise TypeError(f"sample: expected int64, got {sample.dtype}")
+    if not isinstance(model_output, Tensor):
+        raise TypeError(f"model_output: expected a tensor, got {type(model_output).__name__}")
+    _check_sample(sample)
+    if sample.device != model_output.device:
+        raise ValueError(f"sample: expected device {model_output.device} as of the logits, got {sample.device}")
     if model_output.ndim == 4:
         batch_size, _, height, width = model_output.shape
         expected: tuple[int, ...] = (batch_size, height, width)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
+from numbers import Real
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
+
+from .arguments import integer, kind, number
 
 MaskSchedule: TypeAlias = str | Sequence[float] | Tensor
 ValueSchedule: TypeAlias = float | str | Sequence[float] | Tensor
@@ -21,6 +24,8 @@ VALUE_SCHEDULES = (
     "cosine, abs_cos and powP (such as abs_cos:2)"
 )
 
+# the kernels compute in float32
+_FLOAT32_MAX = torch.finfo(torch.float32).max
 _POWERS = {"linear": 1.0, "square": 2.0, "cubic": 3.0, "root": 0.5}
 
 
@@ -91,18 +96,34 @@ def mask_ratios(
         TypeError: schedule is no name and no array, or num_inference_steps no int.
         ValueError: unknown name, wrong number of ratios, or a ratio outside [0, 1].
     """
-    check_num_inference_steps(num_inference_steps)
+    num_inference_steps = check_num_inference_steps(num_inference_steps)
     if isinstance(schedule, str):
-        r = torch.arange(1, num_inference_steps + 1, dtype=torch.float32) / num_inference_steps
+        r = torch.arange(1, num_inference_steps + 1, dtype=torch.float32, device="cpu") / num_inference_steps
         ratios: list[float] = mask_ratio(r, schedule, num_positions=num_positions, name=name).tolist()
         return ratios
     given = _floats(name, schedule, MASK_SCHEDULES)
     if len(given) != num_inference_steps:
         raise ValueError(f"{name}: expected {num_inference_steps} ratios, one per step, got {len(given)}")
-    if not all(0 <= ratio <= 1 for ratio in given):
-        raise ValueError(f"{name}: expected ratios in [0, 1], got {given}")
-    ratios = torch.tensor(given, dtype=torch.float32).tolist()
+    _check_ratios(name, given)
+    ratios = torch.tensor(given, dtype=torch.float32, device="cpu").tolist()
     return ratios
+
+
+def checked_mask_schedule(schedule: MaskSchedule, *, name: str = "mask_schedule") -> str | list[float]:
+    """Check a mask schedule before the number of steps is known, and return it as a name or a list of floats.
+
+    Raises:
+        TypeError: schedule is no name and no array.
+        ValueError: unknown name, no ratio, or a ratio outside [0, 1].
+    """
+    if isinstance(schedule, str):
+        mask_ratios(schedule, 1, 2, name=name)
+        return str(schedule)
+    given = _floats(name, schedule, MASK_SCHEDULES)
+    if not given:
+        raise ValueError(f"{name}: expected {MASK_SCHEDULES}, got no ratio")
+    _check_ratios(name, given)
+    return given
 
 
 def mask_len(num_masked: Tensor, ratio: float | Tensor, num_positions: int | Tensor) -> Tensor:
@@ -134,7 +155,8 @@ def mask_lens(schedule: MaskSchedule, num_inference_steps: int, num_positions: i
 
     `mask_lens("cosine", 6, 256)` is `[247, 221, 181, 127, 66, 0]`.
     """
-    masked = torch.tensor([num_positions])
+    num_positions = integer("num_positions", num_positions)
+    masked = torch.tensor([num_positions], dtype=torch.int64, device="cpu")
     counts = []
     for ratio in mask_ratios(schedule, num_inference_steps, num_positions)[:-1]:
         masked = mask_len(masked, ratio, num_positions)
@@ -168,21 +190,21 @@ def schedule_values(
         minimum: the smallest value allowed.
 
     Returns:
-        T finite floats.
+        T floats, finite in float32 too.
 
     Raises:
         TypeError: value is none of these, or num_inference_steps no int.
         ValueError: unknown shape, wrong number of values, or a value that is not finite or below the minimum.
     """
-    check_num_inference_steps(num_inference_steps)
+    num_inference_steps = check_num_inference_steps(num_inference_steps)
     if hasattr(value, "tolist"):
         value = value.tolist()
     progress = [k / max(num_inference_steps - 1, 1) for k in range(num_inference_steps)]
     if isinstance(value, str):
         shape, _, amplitude = value.partition(":")
         values = [_amplitude(name, value, amplitude) * _shape(name, shape, t) for t in progress]
-    elif isinstance(value, (int, float)) and not isinstance(value, bool):
-        values = [float(value)] * num_inference_steps
+    elif isinstance(value, Real):
+        values = [number(name, value, VALUE_SCHEDULES)] * num_inference_steps
     else:
         values = _floats(name, value, VALUE_SCHEDULES)
         if len(values) == 2:
@@ -193,18 +215,43 @@ def schedule_values(
                 f"{name}: expected (start, end) or {num_inference_steps} values, one per step, got {len(values)} values"
             )
     for k, v in enumerate(values):
-        if not math.isfinite(v) or v < minimum:
+        if not abs(v) <= _FLOAT32_MAX or v < minimum:
             bound = "a finite number" if minimum == -math.inf else f"a finite number of at least {minimum:g}"
             raise ValueError(f"{name}: expected {bound} at every step, got {v} at step {k}")
     return values
 
 
-def check_num_inference_steps(num_inference_steps: int) -> None:
-    """Raise unless T is an int of at least 1."""
-    if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, int):
-        raise TypeError(f"num_inference_steps: expected an int, got {type(num_inference_steps).__name__}")
+def checked_values(
+    value: ValueSchedule, *, name: str = "value", minimum: float = -math.inf
+) -> float | str | list[float]:
+    """Check a schedule of values before the number of steps is known, and return it in Python's own types.
+
+    Raises:
+        TypeError, ValueError: as `schedule_values`, but for the number of values.
+    """
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, str):
+        schedule_values(value, 1, name=name, minimum=minimum)
+        return str(value)
+    if isinstance(value, Real):
+        return schedule_values(number(name, value, VALUE_SCHEDULES), 1, name=name, minimum=minimum)[0]
+    given = _floats(name, value, VALUE_SCHEDULES)
+    schedule_values(given, len(given) or 1, name=name, minimum=minimum)
+    return given
+
+
+def check_num_inference_steps(num_inference_steps: int) -> int:
+    """Return T, if it is an int of at least 1."""
+    num_inference_steps = integer("num_inference_steps", num_inference_steps)
     if num_inference_steps < 1:
         raise ValueError(f"num_inference_steps: expected at least 1, got {num_inference_steps}")
+    return num_inference_steps
+
+
+def _check_ratios(name: str, ratios: Sequence[float]) -> None:
+    if not all(0 <= ratio <= 1 for ratio in ratios):
+        raise ValueError(f"{name}: expected ratios in [0, 1], got {ratios}")
 
 
 def _power(schedule: str) -> float | None:
@@ -239,9 +286,6 @@ def _amplitude(name: str, value: str, amplitude: str) -> float:
 def _floats(name: str, value: object, expected: str) -> list[float]:
     if hasattr(value, "tolist"):
         value = value.tolist()
-    if not isinstance(value, Iterable):
-        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
-    try:
-        return [float(v) for v in value]
-    except (TypeError, ValueError):
-        raise TypeError(f"{name}: expected {expected}, got {value!r}") from None
+    if not isinstance(value, Iterable) or isinstance(value, (bytes, Mapping, Set)):
+        raise TypeError(f"{name}: expected {expected}, got {kind(value)}")
+    return [number(name, v, expected) for v in value]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import Any
 
 import torch
@@ -14,6 +13,10 @@ from torch import Tensor
 from mgt_kernels import DifferentialState, differential_sample, remask_tokens, sample_tokens
 from mgt_kernels.cpu import DIFFERENTIAL_VARIANTS
 from mgt_kernels.ops import REMASK_VARIANTS
+
+from .arguments import integer, is_bool, kind, number
+
+_FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,13 @@ class Differential:
 
     def __post_init__(self) -> None:
         """Check the attributes."""
-        _check_number("differential.share", self.share)
+        object.__setattr__(self, "share", _finite("differential.share", self.share))
         if not 0 <= self.share <= 1:
             raise ValueError(f"differential.share: expected a number in [0, 1], got {self.share}")
         _check_variant("differential.variant", self.variant, DIFFERENTIAL_VARIANTS)
-        if not isinstance(self.aliased_history, bool):
-            raise TypeError(f"differential.aliased_history: expected a bool, got {type(self.aliased_history).__name__}")
+        if not is_bool(self.aliased_history):
+            raise TypeError(f"differential.aliased_history: expected a bool, got {kind(self.aliased_history)}")
+        object.__setattr__(self, "aliased_history", bool(self.aliased_history))
         if self.aliased_history and self.variant != "official":
             raise ValueError("differential.aliased_history: expected False with variant 'paper'")
 
@@ -76,10 +80,11 @@ class ZSampling:
 
     def __post_init__(self) -> None:
         """Check the attributes."""
-        _check_number("z_sampling.inversion_guidance_scale", self.inversion_guidance_scale)
+        scale = _finite("z_sampling.inversion_guidance_scale", self.inversion_guidance_scale)
+        object.__setattr__(self, "inversion_guidance_scale", scale)
         _check_variant("z_sampling.variant", self.variant, REMASK_VARIANTS)
         if self.steps is not None:
-            check_steps("z_sampling.steps", self.steps)
+            object.__setattr__(self, "steps", check_steps("z_sampling.steps", self.steps))
 
     def steps_of(self, num_inference_steps: int) -> frozenset[int]:
         """The steps of a run of T that are taken so.
@@ -137,7 +142,7 @@ class Extrapolation:
 
     l are the model's guided logits, not the extrapolated ones: multistep extrapolation, as DPM-Solver++ 2M has it
     (arXiv 2211.01095). A logit that is not finite in either stays as it is. The formula is this project's: that of
-    arXiv 2411.10781 is not public.
+    arXiv 2411.10781 is not public. What is beyond float32 becomes its largest number.
     """
 
     last: Tensor | None = field(default=None, init=False)
@@ -157,7 +162,9 @@ class Extrapolation:
         if self.before_last is None or momentum == 0:
             return self.last
         change = self.last - self.before_last
-        return torch.where(change.isfinite(), self.last + momentum * change, self.last)
+        # what overflows would forbid a token, or all of them
+        carried = (self.last + momentum * change).clamp(-_FLOAT32_MAX, _FLOAT32_MAX)
+        return torch.where(change.isfinite(), carried, self.last)
 
 
 def guided_logits(logits: Tensor, uncond_logits: Tensor | None, guidance_scale: float) -> Tensor:
@@ -210,25 +217,29 @@ def remask(
 
 
 def check_steps(name: str, steps: Collection[int], first: int = 0, last: float = math.inf) -> frozenset[int]:
-    """Return the steps as a set, if they are ints within [first, last]."""
-    if isinstance(steps, (str, bytes)) or not isinstance(steps, Collection):
-        raise TypeError(f"{name}: expected a collection of ints, got {type(steps).__name__}")
-    for step in steps:
-        if isinstance(step, bool) or not isinstance(step, int):
-            raise TypeError(f"{name}: expected a collection of ints, got {step!r} in it")
+    """Return the steps as a set, if they are whole numbers within [first, last]."""
+    if isinstance(steps, (str, bytes)) or not isinstance(steps, Collection) or getattr(steps, "ndim", 1) != 1:
+        raise TypeError(f"{name}: expected a collection of ints, got {kind(steps)}")
+    found = set()
+    for given in steps:
+        try:
+            step = integer(name, given)
+        except TypeError:
+            raise TypeError(f"{name}: expected a collection of ints, got {given!r} in it") from None
         if not first <= step <= last:
             expected = f"at least {first}" if last == math.inf else f"within [{first}, {last}]"
             raise ValueError(f"{name}: expected steps {expected}, got {step}")
-    return frozenset(steps)
+        found.add(step)
+    return frozenset(found)
 
 
-def _check_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name}: expected a finite number, got {value}")
+def _finite(name: str, value: object) -> float:
+    found = number(name, value)
+    if not abs(found) <= _FLOAT32_MAX:
+        raise ValueError(f"{name}: expected a finite number, got {found}")
+    return found
 
 
 def _check_variant(name: str, value: object, variants: tuple[str, ...]) -> None:
-    if value not in variants:
+    if not isinstance(value, str) or value not in variants:
         raise ValueError(f"{name}: expected one of {variants}, got {value!r}")

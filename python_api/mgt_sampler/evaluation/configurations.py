@@ -59,6 +59,10 @@ class Configuration:
 
     def __post_init__(self) -> None:
         """Check the names of the arguments."""
+        if not isinstance(self.name, str) or not self.name.strip():
+            raise ValueError(f"name: expected a word at least, got {self.name!r}")
+        if not isinstance(self.arguments, Mapping):
+            raise TypeError(f"{self.name}: expected arguments by name, got {self.arguments!r}")
         _check_keys(self.name, self.arguments, (*ARGUMENTS, "quantization"))
         self.generate_arguments()
         if self.quantization is not None:
@@ -115,11 +119,16 @@ def load_configurations(path: str | Path) -> list[Configuration]:
     path = shipped if shipped.is_file() and not Path(path).is_file() else Path(path)
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path}: {error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: expected a TOML file, got {error}") from error
     _check_keys(str(path), table, ("defaults", "configuration"))
+    if not isinstance(table.get("defaults", {}), Mapping):
+        raise TypeError(f"{path}: defaults: expected a table, got {table['defaults']!r}")
+    given_list = table.get("configuration", [])
+    if not isinstance(given_list, list) or not all(isinstance(given, Mapping) for given in given_list):
+        raise TypeError(f"{path}: configuration: expected tables [[configuration]], got {given_list!r}")
     configurations: list[Configuration] = []
-    for i, given in enumerate(table.get("configuration", [])):
+    for i, given in enumerate(given_list):
         arguments = {**table.get("defaults", {}), **given}
         name = arguments.pop("name", None)
         if not isinstance(name, str) or not name.strip():

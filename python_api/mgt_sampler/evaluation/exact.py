@@ -10,6 +10,8 @@ import torch
 from tqdm.auto import tqdm
 
 from .. import sampling
+from ..arguments import integer
+from ..files import whole_file
 from ..models.markov import MarkovModel, total_variation
 from ..tables import aligned
 from .configurations import Configuration, load_configurations
@@ -54,9 +56,22 @@ def judge_exactly(
 
     Returns:
         The results, and the distance that exact samples have by their noise alone.
+
+    Raises:
+        TypeError, ValueError: a number of the wrong type or out of range, or a technique that `generate` refuses.
     """
+    num_samples, num_seeds, seed = (
+        integer(name, value) for name, value in (("num_samples", num_samples), ("num_seeds", num_seeds), ("seed", seed))
+    )
+    if num_seeds < 2:
+        raise ValueError(f"num_seeds: an interval needs two at least, got {num_seeds}")
+    if num_samples < 1:
+        raise ValueError(f"num_samples: expected 1 at least, got {num_samples}")
     techniques = techniques or load_configurations("exact")
     model = MarkovModel()
+    for num_steps in steps:
+        if integer("steps", num_steps) < 1 or model.num_tokens % num_steps:
+            raise ValueError(f"steps: expected divisors of {model.num_tokens}, got {num_steps}")
     results, noise = [], 0.0
     with tqdm(total=len(techniques) * len(steps) * num_seeds, disable=not progress) as bar:
         for technique in techniques:
@@ -104,7 +119,7 @@ def save_exact_plot(
             torch.stack([getattr(distance, name) for distance in result.distances]) for name in ("value", "half_width")
         )
         # side by side, so that equal distances do not hide each other
-        at = torch.tensor(steps) + 0.04 * (i - (len(results) - 1) / 2)
+        at = torch.tensor(steps, dtype=torch.float32, device="cpu") + 0.04 * (i - (len(results) - 1) / 2)
         ax.errorbar(at, value, yerr=half_width, marker="o", ms=4, capsize=2, lw=1, label=result.name)
     ax.axhline(noise, color="0.35", ls="--", lw=1, label="exact samples")
     ax.set_xticks(steps)
@@ -113,9 +128,10 @@ def save_exact_plot(
     ax.set_ylabel("total variation to the truth")
     ax.grid(color="0.93")
     figure.legend(loc="outside right upper", frameon=False)
-    figure.savefig(path, dpi=110)
+    with whole_file(path) as file:
+        figure.savefig(file, format="png", dpi=110)
 
 
 def _interval(values: Sequence[float]) -> Estimate:
-    numbers = torch.tensor(values, dtype=torch.float64)
+    numbers = torch.tensor(values, dtype=torch.float64, device="cpu")
     return jackknife(lambda kept: {"mean": numbers[kept].mean()}, len(values))["mean"]

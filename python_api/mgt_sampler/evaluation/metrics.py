@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -48,8 +51,24 @@ def load_real_statistics(path: str | Path = WEIGHTS_DIR / "statistics.safetensor
 
     Raises:
         FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, or holds something else.
     """
-    tensors = load_file(path)
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: expected statistics of real images, got {error}") from error
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    (size,), (num_classes,) = (shapes.get(name, ())[:1] or (0,) for name in ("feature_mean", "pixel_spread"))
+    expected = {
+        "feature_mean": (size,),
+        "feature_covariance": (size, size),
+        "features": (*shapes.get("features", ())[:1], size),
+        "pixel_spread": (num_classes,),
+        "accuracy": (),
+    }
+    floating = all(tensor.is_floating_point() and tensor.isfinite().all() for tensor in tensors.values())
+    if shapes != expected or not floating:
+        raise ValueError(f"{path}: expected finite statistics of shapes {expected}, got {shapes}")
     return RealStatistics(**{**tensors, "features": tensors["features"].float()})
 
 
@@ -91,7 +110,11 @@ def pixel_spread(images: Tensor, labels: Tensor, *, num_classes: int) -> Tensor:
     for label in range(num_classes):
         chosen = images[labels == label].double()
         # the unbiased variance, so that few images do not look less diverse than many
-        variance = chosen.var(0).mean() if len(chosen) > 1 else torch.tensor(torch.nan).double()
+        variance = (
+            chosen.var(0).mean()
+            if len(chosen) > 1
+            else torch.full((), torch.nan, dtype=torch.float64, device=images.device)
+        )
         spreads.append(variance.sqrt())
     return torch.stack(spreads)
 
@@ -151,6 +174,8 @@ def kernel_distance(features: Tensor, real: Tensor, *, real_similarity: float | 
 
 def mean_similarity(features: Tensor) -> float:
     """The kernel of `kernel_distance` of two different images, on average."""
+    if len(features) < 2:
+        raise ValueError(f"features: expected two images at least, got {len(features)}")
     values = _kernel(features, features)
     return float((values.sum() - values.trace()) / (len(values) * (len(values) - 1)))
 
@@ -174,11 +199,15 @@ def density_coverage(features: Tensor, real: Tensor, num_neighbours: int = 5) ->
     Returns:
         Density, 0 or more, 1 for real images on average; coverage, 0 to 1. Source: arXiv 2002.09797, section 3.
     """
+    if len(real) <= num_neighbours or len(features) == 0:
+        raise ValueError(
+            f"real, features: expected more than {num_neighbours} and 1 at least, got {len(real)}, {len(features)}"
+        )
     x, y = real.double(), features.double()
     # the nearest is the image itself
     radius = torch.cdist(x, x).kthvalue(num_neighbours + 1, dim=1).values
     inside = torch.cdist(x, y) <= radius[:, None]
-    return float(inside.sum() / (num_neighbours * len(y))), float(inside.any(1).double().mean())
+    return float(inside.sum()) / (num_neighbours * len(y)), float(inside.any(1).double().mean())
 
 
 def token_entropy(tokens: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
@@ -191,12 +220,12 @@ def token_entropy(tokens: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
     Returns:
         Entropy, 0 to log2(min(N, V)), and share, 0 to 1: (n,) float32 each.
     """
-    counts = torch.zeros(len(tokens), codebook_size, device=tokens.device)
+    counts = torch.zeros(len(tokens), codebook_size, dtype=torch.float32, device=tokens.device)
     counts.scatter_add_(1, tokens, torch.ones_like(tokens, dtype=counts.dtype))
     share = counts / tokens.shape[1]
     # xlogy is 0 at 0, unlike the product
-    entropy = -torch.xlogy(share, share).sum(1) / torch.log(torch.tensor(2.0))
-    return entropy, (counts > 0).sum(1) / tokens.shape[1]
+    entropy = -torch.xlogy(share, share).sum(1) / math.log(2)
+    return entropy, (counts > 0).sum(1).float() / tokens.shape[1]
 
 
 def winning_rate(log_prob: Tensor, baseline: Tensor, *, tie: float = 0.01) -> tuple[float, float, float]:
@@ -241,10 +270,11 @@ def masked_token_nll(
         (num_images,) float32, in nats.
     """
     generator = torch.Generator().manual_seed(seed)
-    shares = torch.cos(torch.rand(len(images), 1, generator=generator) * (torch.pi / 2))
+    cpu: dict[str, Any] = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
+    shares = torch.cos(torch.rand(len(images), 1, **cpu) * (torch.pi / 2))
     num_masked = (shares * model.num_tokens).ceil().clamp(1, model.num_tokens)
-    order = torch.rand(len(images), model.num_tokens, generator=generator).argsort(1).argsort(1)
-    losses = [torch.zeros(0)]
+    order = torch.rand(len(images), model.num_tokens, **cpu).argsort(1).argsort(1)
+    losses = [torch.zeros(0, dtype=torch.float32, device="cpu")]
     batches = (x.split(batch_size) for x in (images, labels, order < num_masked))
     for batch, batch_labels, masked in zip(*batches, strict=True):
         tokens, masked = model.encode(batch), masked.to(model.device)

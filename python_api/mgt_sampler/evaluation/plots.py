@@ -14,6 +14,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..files import whole_file
 from ..images import image_grid
 from .intervals import Estimate
 from .run import METRICS, STEP_METRICS, Metric, Result, hidden_metrics
@@ -39,6 +40,8 @@ def save_plots(results: Sequence[Result], out: str | Path) -> list[Path]:
         same of one family beside the baseline), steps.png (curves over the steps), winning_rates.png, calls.png
         (Fréchet distance against model calls) and grid.png (images of the same seeds).
     """
+    if not results:
+        raise ValueError("results: expected one at least, got none")
     Path(out).mkdir(parents=True, exist_ok=True)
     figures = {
         "metrics": _metrics(results),
@@ -55,7 +58,8 @@ def save_plots(results: Sequence[Result], out: str | Path) -> list[Path]:
     paths = []
     for name, figure in figures.items():
         paths.append(Path(out) / f"{name}.png")
-        figure.savefig(paths[-1], dpi=110, bbox_inches="tight")
+        with whole_file(paths[-1]) as file:
+            figure.savefig(file, format="png", dpi=110, bbox_inches="tight")
     return paths
 
 

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import copy
-import csv
 import hashlib
 import json
 import math
-import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from mgt_kernels import __version__, cpu
+
 from .. import sampling
+from ..arguments import integer, kind
+from ..files import make_folder, whole_file, write_csv
 from ..models import FashionClassifier, FashionModel, load_classifier
 from ..quantize import ScaledModel, quantize, sampler_trajectories
 from ..tables import aligned
@@ -120,10 +122,10 @@ class Group:
     seconds: Tensor
     """A float64 scalar, for each image."""
 
-    weight_bytes: Tensor = field(default_factory=lambda: torch.tensor(math.nan, dtype=torch.float64))
+    weight_bytes: Tensor = field(default_factory=lambda: torch.tensor(math.nan, dtype=torch.float64, device="cpu"))
     """A float64 scalar, of the transformer; NaN in files from before it was kept."""
 
-    token_nll: Tensor = field(default_factory=lambda: torch.zeros(0))
+    token_nll: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float32, device="cpu"))
     """(n,) float32, see `masked_token_nll`, of n real images; (0,) without any."""
 
 
@@ -159,7 +161,11 @@ def evaluate(
     """Draw images of every class under each configuration and measure them.
 
     Image i has class i % num_classes and the i-th seed of `sample_seeds(seed)`, under every configuration; groups are
-    runs of images. What is drawn is kept in `out`, and not drawn again when an interrupted evaluation is repeated.
+    runs of images. What is drawn is kept in `out`, and not drawn again when an interrupted evaluation is repeated. With
+    it is kept what an image depends on: configuration, classes, seeds, weights, the versions of this package and of
+    PyTorch, the kind of device, the instruction set that PyTorch computes with and, for a quantized transformer, the
+    kernels of its layers. Where one of them is another, the evaluation is refused. Batch size, number of threads and
+    backend of the draws are not among them: draws do not depend on those, and logits by rounding at most.
 
     Args:
         model: what draws the images.
@@ -182,7 +188,14 @@ def evaluate(
     Raises:
         TypeError, ValueError: an argument out of range, a configuration that `generate` refuses, two names that make
             one file name, or a folder with other images; the message names it.
+        OSError: the folder cannot be made.
     """
+    num_images, num_groups, batch_size = (
+        integer(name, value)
+        for name, value in (("num_images", num_images), ("num_groups", num_groups), ("batch_size", batch_size))
+    )
+    if not configurations:
+        raise ValueError("configurations: expected one at least, got none")
     if num_groups < 2:
         raise ValueError(f"num_groups: an interval needs two at least, got {num_groups}")
     if min(num_images, batch_size) < 1:
@@ -192,13 +205,18 @@ def evaluate(
     paths = _paths(configurations, None if out is None else Path(out))
     for configuration in configurations:
         _check(model, configuration, backend)
+    if validation is not None:
+        _check_validation(*validation)
+    for path in paths:
+        if path is not None:
+            make_folder("out", path)
 
     group_size = math.ceil(num_images / (num_groups * model.num_classes)) * model.num_classes
-    labels = torch.arange(group_size) % model.num_classes
+    labels = torch.arange(group_size, device="cpu") % model.num_classes
     seeds = sampling.sample_seeds(seed, num_groups * group_size).split(group_size)
     weights = _digest_of_weights(model, classifier)
     if validation is not None:
-        weights += hashlib.sha256(validation[0].numpy().tobytes()).hexdigest()
+        weights += _digest_of_tensors(enumerate(validation))
     groups: list[list[Group]] = [[] for _ in configurations]
     # made when the first image is to be drawn with them
     models: dict[str, FashionModel] = {}
@@ -207,20 +225,20 @@ def evaluate(
         for g in range(num_groups):
             for configuration, folder, done in zip(configurations, paths, groups, strict=True):
                 bar.set_description(f"{configuration.name}, group {g + 1} of {num_groups}")
-                digest = _digest(configuration, labels, seeds[g], weights)
+                facts = _facts(model, configuration, labels, seeds[g], weights, backend)
                 path = None if folder is None else folder / f"{g:02}.safetensors"
-                group = _load(path, digest)
+                group = _load(path, facts)
                 if group is None:
                     if configuration.name not in models:
                         models[configuration.name] = _quantized(model, configuration, seed, backend)
                     drawer = models[configuration.name]
                     group = _draw(drawer, configuration, labels, seeds[g], batch_size, backend, classifier)
                     if validation is not None:
-                        chosen = torch.arange(g * group_size, (g + 1) * group_size) % len(validation[1])
+                        chosen = torch.arange(g * group_size, (g + 1) * group_size, device="cpu") % len(validation[1])
                         images, real_labels = (tensor[chosen] for tensor in validation)
                         nll = masked_token_nll(drawer, images, real_labels, seed=g, batch_size=batch_size)
                         group = replace(group, token_nll=nll)
-                    _save(group, path, digest)
+                    _save(group, path, facts)
                     bar.update(group_size)
                 else:
                     bar.total -= group_size
@@ -255,6 +273,7 @@ def measure(groups: Sequence[Group], baseline: Sequence[Group], real: RealStatis
     neighbours = real.features[: max(50, sum(len(group.labels) for group in groups))]
 
     real_similarity = mean_similarity(real.features)
+    scalar: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
 
     def statistic(kept: list[int]) -> dict[str, Tensor]:
         ours, theirs = ({f.name: _pooled(g, kept, f.name) for f in fields(Group)} for g in (groups, baseline))
@@ -278,7 +297,7 @@ def measure(groups: Sequence[Group], baseline: Sequence[Group], real: RealStatis
             "loss": loss,
         }
         return {
-            **{name: torch.tensor(value, dtype=torch.float64) for name, value in scalars.items()},
+            **{name: torch.tensor(value, **scalar) for name, value in scalars.items()},
             "accuracy": accuracy.mean(),
             "spread": spread.mean(),
             "entropy": steps["step_entropy"][-1],
@@ -294,8 +313,8 @@ def measure(groups: Sequence[Group], baseline: Sequence[Group], real: RealStatis
     estimates = jackknife(statistic, len(groups))
     # the median forgives a busy machine, but the jackknife of a median tells nothing of its error
     seconds = torch.stack([group.seconds for group in groups]).median()
-    estimates["seconds"] = Estimate(seconds, torch.tensor(math.nan, dtype=torch.float64))
-    estimates["weight_bytes"] = Estimate(groups[0].weight_bytes, torch.tensor(math.nan, dtype=torch.float64))
+    estimates["seconds"] = Estimate(seconds, torch.tensor(math.nan, **scalar))
+    estimates["weight_bytes"] = Estimate(groups[0].weight_bytes, torch.tensor(math.nan, **scalar))
     return estimates
 
 
@@ -304,7 +323,13 @@ def save_results(results: Sequence[Result], out: str | Path) -> list[Path]:
 
     Every metric has a column of its name and one of half its 95 % interval, `<name>_interval`; empty where there is
     none. Shares are 0 to 1, divergences in nats, entropies in bits.
+
+    Raises:
+        ValueError: there are no results.
+        OSError: a file cannot be written; it is then as before.
     """
+    if not results:
+        raise ValueError("results: expected one at least, got none")
     Path(out).mkdir(parents=True, exist_ok=True)
     tables: dict[str, list[dict[str, Any]]] = {"results": [], "steps": [], "classes": []}
     for result in results:
@@ -317,10 +342,7 @@ def save_results(results: Sequence[Result], out: str | Path) -> list[Path]:
     paths = []
     for table, rows in tables.items():
         paths.append(Path(out) / f"{table}.csv")
-        with open(paths[-1], "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(paths[-1], list(rows[0]), rows)
     return paths
 
 
@@ -406,11 +428,12 @@ def _draw(
         step_entropy=entropy,
         step_unique=unique,
         step_divergence=divergence,
-        model_calls=torch.tensor(model_calls),
-        seconds=torch.tensor(seconds / len(labels), dtype=torch.float64),
+        model_calls=torch.tensor(model_calls, device="cpu"),
+        seconds=torch.tensor(seconds / len(labels), dtype=torch.float64, device="cpu"),
         weight_bytes=torch.tensor(
             sum(tensor.numel() * tensor.element_size() for tensor in model.transformer.state_dict().values()),
             dtype=torch.float64,
+            device="cpu",
         ),
     )
 
@@ -422,7 +445,7 @@ def _quantized(model: FashionModel, configuration: Configuration, seed: int, bac
     try:
         calibration = sampler_trajectories(
             model,
-            labels=torch.arange(model.num_classes).repeat(2),
+            labels=torch.arange(model.num_classes, device="cpu").repeat(2),
             # of no seed that is evaluated
             seed=~seed,
             progress=False,
@@ -455,6 +478,13 @@ def _arguments(configuration: Configuration, backend: str) -> dict[str, Any]:
     return {**arguments, "backend": backend, "progress": False}
 
 
+def _check_validation(images: Tensor, labels: Tensor) -> None:
+    if images.ndim != 4 or len(images) == 0 or not images.is_floating_point():
+        raise ValueError(f"validation: expected float images (M, C, H, W), got {kind(images)}")
+    if labels.shape != images.shape[:1] or labels.dtype != torch.int64:
+        raise ValueError(f"validation: expected int64 labels of shape ({len(images)},), got {kind(labels)}")
+
+
 def _check(model: FashionModel, configuration: Configuration, backend: str) -> None:
     """Let `generate` look at the arguments before hours are spent on the configurations before this one."""
     try:
@@ -472,42 +502,63 @@ def _paths(configurations: Sequence[Configuration], out: Path | None) -> Sequenc
     return [None if out is None else out / "groups" / name for name in names]
 
 
-def _digest(configuration: Configuration, labels: Tensor, seeds: Tensor, weights: str) -> str:
-    """What an image depends on; neither the batch nor the backend."""
-    facts = [dict(configuration.arguments), labels.tolist(), seeds.tolist(), weights]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+def _facts(
+    model: FashionModel, configuration: Configuration, labels: Tensor, seeds: Tensor, weights: str, backend: str
+) -> dict[str, str]:
+    """What an image depends on, by name."""
+    facts = {
+        "configuration": json.dumps(
+            dict(configuration.arguments), sort_keys=True, default=lambda value: value.tolist()
+        ),
+        "classes and seeds": _digest_of_tensors(enumerate([labels, seeds])),
+        "weights": weights,
+        "mgt-kernels": __version__,
+        "torch": torch.__version__,
+        "device": model.device.type,
+        "instruction set of torch": torch.backends.cpu.get_cpu_capability(),
+    }
+    if configuration.quantization is not None:
+        # sums of W4A16 layers are rounded in an order of each kernel's own
+        isa = backend if backend in ("reference", "triton") else cpu.kernel_isa("w4a16_linear", backend)
+        facts["kernels of quantized layers"] = isa if model.device.type == "cpu" else "triton"
+    return facts
 
 
 def _digest_of_weights(*holders: object) -> str:
-    digest = hashlib.sha256()
     networks = (value for holder in holders for value in vars(holder).values() if isinstance(value, nn.Module))
-    for network in networks:
-        for name, tensor in network.state_dict().items():
-            digest.update(name.encode())
-            digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return _digest_of_tensors(item for network in networks for item in network.state_dict().items())
+
+
+def _digest_of_tensors(tensors: Iterable[tuple[object, Tensor]]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
-def _load(path: Path | None, digest: str) -> Group | None:
+def _load(path: Path | None, facts: dict[str, str]) -> Group | None:
     if path is None or not path.is_file():
         return None
-    with safe_open(path, "pt") as file:
-        if (file.metadata() or {}).get("digest") != digest:
-            raise ValueError(
-                f"{path}: expected images of this configuration, these seeds and weights, got those of others; "
-                f"delete {path.parent} to draw them again, or choose another folder"
-            )
-        return Group(**{name: file.get_tensor(name) for name in file.keys()})
+    try:
+        with safe_open(path, "pt") as file:
+            found = file.metadata() or {}
+            others = [name for name in {**facts, **found} if facts.get(name) != found.get(name)]
+            if not others:
+                return Group(**{name: file.get_tensor(name) for name in file.keys()})
+    except SafetensorError as error:
+        raise ValueError(f"{path}: expected images that an evaluation kept, got {error}; delete it") from error
+    raise ValueError(
+        f"{path}: expected images of this evaluation, got those of other {', '.join(others)}; "
+        f"delete {path.parent} to draw them again, or choose another folder"
+    )
 
 
-def _save(group: Group, path: Path | None, digest: str) -> None:
+def _save(group: Group, path: Path | None, facts: dict[str, str]) -> None:
     if path is None:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # written beside and renamed, so that an interruption leaves no half of a file
-    partial = path.with_suffix(".partial")
-    save_file({name: tensor.contiguous() for name, tensor in vars(group).items()}, partial, {"digest": digest})
-    os.replace(partial, path)
+    with whole_file(path) as file:
+        file.write(save({name: tensor.contiguous() for name, tensor in vars(group).items()}, facts))
 
 
 def _pooled(groups: Sequence[Group], kept: Sequence[int], name: str) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import zlib
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 
 _UINT8_TYPE_CODE = 0x08
+# as many as NumPy's arrays of every version have
+_MOST_DIMENSIONS = 32
 _PREFIX = {"train": "train", "test": "t10k"}
 
 
@@ -36,13 +39,15 @@ def read_idx(path: str | Path) -> Tensor:
     if content[:2] == b"\x1f\x8b":
         try:
             content = gzip.decompress(content)
-        except (EOFError, OSError) as error:
+        except (EOFError, OSError, zlib.error) as error:
             raise ValueError(f"{path}: the gzip stream is damaged or truncated ({error})") from error
     if len(content) < 4 or content[:2] != b"\0\0" or content[2] != _UINT8_TYPE_CODE:
         raise ValueError(
             f"{path}: expected an IDX file of unsigned bytes, which starts with 00 00 08; got {content[:4].hex(' ')!r}"
         )
     num_dimensions = content[3]
+    if num_dimensions > _MOST_DIMENSIONS:
+        raise ValueError(f"{path}: expected at most {_MOST_DIMENSIONS} dimensions, got {num_dimensions}")
     header_bytes = 4 + 4 * num_dimensions
     if len(content) < header_bytes:
         raise ValueError(f"{path}: truncated inside its header: {len(content)} bytes of {header_bytes}")

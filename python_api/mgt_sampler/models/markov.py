@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from ..arguments import integer, number
+
 _MOST_STATES = 2**20
 
 
@@ -28,11 +30,14 @@ class MarkovModel:
             tokens depend strongly on one another.
 
     Raises:
+        TypeError: a number of the wrong type.
         ValueError: a size out of range, or std negative or not finite.
     """
 
     def __init__(self, num_tokens: int = 6, codebook_size: int = 4, *, seed: int = 0, std: float = 1.5) -> None:
         """Draw the chain."""
+        num_tokens, codebook_size = integer("num_tokens", num_tokens), integer("codebook_size", codebook_size)
+        seed, std = integer("seed", seed), number("std", std)
         if num_tokens < 1:
             raise ValueError(f"num_tokens: expected at least 1, got {num_tokens}")
         if codebook_size < 2:
@@ -43,7 +48,8 @@ class MarkovModel:
         self.codebook_size = codebook_size
         self.mask_token_id = codebook_size
         generator = torch.Generator().manual_seed(seed)
-        logits = torch.randn(codebook_size + 1, codebook_size, generator=generator, dtype=torch.float64) * std
+        shape = codebook_size + 1, codebook_size
+        logits = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu") * std
         self.initial, self.transition = logits[0].softmax(-1), logits[1:].softmax(-1)
 
     def predict_logits(self, tokens: Tensor, condition: Tensor | None) -> Tensor:
@@ -60,7 +66,7 @@ class MarkovModel:
             raise ValueError("condition: the Markov chain has no classes, expected None")
         # the likelihood of the evidence at each position: 1 for every value where nothing is known
         known = torch.nn.functional.one_hot(tokens, self.codebook_size + 1)[..., :-1].double()
-        evidence = torch.where((tokens == self.mask_token_id)[..., None], 1.0, known)
+        evidence = known.masked_fill((tokens == self.mask_token_id)[..., None], 1.0)
         # what the tokens before a position, and those behind it, say of it
         forward, backward = torch.empty_like(evidence), torch.ones_like(evidence)
         forward[:, 0] = self.initial
@@ -94,13 +100,13 @@ class MarkovModel:
             raise ValueError(f"num_tokens: expected at most 2^20 sequences, got {self.codebook_size}^{self.num_tokens}")
         probability = self.initial
         for _ in range(self.num_tokens - 1):
-            last = torch.arange(len(probability)) % self.codebook_size
+            last = torch.arange(len(probability), device="cpu") % self.codebook_size
             probability = (probability[:, None] * self.transition[last]).flatten()
         return probability
 
     def counts(self, tokens: Tensor) -> Tensor:
         """Count how often each of the V^N sequences is among tokens (B, N): (V^N,) int64."""
-        digits = self.codebook_size ** torch.arange(self.num_tokens - 1, -1, -1)
+        digits = self.codebook_size ** torch.arange(self.num_tokens - 1, -1, -1, device="cpu")
         return torch.bincount((tokens * digits).sum(-1), minlength=self.codebook_size**self.num_tokens)
 
 
@@ -116,9 +122,18 @@ def total_variation(model: MarkovModel, tokens: Tensor) -> tuple[float, float]:
     Args:
         model: the chain.
         tokens: (B, N) int64, none masked; B at least 1.
+
+    Raises:
+        ValueError: tokens of another shape, none at all, or one that is no code.
     """
+    if tokens.ndim != 2 or tokens.shape[1] != model.num_tokens or len(tokens) == 0:
+        raise ValueError(f"tokens: expected shape (B, {model.num_tokens}), B at least 1, got {tuple(tokens.shape)}")
+    if not ((tokens >= 0) & (tokens < model.codebook_size)).all():
+        raise ValueError(
+            f"tokens: expected 0 to {model.codebook_size - 1}, got {int(tokens.min())} to {int(tokens.max())}"
+        )
     truth, num_samples = model.probabilities(), len(tokens)
-    distance = (model.counts(tokens) / num_samples - truth).abs().sum() / 2
+    distance = (model.counts(tokens).double() / num_samples - truth).abs().sum() / 2
     m = (num_samples * truth).floor().clamp(max=num_samples - 1) + 1
     log_binomial = math.lgamma(num_samples + 1) - torch.lgamma(m + 1) - torch.lgamma(num_samples - m + 1)
     log_deviation = log_binomial + torch.xlogy(m, truth) + torch.xlogy(num_samples - m + 1, 1 - truth)

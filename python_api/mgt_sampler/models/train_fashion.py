@@ -18,17 +18,17 @@ import argparse
 import copy
 import functools
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..files import check_writable, whole_file
 from .data import load_fashion_mnist, to_float_images
 from .fashion import (
     CLASS_NAMES,
@@ -198,18 +198,14 @@ def _save_checkpoint(
     path: Path, network: nn.Module, average: nn.Module, optimizers: list[torch.optim.Optimizer], step: int
 ) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # written beside and renamed, so that a crash leaves the old checkpoint whole
-    partial = path.with_suffix(".partial")
-    torch.save(
-        {
-            "network": network.state_dict(),
-            "average": average.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-            "step": step,
-        },
-        partial,
-    )
-    os.replace(partial, path)
+    state = {
+        "network": network.state_dict(),
+        "average": average.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "step": step,
+    }
+    with whole_file(path) as file:
+        torch.save(state, file)
 
 
 def tokenizer_loss(tokenizer: Tokenizer, images: Tensor, generator: torch.Generator, *, revive: bool) -> Tensor:
@@ -401,6 +397,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     stages = STAGES if options.stage == "all" else (options.stage,)
     options.out.mkdir(parents=True, exist_ok=True)
+    check_writable("--out", options.out / "statistics.safetensors")
     if options.stage == "statistics":
         _save_statistics(options.data, options.out)
         return
@@ -437,7 +434,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _save_statistics(data: Path, out: Path) -> None:
     judge = FashionClassifier(load_network(Classifier, out / "classifier.safetensors"))
-    save_file(real_statistics(judge, *load_fashion_mnist(data, "test")), out / "statistics.safetensors")
+    statistics = real_statistics(judge, *load_fashion_mnist(data, "test"))
+    with whole_file(out / "statistics.safetensors") as file:
+        file.write(save({name: tensor.contiguous() for name, tensor in statistics.items()}))
 
 
 if __name__ == "__main__":
