@@ -23,6 +23,7 @@ from mgt_kernels.triton.draws import (
     log_f32,
     philox,
 )
+from mgt_kernels.triton.launch import ceil_div, next_power_of_2
 from mgt_kernels.triton.mask_by_confidence import _KNOWN_KEY, _MAX_BLOCK, _key_of_rank, _load_keys, _ordered_key
 from mgt_kernels.triton.sample_tokens import (
     _LOG2_E,
@@ -44,6 +45,7 @@ from mgt_kernels.triton.scalars import (
     is_greedy,
     load_inverse_temperature,
     load_scalar,
+    may_be_negative,
 )
 
 # of a vector on the CPU
@@ -262,6 +264,7 @@ def _compare_kernel(
     guidance_scale,
     noise_scale,
     inverse_temperature,
+    MAY_FORBID: tl.constexpr,
     HAS_HISTORY: tl.constexpr,
     IS_PAPER: tl.constexpr,
     HAS_NOISE: tl.constexpr,
@@ -292,7 +295,8 @@ def _compare_kernel(
         uncond_row_ptr = _row_ptr(uncond_ptr, sample, offs_position, uncond_stride_sample, uncond_stride_position)
     rows = _Rows(
         logits_row_ptr, uncond_row_ptr, stride_token, uncond_stride_token, reads, num_tokens, mask_token_id,
-        load_scalar(guidance_scale, float("-inf")), load_scalar(noise_scale, 0.0), inverse_temperature, is_greedy,
+        load_scalar(guidance_scale, float("-inf"), float("nan")), load_scalar(noise_scale, 0.0, float("nan")),
+        inverse_temperature, is_greedy, MAY_FORBID,
     )  # fmt: skip
     history_ptr += offs_row * num_tokens
     end = tl.where(tl.max(reads.to(tl.int32)) > 0, num_tokens, 0)
@@ -511,6 +515,7 @@ def _edit_history_kernel(
     guidance_scale,
     noise_scale,
     inverse_temperature,
+    MAY_FORBID: tl.constexpr,
     HAS_NOISE: tl.constexpr,
     BLOCK_POSITIONS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
@@ -535,7 +540,8 @@ def _edit_history_kernel(
         uncond_row_ptr = _row_ptr(uncond_ptr, sample, offs_position, uncond_stride_sample, uncond_stride_position)
     rows = _Rows(
         logits_row_ptr, uncond_row_ptr, stride_token, uncond_stride_token, good, num_tokens, mask_token_id,
-        load_scalar(guidance_scale, float("-inf")), load_scalar(noise_scale, 0.0), inverse_temperature, is_greedy,
+        load_scalar(guidance_scale, float("-inf"), float("nan")), load_scalar(noise_scale, 0.0, float("nan")),
+        inverse_temperature, is_greedy, MAY_FORBID,
     )  # fmt: skip
     history_ptr += offs_row * num_tokens
     first_column = tl.program_id(1) * _TILE_WIDTH
@@ -576,7 +582,7 @@ def differential_sample(
 
     Scalars may be tensors, as for `sample_tokens`.
     """
-    tokens, seed = tokens.contiguous(), seed.contiguous()
+    tokens, seed, history_seed = tokens.contiguous(), seed.contiguous(), history_seed.contiguous()
     token_ids, logprob = sample_tokens(
         logits, tokens, seed, step, mask_token_id, uncond_logits, guidance_scale, noise_scale, temperature
     )
@@ -598,6 +604,7 @@ def differential_sample(
         num_positions, num_tokens, *logits.stride(), *((0, 0, 0) if uncond_logits is None else uncond_logits.stride()),
         mask_token_id, guidance_scale, noise_scale, inverse_of(temperature),
     )  # fmt: skip
+    may_forbid = uncond_logits is not None and may_be_negative(guidance_scale)
     state = (history_seed, history_step)
     noisy, is_paper = has_noise(noise_scale), variant == "paper"
     # as in sample_tokens
@@ -607,14 +614,15 @@ def differential_sample(
     # 16 positions of 16 bits are a sector; fewer rows wait for each other's races less
     block_positions = 2 if token_major else 16
     with torch.accelerator.device_index(logits.device.index):
-        _compare_kernel[(batch * triton.cdiv(num_positions, block_positions),)](
+        _compare_kernel[(batch * ceil_div(num_positions, block_positions),)](
             divergence, keys, choice, choice_logprob, softmax, history, written.view(torch.uint8), *state, logits,
             uncond_logits, tokens, seed, step, *rows,
-            HAS_HISTORY=has_history, IS_PAPER=is_paper, HAS_NOISE=noisy, GREEDY=is_greedy(temperature),
-            BLOCK_POSITIONS=block_positions, num_warps=block_positions // 2, maxnreg=_MAX_REGISTERS, **LAUNCH_OPTIONS,
+            MAY_FORBID=may_forbid, HAS_HISTORY=has_history, IS_PAPER=is_paper, HAS_NOISE=noisy,
+            GREEDY=is_greedy(temperature), BLOCK_POSITIONS=block_positions, num_warps=block_positions // 2,
+            maxnreg=_MAX_REGISTERS, **LAUNCH_OPTIONS,
         )  # fmt: skip
         if has_history:
-            block_positions = min(max(triton.next_power_of_2(num_positions), 128), _MAX_BLOCK)
+            block_positions = min(max(next_power_of_2(num_positions), 128), _MAX_BLOCK)
             num_warps = min(max(block_positions // 256, 1), 16)
             _select_kernel[(batch,)](
                 token_ids, logprob, selected, keys, choice, choice_logprob, *state, tokens, seed, step, num_positions,
@@ -624,10 +632,11 @@ def differential_sample(
             )  # fmt: skip
         if edits_history:
             block_positions, block_columns = (1, WORD_WIDTH.value) if token_major else (16, 32)
-            num_tiles = triton.cdiv(num_tokens, _TILE_WIDTH.value)
-            _edit_history_kernel[(batch * triton.cdiv(num_positions, block_positions), num_tiles)](
-                history, softmax, selected, logits, uncond_logits, seed, step, *rows, HAS_NOISE=noisy,
-                BLOCK_POSITIONS=block_positions, BLOCK_COLUMNS=block_columns, num_warps=4, **LAUNCH_OPTIONS,
+            num_tiles = ceil_div(num_tokens, _TILE_WIDTH.value)
+            _edit_history_kernel[(batch * ceil_div(num_positions, block_positions), num_tiles)](
+                history, softmax, selected, logits, uncond_logits, seed, step, *rows, MAY_FORBID=may_forbid,
+                HAS_NOISE=noisy, BLOCK_POSITIONS=block_positions, BLOCK_COLUMNS=block_columns, num_warps=4,
+                **LAUNCH_OPTIONS,
             )  # fmt: skip
         # a step that does not continue the generation leaves its index as it is
         history_step.copy_(torch.where(history_step == step - 1, step, history_step) if has_history else step)

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mgt_kernels.triton.draws import LAUNCH_OPTIONS, STREAM_CONFIDENCE, gumbel, philox
+from mgt_kernels.triton.launch import next_power_of_2
 from mgt_kernels.triton.scalars import SCALARS, has_noise, load_scalar
 
 # of +inf, the known positions
@@ -79,9 +80,9 @@ def _mask_by_confidence_kernel(
     sample = tl.program_id(0).to(tl.int64)
     seed = tl.load(seed_ptr + sample)
     step = tl.load(step_ptr).to(tl.uint32)
-    temperature = load_scalar(temperature, 0.0)
-    # only known positions may have the key of +inf: where a sum could overflow, both terms are divided by 32, and |g| < 23.
-    # Up to 2^90 the noise is less than half a unit in the last place of the largest float.
+    temperature = load_scalar(temperature, 0.0, 0.0)
+    # only known positions may have the key of +inf: where a sum could overflow, both terms are divided by 32, for
+    # |g| < 23. Up to 2^90 the noise is less than half a unit in the last place of the largest float.
     unit = tl.where(temperature > _LARGEST_AS_IT_IS, 2.0**-5, 1.0)
     # a key waits in the slot of its token
     keys_ptr = masked_tokens_ptr + sample * num_positions
@@ -132,8 +133,7 @@ def mask_by_confidence(
 ) -> Tensor:
     """Run the kernel on checked arguments; see `mgt_kernels.mask_by_confidence`.
 
-    A tensor for the temperature is as for `sample_tokens`; where a number would be refused, no position is more
-    confident than another.
+    The temperature may be a tensor, as for `sample_tokens`; a value that would be refused as a number counts as 0.
     """
     batch, num_positions = token_ids.shape
     token_ids, logprob = token_ids.contiguous(), logprob.contiguous()
@@ -141,7 +141,7 @@ def mask_by_confidence(
     tokens = torch.empty(token_ids.shape, dtype=token_ids.dtype, device=token_ids.device)
     if tokens.numel() == 0:
         return tokens
-    block_positions = min(max(triton.next_power_of_2(num_positions), 128), _MAX_BLOCK)
+    block_positions = min(max(next_power_of_2(num_positions), 128), _MAX_BLOCK)
     num_warps = min(max(block_positions // 256, 1), 16)
     with torch.accelerator.device_index(token_ids.device.index):
         _mask_by_confidence_kernel[(batch,)](

@@ -26,6 +26,7 @@ from mgt_kernels.triton.draws import (
     log_f32,
     philox,
 )
+from mgt_kernels.triton.launch import ceil_div, next_power_of_2
 from mgt_kernels.triton.scalars import (
     SCALARS,
     has_noise,
@@ -33,6 +34,7 @@ from mgt_kernels.triton.scalars import (
     is_greedy,
     load_inverse_temperature,
     load_scalar,
+    may_be_negative,
 )
 
 _LN2 = tl.constexpr(0.6931471805599453)
@@ -57,8 +59,10 @@ class _Rows(NamedTuple):
     guidance_scale: tl.tensor
     noise_scale: tl.tensor
     inverse_temperature: tl.tensor
-    # of any meaning where GREEDY is None: the temperature is in device memory
+    # has a meaning where GREEDY is None: the temperature is in device memory
     is_greedy: tl.tensor
+    # a guidance scale that may be below 0 would make -inf, a forbidden token, of a conditional logit of +inf
+    may_forbid: tl.constexpr
 
 
 class _Counter(NamedTuple):
@@ -88,7 +92,10 @@ def _load_guided(rows, offs_token, mask):
         uncond = _load_logits(rows.uncond_ptr, rows.uncond_stride_token, offs_token, mask)
         # -inf in either half forbids the token, whatever guidance would make of it
         forbidden = (logit == float("-inf")) | (uncond == float("-inf"))
-        logit = tl.where(forbidden, float("-inf"), tl.fma(logit - uncond, rows.guidance_scale, uncond))
+        guided = tl.fma(logit - uncond, rows.guidance_scale, uncond)
+        if rows.may_forbid:
+            guided = tl.where(logit == float("inf"), logit, guided)
+        logit = tl.where(forbidden, float("-inf"), guided)
     return logit
 
 
@@ -310,6 +317,7 @@ def _sample_tokens_kernel(
     guidance_scale,
     noise_scale,
     inverse_temperature,
+    MAY_FORBID: tl.constexpr,
     HAS_NOISE: tl.constexpr,
     GREEDY: tl.constexpr,
     BLOCK_POSITIONS: tl.constexpr,
@@ -334,7 +342,8 @@ def _sample_tokens_kernel(
         uncond_row_ptr = _row_ptr(uncond_ptr, sample, offs_position, uncond_stride_sample, uncond_stride_position)
     rows = _Rows(
         logits_row_ptr, uncond_row_ptr, stride_token, uncond_stride_token, load_mask, num_tokens, mask_token_id,
-        load_scalar(guidance_scale, float("-inf")), load_scalar(noise_scale, 0.0), inverse_temperature, is_greedy,
+        load_scalar(guidance_scale, float("-inf"), float("nan")), load_scalar(noise_scale, 0.0, float("nan")),
+        inverse_temperature, is_greedy, MAY_FORBID,
     )  # fmt: skip
 
     # per lane; sum is relative to exp(max)
@@ -432,8 +441,8 @@ _MAX_SPLITS = 64
 
 
 def _tiles_per_split(num_positions: int, num_tokens: int) -> int:
-    num_tiles = triton.cdiv(num_tokens, _TILE_WIDTH.value)
-    return triton.cdiv(num_tiles, min(triton.cdiv(_FEW_ROWS, num_positions), _MAX_SPLITS))
+    num_tiles = ceil_div(num_tokens, _TILE_WIDTH.value)
+    return ceil_div(num_tiles, min(ceil_div(_FEW_ROWS, num_positions), _MAX_SPLITS))
 
 
 def sample_tokens(
@@ -471,22 +480,23 @@ def sample_tokens(
     # left to itself ptxas spills a few registers for occupancy that the long loop body does not need
     max_registers = 168
     columns_per_split = _tiles_per_split(num_positions, num_tokens) * _TILE_WIDTH.value
-    num_splits = triton.cdiv(num_tokens, columns_per_split)
+    num_splits = ceil_div(num_tokens, columns_per_split)
     partials = None
     if num_splits > 1:
         partials = torch.empty((5, tokens.numel(), num_splits), dtype=torch.float32, device=tokens.device)
     with torch.accelerator.device_index(logits.device.index):
-        _sample_tokens_kernel[(batch * triton.cdiv(num_positions, block_positions), num_splits)](
+        _sample_tokens_kernel[(batch * ceil_div(num_positions, block_positions), num_splits)](
             token_ids, logprob, partials, logits, uncond_logits, tokens, seed, step, num_positions, num_tokens,
             columns_per_split, *logits.stride(), *((0, 0, 0) if uncond_logits is None else uncond_logits.stride()),
             mask_token_id, guidance_scale, noise_scale, inverse_of(temperature),
-            HAS_NOISE=noisy, GREEDY=is_greedy(temperature),
+            MAY_FORBID=uncond_logits is not None and may_be_negative(guidance_scale), HAS_NOISE=noisy,
+            GREEDY=is_greedy(temperature),
             BLOCK_POSITIONS=block_positions, BLOCK_COLUMNS=block_columns, num_warps=num_warps,
             maxnreg=max_registers, **LAUNCH_OPTIONS,
         )  # fmt: skip
         if partials is not None:
-            _combine_splits_kernel[(triton.cdiv(tokens.numel(), 32),)](
+            _combine_splits_kernel[(ceil_div(tokens.numel(), 32),)](
                 token_ids, logprob, partials, tokens, tokens.numel(), num_splits, mask_token_id,
-                BLOCK_ROWS=32, BLOCK_SPLITS=triton.next_power_of_2(num_splits), num_warps=4, **LAUNCH_OPTIONS,
+                BLOCK_ROWS=32, BLOCK_SPLITS=next_power_of_2(num_splits), num_warps=4, **LAUNCH_OPTIONS,
             )  # fmt: skip
     return token_ids, logprob

@@ -17,13 +17,13 @@ _SMALLEST_TEMPERATURE = tl.constexpr(1e-30)
 
 
 @triton.jit
-def load_scalar(scalar, LOW: tl.constexpr):
-    """Return a number as it is, and of a pointer the value, or NaN where it is not finite or below LOW."""
+def load_scalar(scalar, LOW: tl.constexpr, OTHER: tl.constexpr):
+    """Return a number as it is, and of a pointer the value, or OTHER where it is not finite or below LOW."""
     if scalar.dtype.is_ptr():
         # wide enough for every dtype that a tensor may have, so that the only rounding is the host's
         value = tl.load(scalar).to(tl.float64)
         rounded = value.to(tl.float32)
-        return tl.where((value >= LOW) & (tl.abs(rounded) < float("inf")), rounded, float("nan"))
+        return tl.where((value >= LOW) & (tl.abs(rounded) < float("inf")), rounded, OTHER)
     else:
         return scalar
 
@@ -47,19 +47,26 @@ def load_inverse_temperature(scalar):
 
 
 def has_noise(scale: float | Tensor) -> bool:
-    """Tell whether noise of this scale changes anything; of a tensor it may."""
-    return isinstance(scale, Tensor) or bool(np.float32(scale) != 0)
+    """Tell whether noise of this scale changes anything; that of a tensor may."""
+    # smaller numbers are 0 in float32
+    return isinstance(scale, Tensor) or scale > 2.0**-150
+
+
+def may_be_negative(scale: float | Tensor) -> bool:
+    """Tell whether a scale may be below 0."""
+    return isinstance(scale, Tensor) or scale < 0
 
 
 def is_greedy(temperature: float | Tensor) -> bool | None:
-    """Tell whether a temperature is 0; None of a tensor, whose kernel decides."""
-    return None if isinstance(temperature, Tensor) else bool(np.float32(temperature) == 0)
+    """Tell whether a temperature is 0; None for a tensor, where the kernel decides."""
+    return None if isinstance(temperature, Tensor) else temperature == 0
 
 
 def inverse_of(temperature: float | Tensor) -> float | Tensor:
     """Return what `load_inverse_temperature` takes: the inverse of a number, or the tensor."""
     if isinstance(temperature, Tensor):
         return temperature
+    if temperature in (0, 1):
+        return 1.0
     # both roundings as in C: the temperature to float32, then its inverse
-    tau = np.float32(temperature)
-    return 1.0 if tau == 0 else float(np.float32(1) / tau)
+    return float(np.float32(1) / np.float32(temperature))
