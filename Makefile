@@ -21,7 +21,7 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/pytest --ignore tests/gpu
-	$(BIN)/pytest --numprocesses 2 tests/gpu
+	$(BIN)/pytest --numprocesses 2 --dist loadgroup tests/gpu
 
 # the kernels compiled with every version of Triton that the package allows, each in a folder below build/triton
 triton-versions: $(VENV)/installed

@@ -94,12 +94,14 @@ def main() -> None:
         return
     for version in VERSIONS:
         install(version)
+    print("| Triton | capability | launches compiled | failures | seconds |\n|---|---|---:|---:|---:|", flush=True)
+    failures = []
     with ThreadPoolExecutor(2) as pool:
-        outcomes = list(pool.map(lambda job: compile_in_a_process(*job), product(VERSIONS, CAPABILITIES)))
-    print("| Triton | capability | launches compiled | failures | seconds |\n|---|---|---:|---:|---:|")
-    for x in outcomes:
-        print(f"| {x.version} | sm_{x.capability} | {x.num_compiled} | {len(x.failures)} | {x.seconds:.0f} |")
-    if failures := [f"Triton {x.version}, sm_{x.capability}: {failure}" for x in outcomes for failure in x.failures]:
+        for x in pool.map(lambda job: compile_in_a_process(*job), product(VERSIONS, CAPABILITIES)):
+            row = f"| {x.version} | sm_{x.capability} | {x.num_compiled} | {len(x.failures)} | {x.seconds:.0f} |"
+            print(row, flush=True)
+            failures += [f"Triton {x.version}, sm_{x.capability}: {failure}" for failure in x.failures]
+    if failures:
         sys.exit("\n".join(failures))
 
 
