@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton==3.9.0
 BIN := $(VENV)/bin
 
-.PHONY: demo test wheel test-consumers bench lint evaluate clean
+.PHONY: demo test triton-versions wheel test-consumers bench lint evaluate clean
 
 $(VENV)/installed: pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 	$(PYTHON) -m venv $(VENV)
@@ -21,7 +21,11 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/pytest --ignore tests/gpu
-	$(BIN)/pytest --numprocesses 2 tests/gpu
+	$(BIN)/pytest --numprocesses 2 --dist loadgroup tests/gpu
+
+# the kernels compiled with every version of Triton that the package allows, each in a folder below build/triton
+triton-versions: $(VENV)/installed
+	$(BIN)/python tests/gpu/versions.py
 
 # the sdist, and of it a wheel for any x86-64 Linux of 2018 or later, in dist
 WHEEL := build/wheel

@@ -8,7 +8,6 @@ and tokens.
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -24,6 +23,7 @@ from mgt_kernels.triton.draws import (
     log_f32,
     philox,
 )
+from mgt_kernels.triton.launch import ceil_div, next_power_of_2
 from mgt_kernels.triton.mask_by_confidence import _KNOWN_KEY, _MAX_BLOCK, _key_of_rank, _load_keys, _ordered_key
 from mgt_kernels.triton.sample_tokens import (
     _LOG2_E,
@@ -33,8 +33,19 @@ from mgt_kernels.triton.sample_tokens import (
     _Counter,
     _in_layout_of,
     _load_columns,
+    _row_ptr,
     _Rows,
+    _unless_greedy,
     sample_tokens,
+)
+from mgt_kernels.triton.scalars import (
+    SCALARS,
+    has_noise,
+    inverse_of,
+    is_greedy,
+    load_inverse_temperature,
+    load_scalar,
+    may_be_negative,
 )
 
 # of a vector on the CPU
@@ -153,19 +164,27 @@ def _add_softmax(
 
 
 @triton.jit
-def _race_scale(score, GREEDY: tl.constexpr):
-    """Compute what makes a bound of a weight: words below weight * scale can win; if greedy, above 1/2 it can."""
-    if GREEDY:
-        return tl.where(score > 0.0, tl.div_rn(0.75, score), float("inf"))
-    # the slack covers the rounding of the scores and the hardware's exponential
-    return tl.exp2((1e-4 + 1e-6 * tl.abs(score) - score) * _LOG2_E) * 4294967296.0
+def _greedy_scale(score):
+    return tl.where(score > 0.0, tl.div_rn(0.75, score), float("inf"))
 
 
 @triton.jit
-def _compete(weight, word, offs_token, best_score, best_weight, best_token, GREEDY: tl.constexpr):
+def _race_scale(rows, score, GREEDY: tl.constexpr):
+    """Compute what makes a bound of a weight: words below weight * scale can win; if greedy, above 1/2 it can."""
+    if GREEDY:
+        return _greedy_scale(score)
+    # the slack covers the rounding of the scores and the hardware's exponential
+    scale = tl.exp2((1e-4 + 1e-6 * tl.abs(score) - score) * _LOG2_E) * 4294967296.0
+    if GREEDY is None:
+        scale = tl.where(rows.is_greedy, _greedy_scale(score), scale)
+    return scale
+
+
+@triton.jit
+def _compete(rows, weight, word, offs_token, best_score, best_weight, best_token, GREEDY: tl.constexpr):
     score = weight
     if not GREEDY:
-        score = log_f32(weight) + gumbel(word)
+        score = _unless_greedy(rows, log_f32(weight) + gumbel(word), weight, GREEDY)
     better = (score > best_score) | ((score == best_score) & (offs_token < best_token))
     better = better & (weight >= _LEAST_WEIGHT)
     return (
@@ -176,7 +195,7 @@ def _compete(weight, word, offs_token, best_score, best_weight, best_token, GREE
 
 
 @triton.jit
-def _lead_race(counter, softmax, history_ptr, lead, has_history, IS_PAPER: tl.constexpr, GREEDY: tl.constexpr):
+def _lead_race(rows, counter, softmax, history_ptr, lead, has_history, IS_PAPER: tl.constexpr, GREEDY: tl.constexpr):
     """Let the token with the largest logit go first; the CPU does, and what it leaves out depends on it."""
     log_q = _load_log_q(history_ptr + lead, has_history & (lead < _NO_TOKEN))
     weight, _ = _weigh(softmax.max, log_q, softmax, IS_PAPER)
@@ -187,7 +206,7 @@ def _lead_race(counter, softmax, history_ptr, lead, has_history, IS_PAPER: tl.co
         )
         which = lead // WORD_WIDTH % 4
         word = tl.where(which < 2, tl.where(which == 0, word_0, word_1), tl.where(which == 2, word_2, word_3))
-        score = log_f32(weight) + gumbel(word)
+        score = _unless_greedy(rows, log_f32(weight) + gumbel(word), weight, GREEDY)
     leads = has_history & (weight >= _LEAST_WEIGHT)
     return (
         tl.where(leads, score, float("-inf")),
@@ -199,22 +218,6 @@ def _lead_race(counter, softmax, history_ptr, lead, has_history, IS_PAPER: tl.co
 @triton.jit
 def _store_code(history_ptr, logit, softmax, mask):
     tl.store(history_ptr, _encode(softmax.log_sum - (logit - softmax.max)), mask=mask)
-
-
-@triton.jit
-def _rows_at(
-    logits_ptr, uncond_ptr, sample, offs_position, inside, num_tokens, stride_sample, stride_position, stride_token,
-    uncond_stride_sample, uncond_stride_position, uncond_stride_token, mask_token_id, guidance_scale, noise_scale,
-    inverse_temperature,
-):  # fmt: skip
-    offs_position = offs_position.to(tl.int64)
-    uncond_row_ptr = uncond_ptr
-    if uncond_ptr is not None:
-        uncond_row_ptr = uncond_ptr + sample * uncond_stride_sample + offs_position * uncond_stride_position
-    return _Rows(
-        logits_ptr + sample * stride_sample + offs_position * stride_position, uncond_row_ptr, stride_token,
-        uncond_stride_token, inside, num_tokens, mask_token_id, guidance_scale, noise_scale, inverse_temperature,
-    )  # fmt: skip
 
 
 @triton.jit
@@ -233,7 +236,7 @@ def _continues(history_seed_ptr, history_step_ptr, seed, step, sample):
     return tl.load(history_step_ptr) == step - 1, tl.load(history_seed_ptr + sample) == seed
 
 
-@triton.jit(do_not_specialize=["mask_token_id"])
+@triton.jit(do_not_specialize=["mask_token_id", *SCALARS])
 def _compare_kernel(
     divergence_ptr,
     keys_ptr,
@@ -261,6 +264,7 @@ def _compare_kernel(
     guidance_scale,
     noise_scale,
     inverse_temperature,
+    MAY_FORBID: tl.constexpr,
     HAS_HISTORY: tl.constexpr,
     IS_PAPER: tl.constexpr,
     HAS_NOISE: tl.constexpr,
@@ -284,10 +288,15 @@ def _compare_kernel(
         old_written = tl.load(written_ptr + offs_row, mask=inside, other=0) != 0
         has_history = reads & old_written
     counter = _Counter(seed, offs_position.to(tl.uint32), step.to(tl.uint32))
-    rows = _rows_at(
-        logits_ptr, uncond_ptr, sample, offs_position, reads, num_tokens, stride_sample, stride_position, stride_token,
-        uncond_stride_sample, uncond_stride_position, uncond_stride_token, mask_token_id, guidance_scale, noise_scale,
-        inverse_temperature,
+    inverse_temperature, is_greedy = load_inverse_temperature(inverse_temperature)
+    logits_row_ptr = _row_ptr(logits_ptr, sample, offs_position, stride_sample, stride_position)
+    uncond_row_ptr = uncond_ptr
+    if uncond_ptr is not None:
+        uncond_row_ptr = _row_ptr(uncond_ptr, sample, offs_position, uncond_stride_sample, uncond_stride_position)
+    rows = _Rows(
+        logits_row_ptr, uncond_row_ptr, stride_token, uncond_stride_token, reads, num_tokens, mask_token_id,
+        load_scalar(guidance_scale, float("-inf"), float("nan")), load_scalar(noise_scale, 0.0, float("nan")),
+        inverse_temperature, is_greedy, MAY_FORBID,
     )  # fmt: skip
     history_ptr += offs_row * num_tokens
     end = tl.where(tl.max(reads.to(tl.int32)) > 0, num_tokens, 0)
@@ -313,10 +322,10 @@ def _compare_kernel(
         has_history &= good
         draws = has_history & masked
         best_score, best_weight, best_token = _lead_race(
-            counter, softmax, history_ptr, tl.min(lead, axis=1, keep_dims=True), draws, IS_PAPER, GREEDY
+            rows, counter, softmax, history_ptr, tl.min(lead, axis=1, keep_dims=True), draws, IS_PAPER, GREEDY
         )
         lowest = best_score - _LARGEST_GUMBEL
-        race_scale = _race_scale(best_score, GREEDY)
+        race_scale = _race_scale(rows, best_score, GREEDY)
         best_score = tl.broadcast_to(best_score, [BLOCK_POSITIONS, _LANES])
         best_weight = tl.broadcast_to(best_weight, [BLOCK_POSITIONS, _LANES])
         best_token = tl.broadcast_to(best_token, [BLOCK_POSITIONS, _LANES])
@@ -349,7 +358,7 @@ def _compare_kernel(
                     log_q = tl.maximum(tl.maximum(log_q_0, log_q_1), tl.maximum(log_q_2, log_q_3))
                     negligible = tl.full([BLOCK_POSITIONS, 1], _NEGLIGIBLE_LOG, tl.float32)
                     if not GREEDY:
-                        negligible = tl.minimum(negligible, lowest)
+                        negligible = _unless_greedy(rows, tl.minimum(negligible, lowest), negligible, GREEDY)
                     matters &= tl.max(tl.maximum(largest, log_q), axis=1, keep_dims=True) >= negligible
                 if tl.max(matters.to(tl.int32)) > 0:
                     weight_0, term_0 = _weigh(logit_0, log_q_0, softmax, IS_PAPER)
@@ -373,28 +382,29 @@ def _compare_kernel(
                                 counter.seed, _in_layout_of(block_of(offs_0), logit_0), counter.position, counter.step,
                                 STREAM_TOKEN,
                             )  # fmt: skip
-                            may_win = (
+                            may_win_race = (
                                 (word_0.to(tl.float32) < weight_0 * scale)
                                 | (word_1.to(tl.float32) < weight_1 * scale)
                                 | (word_2.to(tl.float32) < weight_2 * scale)
                                 | (word_3.to(tl.float32) < weight_3 * scale)
                             )
+                            may_win = _unless_greedy(rows, may_win_race, may_win, GREEDY)
                         if tl.max(may_win.to(tl.int32)) > 0:
                             best_score, best_weight, best_token = _compete(
-                                weight_0, word_0, offs_0, best_score, best_weight, best_token, GREEDY
+                                rows, weight_0, word_0, offs_0, best_score, best_weight, best_token, GREEDY
                             )
                             best_score, best_weight, best_token = _compete(
-                                weight_1, word_1, offs_1, best_score, best_weight, best_token, GREEDY
+                                rows, weight_1, word_1, offs_1, best_score, best_weight, best_token, GREEDY
                             )
                             best_score, best_weight, best_token = _compete(
-                                weight_2, word_2, offs_2, best_score, best_weight, best_token, GREEDY
+                                rows, weight_2, word_2, offs_2, best_score, best_weight, best_token, GREEDY
                             )
                             best_score, best_weight, best_token = _compete(
-                                weight_3, word_3, offs_3, best_score, best_weight, best_token, GREEDY
+                                rows, weight_3, word_3, offs_3, best_score, best_weight, best_token, GREEDY
                             )
                             row_best = tl.max(best_score, axis=1, keep_dims=True)
                             lowest = row_best - _LARGEST_GUMBEL
-                            race_scale = _race_scale(row_best, GREEDY)
+                            race_scale = _race_scale(rows, row_best, GREEDY)
 
     row_divergence = tl.full([BLOCK_POSITIONS, 1], float("inf"), tl.float32)
     new_written = good
@@ -484,7 +494,7 @@ def _select_kernel(
         tl.store(logprob_ptr + offs_row, tl.where(lost, float("nan"), logprob), mask=chosen | lost)
 
 
-@triton.jit(do_not_specialize=["mask_token_id"])
+@triton.jit(do_not_specialize=["mask_token_id", *SCALARS])
 def _edit_history_kernel(
     history_ptr,
     softmax_ptr,
@@ -505,6 +515,7 @@ def _edit_history_kernel(
     guidance_scale,
     noise_scale,
     inverse_temperature,
+    MAY_FORBID: tl.constexpr,
     HAS_NOISE: tl.constexpr,
     BLOCK_POSITIONS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
@@ -522,10 +533,15 @@ def _edit_history_kernel(
     good = softmax.max == softmax.max
     selected = tl.load(selected_ptr + offs_row, mask=inside, other=0) != 0
     counter = _Counter(tl.load(seed_ptr + sample), offs_position.to(tl.uint32), tl.load(step_ptr).to(tl.uint32))
-    rows = _rows_at(
-        logits_ptr, uncond_ptr, sample, offs_position, good, num_tokens, stride_sample, stride_position, stride_token,
-        uncond_stride_sample, uncond_stride_position, uncond_stride_token, mask_token_id, guidance_scale, noise_scale,
-        inverse_temperature,
+    inverse_temperature, is_greedy = load_inverse_temperature(inverse_temperature)
+    logits_row_ptr = _row_ptr(logits_ptr, sample, offs_position, stride_sample, stride_position)
+    uncond_row_ptr = uncond_ptr
+    if uncond_ptr is not None:
+        uncond_row_ptr = _row_ptr(uncond_ptr, sample, offs_position, uncond_stride_sample, uncond_stride_position)
+    rows = _Rows(
+        logits_row_ptr, uncond_row_ptr, stride_token, uncond_stride_token, good, num_tokens, mask_token_id,
+        load_scalar(guidance_scale, float("-inf"), float("nan")), load_scalar(noise_scale, 0.0, float("nan")),
+        inverse_temperature, is_greedy, MAY_FORBID,
     )  # fmt: skip
     history_ptr += offs_row * num_tokens
     first_column = tl.program_id(1) * _TILE_WIDTH
@@ -555,15 +571,18 @@ def differential_sample(
     step: Tensor,
     mask_token_id: int,
     uncond_logits: Tensor | None,
-    guidance_scale: float,
-    noise_scale: float,
-    temperature: float,
+    guidance_scale: float | Tensor,
+    noise_scale: float | Tensor,
+    temperature: float | Tensor,
     share: float,
     variant: str,
     aliased_history: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the kernels on checked arguments; history, written and history_step are contiguous and updated in place."""
-    tokens, seed = tokens.contiguous(), seed.contiguous()
+    """Run the kernels on checked arguments; history, written and history_step are contiguous and updated in place.
+
+    Scalars may be tensors, as for `sample_tokens`.
+    """
+    tokens, seed, history_seed = tokens.contiguous(), seed.contiguous(), history_seed.contiguous()
     token_ids, logprob = sample_tokens(
         logits, tokens, seed, step, mask_token_id, uncond_logits, guidance_scale, noise_scale, temperature
     )
@@ -581,15 +600,13 @@ def differential_sample(
     if edits_history:
         softmax = torch.empty((tokens.numel(), 3), dtype=torch.float32, device=tokens.device)
         selected = torch.empty_like(tokens, dtype=torch.uint8)
-    # both roundings as in C: the temperature to float32, then its inverse
-    tau = np.float32(temperature)
-    inverse_temperature = 1.0 if tau == 0 else float(np.float32(1) / tau)
     rows = (
         num_positions, num_tokens, *logits.stride(), *((0, 0, 0) if uncond_logits is None else uncond_logits.stride()),
-        mask_token_id, guidance_scale, noise_scale, inverse_temperature,
+        mask_token_id, guidance_scale, noise_scale, inverse_of(temperature),
     )  # fmt: skip
+    may_forbid = uncond_logits is not None and may_be_negative(guidance_scale)
     state = (history_seed, history_step)
-    has_noise, is_paper = bool(np.float32(noise_scale) != 0), variant == "paper"
+    noisy, is_paper = has_noise(noise_scale), variant == "paper"
     # as in sample_tokens
     token_major = num_positions == 1 or all(
         num_tokens == 1 or half.stride(2) == 1 for half in (logits, uncond_logits) if half is not None
@@ -597,14 +614,15 @@ def differential_sample(
     # 16 positions of 16 bits are a sector; fewer rows wait for each other's races less
     block_positions = 2 if token_major else 16
     with torch.accelerator.device_index(logits.device.index):
-        _compare_kernel[(batch * triton.cdiv(num_positions, block_positions),)](
+        _compare_kernel[(batch * ceil_div(num_positions, block_positions),)](
             divergence, keys, choice, choice_logprob, softmax, history, written.view(torch.uint8), *state, logits,
             uncond_logits, tokens, seed, step, *rows,
-            HAS_HISTORY=has_history, IS_PAPER=is_paper, HAS_NOISE=has_noise, GREEDY=bool(tau == 0),
-            BLOCK_POSITIONS=block_positions, num_warps=block_positions // 2, maxnreg=_MAX_REGISTERS, **LAUNCH_OPTIONS,
+            MAY_FORBID=may_forbid, HAS_HISTORY=has_history, IS_PAPER=is_paper, HAS_NOISE=noisy,
+            GREEDY=is_greedy(temperature), BLOCK_POSITIONS=block_positions, num_warps=block_positions // 2,
+            maxnreg=_MAX_REGISTERS, **LAUNCH_OPTIONS,
         )  # fmt: skip
         if has_history:
-            block_positions = min(max(triton.next_power_of_2(num_positions), 128), _MAX_BLOCK)
+            block_positions = min(max(next_power_of_2(num_positions), 128), _MAX_BLOCK)
             num_warps = min(max(block_positions // 256, 1), 16)
             _select_kernel[(batch,)](
                 token_ids, logprob, selected, keys, choice, choice_logprob, *state, tokens, seed, step, num_positions,
@@ -614,10 +632,11 @@ def differential_sample(
             )  # fmt: skip
         if edits_history:
             block_positions, block_columns = (1, WORD_WIDTH.value) if token_major else (16, 32)
-            num_tiles = triton.cdiv(num_tokens, _TILE_WIDTH.value)
-            _edit_history_kernel[(batch * triton.cdiv(num_positions, block_positions), num_tiles)](
-                history, softmax, selected, logits, uncond_logits, seed, step, *rows, HAS_NOISE=has_noise,
-                BLOCK_POSITIONS=block_positions, BLOCK_COLUMNS=block_columns, num_warps=4, **LAUNCH_OPTIONS,
+            num_tiles = ceil_div(num_tokens, _TILE_WIDTH.value)
+            _edit_history_kernel[(batch * ceil_div(num_positions, block_positions), num_tiles)](
+                history, softmax, selected, logits, uncond_logits, seed, step, *rows, MAY_FORBID=may_forbid,
+                HAS_NOISE=noisy, BLOCK_POSITIONS=block_positions, BLOCK_COLUMNS=block_columns, num_warps=4,
+                **LAUNCH_OPTIONS,
             )  # fmt: skip
         # a step that does not continue the generation leaves its index as it is
         history_step.copy_(torch.where(history_step == step - 1, step, history_step) if has_history else step)

@@ -218,6 +218,8 @@ def _sample_tokens(
     constants: dict[str, Any] = {
         f"stride_{unit}": 1,
         f"uncond_stride_{unit}": 1,
+        # one variant for all guidance scales
+        "MAY_FORBID": guided,
         "HAS_NOISE": noise,
         "GREEDY": greedy,
         "BLOCK_POSITIONS": 16 if position_major else 1,

@@ -4,17 +4,19 @@ Bound by: latency. One program per sample bisects the 32-bit keys of the confide
 count per bit. Up to 16,384 keys stay in registers; more wait, cached, in the output until the tokens overwrite them.
 """
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from mgt_kernels.triton.draws import LAUNCH_OPTIONS, STREAM_CONFIDENCE, gumbel, philox
+from mgt_kernels.triton.launch import next_power_of_2
+from mgt_kernels.triton.scalars import SCALARS, has_noise, load_scalar
 
 # of +inf, the known positions
 _KNOWN_KEY = tl.constexpr(0xFF800000)
-
+# temperature
+_LARGEST_AS_IT_IS = tl.constexpr(2.0**90)
 
 # keys that the registers of a program hold
 _MAX_BLOCK = 16384
@@ -59,7 +61,7 @@ def _load_keys(keys_ptr, first, num_positions, BLOCK_POSITIONS: tl.constexpr):
     return tl.load(keys_ptr + offs_position, mask=offs_position < num_positions, other=_KNOWN_KEY).to(tl.uint32)
 
 
-@triton.jit(do_not_specialize=["mask_token_id"])
+@triton.jit(do_not_specialize=["mask_token_id", *SCALARS])
 def _mask_by_confidence_kernel(
     masked_tokens_ptr,
     token_ids_ptr,
@@ -78,6 +80,10 @@ def _mask_by_confidence_kernel(
     sample = tl.program_id(0).to(tl.int64)
     seed = tl.load(seed_ptr + sample)
     step = tl.load(step_ptr).to(tl.uint32)
+    temperature = load_scalar(temperature, 0.0, 0.0)
+    # only known positions may have the key of +inf: where a sum could overflow, both terms are divided by 32, for
+    # |g| < 23. Up to 2^90 the noise is less than half a unit in the last place of the largest float.
+    unit = tl.where(temperature > _LARGEST_AS_IT_IS, 2.0**-5, 1.0)
     # a key waits in the slot of its token
     keys_ptr = masked_tokens_ptr + sample * num_positions
     token_ids_ptr += sample * num_positions
@@ -90,7 +96,7 @@ def _mask_by_confidence_kernel(
         if HAS_NOISE:
             position = offs_position.to(tl.uint32)
             word, _, _, _ = philox(seed, tl.zeros_like(position), position, step, STREAM_CONFIDENCE)
-            confidence = tl.fma(gumbel(word), temperature, confidence)
+            confidence = tl.fma(gumbel(word), temperature * unit, confidence * unit)
         tl.store(keys_ptr + offs_position, _ordered_key(confidence).to(tl.int64), mask=mask)
     # the keys are read by other threads than wrote them
     tl.debug_barrier()
@@ -123,21 +129,24 @@ def mask_by_confidence(
     seed: Tensor,
     step: Tensor,
     mask_token_id: int,
-    temperature: float,
+    temperature: float | Tensor,
 ) -> Tensor:
-    """Run the kernel on checked arguments; see `mgt_kernels.mask_by_confidence`."""
+    """Run the kernel on checked arguments; see `mgt_kernels.mask_by_confidence`.
+
+    The temperature may be a tensor, as for `sample_tokens`; a value that would be refused as a number counts as 0.
+    """
     batch, num_positions = token_ids.shape
     token_ids, logprob = token_ids.contiguous(), logprob.contiguous()
     mask_len, seed = mask_len.contiguous(), seed.contiguous()
-    tokens = torch.empty_like(token_ids)
+    tokens = torch.empty(token_ids.shape, dtype=token_ids.dtype, device=token_ids.device)
     if tokens.numel() == 0:
         return tokens
-    block_positions = min(max(triton.next_power_of_2(num_positions), 128), _MAX_BLOCK)
+    block_positions = min(max(next_power_of_2(num_positions), 128), _MAX_BLOCK)
     num_warps = min(max(block_positions // 256, 1), 16)
     with torch.accelerator.device_index(token_ids.device.index):
         _mask_by_confidence_kernel[(batch,)](
             tokens, token_ids, logprob, mask_len, seed, step, num_positions, mask_token_id, temperature,
-            HAS_NOISE=bool(np.float32(temperature) != 0), CHUNK_POSITIONS=min(block_positions, 128 * num_warps),
+            HAS_NOISE=has_noise(temperature), CHUNK_POSITIONS=min(block_positions, 128 * num_warps),
             BLOCK_POSITIONS=block_positions, IN_REGISTERS=block_positions >= num_positions, num_warps=num_warps,
             **LAUNCH_OPTIONS,
         )  # fmt: skip

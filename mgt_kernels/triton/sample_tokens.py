@@ -8,7 +8,6 @@ another bound reaches that score is read again, every score of it exact.
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -26,6 +25,16 @@ from mgt_kernels.triton.draws import (
     log2_approx,
     log_f32,
     philox,
+)
+from mgt_kernels.triton.launch import ceil_div, next_power_of_2
+from mgt_kernels.triton.scalars import (
+    SCALARS,
+    has_noise,
+    inverse_of,
+    is_greedy,
+    load_inverse_temperature,
+    load_scalar,
+    may_be_negative,
 )
 
 _LN2 = tl.constexpr(0.6931471805599453)
@@ -50,6 +59,10 @@ class _Rows(NamedTuple):
     guidance_scale: tl.tensor
     noise_scale: tl.tensor
     inverse_temperature: tl.tensor
+    # has a meaning where GREEDY is None: the temperature is in device memory
+    is_greedy: tl.tensor
+    # a guidance scale that may be below 0 would make -inf, a forbidden token, of a conditional logit of +inf
+    may_forbid: tl.constexpr
 
 
 class _Counter(NamedTuple):
@@ -58,6 +71,12 @@ class _Counter(NamedTuple):
     seed: tl.tensor
     position: tl.tensor
     step: tl.tensor
+
+
+@triton.jit
+def _row_ptr(ptr, sample, offs_position, stride_sample, stride_position):
+    """Point to the first token of each position."""
+    return ptr + sample * stride_sample + offs_position.to(tl.int64) * stride_position
 
 
 @triton.jit
@@ -73,7 +92,10 @@ def _load_guided(rows, offs_token, mask):
         uncond = _load_logits(rows.uncond_ptr, rows.uncond_stride_token, offs_token, mask)
         # -inf in either half forbids the token, whatever guidance would make of it
         forbidden = (logit == float("-inf")) | (uncond == float("-inf"))
-        logit = tl.where(forbidden, float("-inf"), tl.fma(logit - uncond, rows.guidance_scale, uncond))
+        guided = tl.fma(logit - uncond, rows.guidance_scale, uncond)
+        if rows.may_forbid:
+            guided = tl.where(logit == float("inf"), logit, guided)
+        logit = tl.where(forbidden, float("-inf"), guided)
     return logit
 
 
@@ -137,10 +159,18 @@ def _load_columns(rows, counter, base, HAS_NOISE: tl.constexpr, IS_TAIL: tl.cons
 
 
 @triton.jit
-def _lead(logit, word, base, best, second, leader, GREEDY: tl.constexpr):
+def _unless_greedy(rows, drawn, greedy, GREEDY: tl.constexpr):
+    """Return what a draw takes, or what an argmax takes where a temperature in device memory is 0."""
+    if GREEDY is None:
+        return tl.where(rows.is_greedy, greedy, drawn)
+    return drawn
+
+
+@triton.jit
+def _lead(rows, logit, word, base, best, second, leader, GREEDY: tl.constexpr):
     bound = logit
     if not GREEDY:
-        bound = tl.fma(log2_approx(exponential_below(word)), -_LN2, logit)
+        bound = _unless_greedy(rows, tl.fma(log2_approx(exponential_below(word)), -_LN2, logit), logit, GREEDY)
     # in order, so that the lowest of ties stays
     leader = tl.where(bound > best, base, leader)
     second = tl.maximum(second, tl.minimum(bound, best))
@@ -165,10 +195,10 @@ def _consume_columns(
     else:
         word_0, word_1, word_2, word_3 = philox(counter.seed, block, counter.position, counter.step, STREAM_TOKEN)
     # leader is the token but for the lane, and so the same for all lanes
-    best, second, leader = _lead(logit_0, word_0, base, best, second, leader, GREEDY)
-    best, second, leader = _lead(logit_1, word_1, base + WORD_WIDTH, best, second, leader, GREEDY)
-    best, second, leader = _lead(logit_2, word_2, base + 2 * WORD_WIDTH, best, second, leader, GREEDY)
-    best, second, leader = _lead(logit_3, word_3, base + 3 * WORD_WIDTH, best, second, leader, GREEDY)
+    best, second, leader = _lead(rows, logit_0, word_0, base, best, second, leader, GREEDY)
+    best, second, leader = _lead(rows, logit_1, word_1, base + WORD_WIDTH, best, second, leader, GREEDY)
+    best, second, leader = _lead(rows, logit_2, word_2, base + 2 * WORD_WIDTH, best, second, leader, GREEDY)
+    best, second, leader = _lead(rows, logit_3, word_3, base + 3 * WORD_WIDTH, best, second, leader, GREEDY)
     return new_max, lane_sum, best, second, leader
 
 
@@ -190,7 +220,7 @@ def _exact_score(rows, counter, offs_token, HAS_NOISE: tl.constexpr, GREEDY: tl.
             counter.seed, block_of(offs_token), counter.position, counter.step, STREAM_TOKEN
         )
         word = tl.where(which < 2, tl.where(which == 0, word_0, word_1), tl.where(which == 2, word_2, word_3))
-        score = logit + gumbel(word)
+        score = _unless_greedy(rows, logit + gumbel(word), logit, GREEDY)
     return score, logit
 
 
@@ -264,7 +294,7 @@ def _store_rows(
     tl.store(logprob_ptr + offs_row, tl.where(masked, logprob, float("inf")), mask=inside)
 
 
-@triton.jit(do_not_specialize=["mask_token_id"])
+@triton.jit(do_not_specialize=["mask_token_id", *SCALARS])
 def _sample_tokens_kernel(
     token_ids_ptr,
     logprob_ptr,
@@ -287,6 +317,7 @@ def _sample_tokens_kernel(
     guidance_scale,
     noise_scale,
     inverse_temperature,
+    MAY_FORBID: tl.constexpr,
     HAS_NOISE: tl.constexpr,
     GREEDY: tl.constexpr,
     BLOCK_POSITIONS: tl.constexpr,
@@ -300,19 +331,19 @@ def _sample_tokens_kernel(
     token = tl.load(tokens_ptr + offs_row, mask=inside, other=0)
     masked = inside & (token == mask_token_id)
     counter = _Counter(tl.load(seed_ptr + sample), offs_position.to(tl.uint32), tl.load(step_ptr).to(tl.uint32))
-    logits_row_ptr = logits_ptr + sample * stride_sample + offs_position.to(tl.int64) * stride_position
-    uncond_row_ptr = uncond_ptr
-    if uncond_ptr is not None:
-        uncond_row_ptr = (
-            uncond_ptr + sample * uncond_stride_sample + offs_position.to(tl.int64) * uncond_stride_position
-        )
     # known positions of a group are read along: a mask that differs between lanes would undo vector loads
     load_mask = inside
     if BLOCK_POSITIONS == 1:
         load_mask = None
+    inverse_temperature, is_greedy = load_inverse_temperature(inverse_temperature)
+    logits_row_ptr = _row_ptr(logits_ptr, sample, offs_position, stride_sample, stride_position)
+    uncond_row_ptr = uncond_ptr
+    if uncond_ptr is not None:
+        uncond_row_ptr = _row_ptr(uncond_ptr, sample, offs_position, uncond_stride_sample, uncond_stride_position)
     rows = _Rows(
         logits_row_ptr, uncond_row_ptr, stride_token, uncond_stride_token, load_mask, num_tokens, mask_token_id,
-        guidance_scale, noise_scale, inverse_temperature,
+        load_scalar(guidance_scale, float("-inf"), float("nan")), load_scalar(noise_scale, 0.0, float("nan")),
+        inverse_temperature, is_greedy, MAY_FORBID,
     )  # fmt: skip
 
     # per lane; sum is relative to exp(max)
@@ -349,6 +380,8 @@ def _sample_tokens_kernel(
         rival = tl.max(tl.where(offs_token == drawn, second, best), axis=1, keep_dims=True)
         slack = 1e-4 + 1e-6 * tl.abs(score)
         contested = masked & (rival >= score - slack) & (drawn < _NO_TOKEN)
+        if GREEDY is None:
+            contested &= not rows.is_greedy
         if tl.max(contested.to(tl.int32)) > 0:
             score, logit, drawn = _exact_race(rows, counter, first, end, HAS_NOISE, BLOCK_POSITIONS, BLOCK_COLUMNS)
 
@@ -408,8 +441,8 @@ _MAX_SPLITS = 64
 
 
 def _tiles_per_split(num_positions: int, num_tokens: int) -> int:
-    num_tiles = triton.cdiv(num_tokens, _TILE_WIDTH.value)
-    return triton.cdiv(num_tiles, min(triton.cdiv(_FEW_ROWS, num_positions), _MAX_SPLITS))
+    num_tiles = ceil_div(num_tokens, _TILE_WIDTH.value)
+    return ceil_div(num_tiles, min(ceil_div(_FEW_ROWS, num_positions), _MAX_SPLITS))
 
 
 def sample_tokens(
@@ -419,14 +452,18 @@ def sample_tokens(
     step: Tensor,
     mask_token_id: int,
     uncond_logits: Tensor | None,
-    guidance_scale: float,
-    noise_scale: float,
-    temperature: float,
+    guidance_scale: float | Tensor,
+    noise_scale: float | Tensor,
+    temperature: float | Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Run the kernels on checked arguments; see `mgt_kernels.sample_tokens`."""
+    """Run the kernels on checked arguments; see `mgt_kernels.sample_tokens`.
+
+    A scalar may be a 0-dimensional tensor on the device: float64, float32, bfloat16 or float16. The kernel reads it;
+    a value that would be refused as a number makes every row a bad one.
+    """
     batch, num_positions, num_tokens = logits.shape
     tokens, seed = tokens.contiguous(), seed.contiguous()
-    token_ids = torch.empty_like(tokens)
+    token_ids = torch.empty(tokens.shape, dtype=tokens.dtype, device=tokens.device)
     logprob = torch.empty(tokens.shape, dtype=torch.float32, device=tokens.device)
     if tokens.numel() == 0:
         return token_ids, logprob
@@ -437,31 +474,29 @@ def sample_tokens(
     # with unit stride over positions, neighbouring positions share every sector that is read
     token_major = num_positions == 1 or all(num_tokens == 1 or half.stride(2) == 1 for half in halves)
     block_positions, block_columns = (1, WORD_WIDTH.value) if token_major else (16, 32)
-    has_noise = bool(np.float32(noise_scale) != 0)
+    noisy = has_noise(noise_scale)
     # eight columns of a word per thread are 16 bytes in 16 bits; with noise they would spill
-    num_warps = 2 if token_major and logits.dtype != torch.float32 and not has_noise else 4
+    num_warps = 2 if token_major and logits.dtype != torch.float32 and not noisy else 4
     # left to itself ptxas spills a few registers for occupancy that the long loop body does not need
     max_registers = 168
     columns_per_split = _tiles_per_split(num_positions, num_tokens) * _TILE_WIDTH.value
-    num_splits = triton.cdiv(num_tokens, columns_per_split)
+    num_splits = ceil_div(num_tokens, columns_per_split)
     partials = None
     if num_splits > 1:
         partials = torch.empty((5, tokens.numel(), num_splits), dtype=torch.float32, device=tokens.device)
-    # both roundings as in C: the temperature to float32, then its inverse
-    tau = np.float32(temperature)
-    inverse_temperature = 1.0 if tau == 0 else float(np.float32(1) / tau)
     with torch.accelerator.device_index(logits.device.index):
-        _sample_tokens_kernel[(batch * triton.cdiv(num_positions, block_positions), num_splits)](
+        _sample_tokens_kernel[(batch * ceil_div(num_positions, block_positions), num_splits)](
             token_ids, logprob, partials, logits, uncond_logits, tokens, seed, step, num_positions, num_tokens,
             columns_per_split, *logits.stride(), *((0, 0, 0) if uncond_logits is None else uncond_logits.stride()),
-            mask_token_id, guidance_scale, noise_scale, inverse_temperature,
-            HAS_NOISE=has_noise, GREEDY=bool(tau == 0),
+            mask_token_id, guidance_scale, noise_scale, inverse_of(temperature),
+            MAY_FORBID=uncond_logits is not None and may_be_negative(guidance_scale), HAS_NOISE=noisy,
+            GREEDY=is_greedy(temperature),
             BLOCK_POSITIONS=block_positions, BLOCK_COLUMNS=block_columns, num_warps=num_warps,
             maxnreg=max_registers, **LAUNCH_OPTIONS,
         )  # fmt: skip
         if partials is not None:
-            _combine_splits_kernel[(triton.cdiv(tokens.numel(), 32),)](
+            _combine_splits_kernel[(ceil_div(tokens.numel(), 32),)](
                 token_ids, logprob, partials, tokens, tokens.numel(), num_splits, mask_token_id,
-                BLOCK_ROWS=32, BLOCK_SPLITS=triton.next_power_of_2(num_splits), num_warps=4, **LAUNCH_OPTIONS,
+                BLOCK_ROWS=32, BLOCK_SPLITS=next_power_of_2(num_splits), num_warps=4, **LAUNCH_OPTIONS,
             )  # fmt: skip
     return token_ids, logprob

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mgt_kernels.packing import CHUNK, packed_bytes
 from mgt_kernels.triton.draws import LAUNCH_OPTIONS
+from mgt_kernels.triton.launch import ceil_div, laid_out
 
 # inputs that one nibble of a run of bytes holds
 _RUN = tl.constexpr(CHUNK // 2)
@@ -112,6 +113,7 @@ def w4a16_linear(
     """Run the kernel on checked arguments; see `mgt_kernels.w4a16_linear`."""
     num_rows, num_inputs = x.shape
     num_outputs, num_groups = scale.shape
+    x, w_q, scale, zero_point, bias = laid_out(x, w_q, scale, zero_point, bias)
     y = torch.empty((num_rows, num_outputs), dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
@@ -122,7 +124,7 @@ def w4a16_linear(
     # bytes whose low nibbles, and whose high ones, belong to one group
     block_bytes = CHUNK if group_size % (2 * CHUNK) == 0 else CHUNK // 2
     with torch.accelerator.device_index(x.device.index):
-        _w4a16_linear_kernel[(triton.cdiv(num_rows, block_rows), triton.cdiv(num_outputs, block_outputs))](
+        _w4a16_linear_kernel[(ceil_div(num_rows, block_rows), ceil_div(num_outputs, block_outputs))](
             y, rounded, w_q, scale, zero_point, bias, rounded.stride(0), num_rows, num_outputs, num_inputs, num_groups,
             packed_bytes(num_inputs), HAS_BIAS=bias is not None, GROUP_SIZE=group_size, BLOCK_OUTPUTS=block_outputs,
             BLOCK_ROWS=block_rows, BLOCK_BYTES=block_bytes, num_warps=num_warps, num_stages=3, **LAUNCH_OPTIONS,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mgt_kernels.packing import CHUNK, packed_bytes
 from mgt_kernels.triton.draws import LAUNCH_OPTIONS
+from mgt_kernels.triton.launch import ceil_div, laid_out, next_power_of_2
 
 # inputs that one nibble of a run of bytes holds
 _RUN = tl.constexpr(CHUNK // 2)
@@ -211,22 +212,23 @@ def w4a8_linear(
     """Run the kernels on checked arguments; see `mgt_kernels.w4a8_linear`."""
     num_rows, num_inputs = x.shape
     num_outputs, num_groups = scale.shape
+    x, w_q, scale, zero_point, x_scale, bias = laid_out(x, w_q, scale, zero_point, x_scale, bias)
     y = torch.empty((num_rows, num_outputs), dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
     # of the only group no more than there is
-    group_size = min(group_size, triton.cdiv(num_inputs, 2 * CHUNK) * 2 * CHUNK)
+    group_size = min(group_size, ceil_div(num_inputs, 2 * CHUNK) * 2 * CHUNK)
     # both nibbles of the last bytes have activations
     padded_groups = num_groups + (num_groups * group_size // _RUN.value) % 2
     plane_bytes = padded_groups * group_size // 2
     # few rows take many programs to load the weights. Sums are exact and added in the order of the groups, so that a
     # row's result does not depend on the tile
     block_outputs, block_rows, num_warps = (16, 16, 1) if num_rows <= 16 else (128, 64, 4)
-    padded_rows = triton.cdiv(num_rows, block_rows) * block_rows
+    padded_rows = ceil_div(num_rows, block_rows) * block_rows
     x_q = torch.empty((padded_rows, 2 * plane_bytes), dtype=torch.int8, device=x.device)
     x_sum = torch.empty((padded_groups, padded_rows), dtype=torch.int32, device=x.device)
     row_scale = torch.empty((padded_rows,), dtype=torch.float32, device=x.device)
-    block_inputs = triton.next_power_of_2(group_size)
+    block_inputs = next_power_of_2(group_size)
     block_groups = max(1024 // block_inputs, 1)
     block_bytes = next(n for n in (64, 32) if group_size % (2 * n) == 0 or n == 32)
     with torch.accelerator.device_index(x.device.index):
@@ -236,7 +238,7 @@ def w4a8_linear(
             IS_STATIC=x_scale is not None, GROUP_SIZE=group_size, BLOCK_GROUPS=block_groups, BLOCK_INPUTS=block_inputs,
             num_warps=min(max(block_groups * block_inputs // 256, 1), 16), **LAUNCH_OPTIONS,
         )  # fmt: skip
-        _w4a8_linear_kernel[(triton.cdiv(num_rows, block_rows), triton.cdiv(num_outputs, block_outputs))](
+        _w4a8_linear_kernel[(ceil_div(num_rows, block_rows), ceil_div(num_outputs, block_outputs))](
             y, x_q, x_sum, row_scale, w_q, scale, zero_point, bias, num_rows, num_outputs, num_groups,
             padded_rows, packed_bytes(num_inputs), plane_bytes, HAS_BIAS=bias is not None, GROUP_SIZE=group_size,
             BLOCK_OUTPUTS=block_outputs, BLOCK_ROWS=block_rows, BLOCK_BYTES=block_bytes,

@@ -181,6 +181,33 @@ def bad_rows_case(position_major: bool) -> Case:
     return Case("sample_tokens", f"bad rows, {layout}", make_arguments, expected, check)
 
 
+# scalars that a step may change, by their place among the arguments
+SCALARS = {"sample_tokens": (6, 7, 8), "mask_by_confidence": (6,), "differential_sample": (11, 12, 13)}
+
+
+def with_numbers(arguments: tuple) -> tuple:
+    """Return the arguments with a number for every floating tensor of no dimension."""
+    return tuple(float(x) if isinstance(x, Tensor) and x.ndim == 0 and x.is_floating_point() else x for x in arguments)
+
+
+def scalars_as_tensors(case: Case) -> Case:
+    """Make of a case one whose scalars are read by the kernel."""
+
+    def make_arguments() -> tuple:
+        scalars = SCALARS[case.op]
+        return tuple(
+            torch.tensor(x, dtype=torch.float32) if i in scalars else x for i, x in enumerate(case.make_arguments())
+        )
+
+    def expected(*arguments: object) -> Outputs:
+        return case.expected(*with_numbers(arguments))
+
+    def check(arguments: tuple, expected: Outputs, outputs: Outputs) -> None:
+        case.check(with_numbers(arguments), expected, outputs)
+
+    return Case(case.op, f"{case.name}, scalars as tensors", make_arguments, expected, check)
+
+
 def mask_by_confidence_case(num_positions: int, temperature: float, digits: int) -> Case:
     """Make a case with a third of the positions known, ties (few digits), -0 against 0, -inf."""
 
@@ -205,6 +232,30 @@ def check_masks(arguments: tuple, expected: Outputs, outputs: Outputs) -> None:
     """Exactly mask_len positions are masked, the CPU's."""
     assert torch.equal((outputs[0] == 100).sum(1), arguments[2])
     assert torch.equal(outputs[0], expected[0])
+
+
+def overflowing_case() -> Case:
+    """A temperature at which confidences past the largest float are still not those of known positions."""
+
+    def make_arguments() -> tuple:
+        logprob = -torch.rand(2, 64, generator=torch.Generator().manual_seed(0)) * 9
+        logprob[:, 60:] = torch.inf
+        logprob[1, 7] = -torch.inf
+        logprob[1, 8] = -3.4e38
+        token_ids = torch.arange(64).repeat(2, 1)
+        return token_ids, logprob, torch.tensor([60, 31]), torch.tensor([5, 6]), torch.tensor(3), 100, 3e38
+
+    def expected(
+        token_ids: Tensor, logprob: Tensor, mask_len: Tensor, seed: Tensor, step: Tensor, mask: int, temperature: float
+    ) -> Outputs:
+        # in float64 nothing overflows
+        return (
+            reference.mask_by_confidence(
+                token_ids, logprob, mask_len, mask_token_id=mask, temperature=temperature, seed=seed, step=int(step)
+            ),
+        )
+
+    return Case("mask_by_confidence", "temperature 3e38", make_arguments, expected, check_masks)
 
 
 def too_many_to_mask_case() -> Case:
@@ -627,6 +678,7 @@ CASES = [
         for temperature, digits in ((0.0, 0), (1.3, 3))
     ],
     too_many_to_mask_case(),
+    overflowing_case(),
     differential_sample_case("first step", 2100, num_steps=1),
     differential_sample_case("first step, official and aliased, position-major", 600, num_steps=1, position_major=True,
                              variant="official", aliased_history=True),
@@ -681,3 +733,10 @@ CASES = [
     w4a16_linear_case("w4a16 fp32, an input", 3, 5, 1, 32, dtype=FP32, has_bias=False),
     w4a16_linear_case("w4a16 fp32, bad rows", 20, 16, 128, dtype=FP32, edit=bad_activations, lost=(3, 4, 5, 6)),
 ]  # fmt: skip
+
+WITH_TENSORS = [
+    "bf16 noise, -inf, the mask in the vocabulary", "fp32 greedy with ties", "fp32 unguided, warm",
+    "N=256 temperature=0.0 digits=0", "N=256 temperature=1.3 digits=3", "temperature 3e38", "paper greedy",
+    "official, aliased, bf16, noise",
+]  # fmt: skip
+CASES += [scalars_as_tensors(case) for case in CASES if case.name in WITH_TENSORS]

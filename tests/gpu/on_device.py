@@ -98,6 +98,40 @@ def graph_replays_with_fresh_draws() -> None:
         assert torch.equal(token_ids.cpu(), case.expected(*inputs)[0])
 
 
+def graph_replays_along_a_schedule() -> None:
+    """A CUDA graph of one step, replayed with guidance, noise and temperature of each step of a schedule."""
+    case = sample_tokens_case("schedule", 8192, num_positions=64)
+    arguments = case.make_arguments()
+    logits, tokens, seed, step, mask_token_id, uncond, *_ = to("cuda", arguments)
+    guidance_scale, noise_scale, temperature = scalars = torch.ones(3, device="cuda").unbind()
+    options: dict[str, Any] = dict(mask_token_id=mask_token_id, seed=seed, step=step, temperature=temperature)
+    guidance: dict[str, Any] = dict(uncond_logits=uncond, guidance_scale=guidance_scale, noise_scale=noise_scale)
+
+    def draw() -> tuple[torch.Tensor, ...]:
+        token_ids, logprob = mgt_kernels.sample_tokens(logits, tokens, **guidance, **options)
+        masked = mgt_kernels.mask_by_confidence(token_ids, logprob, 20, **options)
+        return token_ids, logprob, masked
+
+    draw()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = draw()
+    for values in ((3.0, 0.5, 0.7), (1.0, 0.0, 1.0), (0.0, 0.0, 0.0)):
+        for scalar, value in zip(scalars, values, strict=True):
+            scalar.fill_(value)
+        graph.replay()
+        torch.cuda.synchronize()
+        token_ids, logprob, masked = to("cpu", outputs)
+        numbers = [float(scalar) for scalar in scalars]
+        assert torch.equal(token_ids, case.expected(*arguments[:6], *numbers)[0])
+        expected = mgt_kernels.mask_by_confidence(
+            token_ids, logprob, 20, temperature=numbers[2], mask_token_id=mask_token_id, seed=arguments[2],
+            step=arguments[3],
+        )  # fmt: skip
+        assert torch.equal(masked, expected)
+
+
 def elements_past_two_pow_31() -> None:
     """Rows that lie further apart than 32-bit offsets reach."""
     small = torch.randn(2, 4, 2048, dtype=torch.bfloat16)
@@ -125,6 +159,7 @@ def compiled_step() -> None:
 
 EXTRA = {
     "a CUDA graph replays with fresh draws": graph_replays_with_fresh_draws,
+    "a CUDA graph replays along a schedule": graph_replays_along_a_schedule,
     "more than 2^31 elements": elements_past_two_pow_31,
     "torch.compile": compiled_step,
 }

@@ -89,6 +89,61 @@ def test_logits_and_tokens_are_not_written(name):
         assert torch.equal(argument, before) if isinstance(argument, torch.Tensor) else argument == before
 
 
+def apart(x):
+    """Return the same values, no two of them side by side."""
+    return torch.stack([x, torch.zeros_like(x)], -1)[..., 0]
+
+
+@pytest.mark.parametrize(
+    "name, laid_out, apart_too",
+    [
+        ("fp32 odd", (0, 5), (1, 2, 3)),
+        ("N=256 temperature=1.3 digits=3", (), (0, 1, 2, 3, 4)),
+        ("w4a8 fp32, few rows, groups of 64, odd", (), (0, 1, 2, 3, 5, 6)),
+        ("w4a16 fp32, few rows, groups of 64, odd", (), (0, 1, 2, 3, 5)),
+    ],
+)
+def test_strides_do_not_matter(name, laid_out, apart_too):
+    case = case_named(name)
+    arguments = case.make_arguments()
+    # one sample, whose stride is any number
+    strided = [x[:1] if x.ndim > 1 and name.startswith(("fp32", "N=")) else x for x in map(torch.as_tensor, arguments)]
+    strided = [
+        x.as_strided(x.shape, (12345, *x.stride()[1:])) if i in laid_out else apart(x) if i in apart_too else argument
+        for i, (x, argument) in enumerate(zip(strided, arguments, strict=True))
+    ]
+    if name.startswith(("fp32", "N=")):
+        strided = [x[:1] if i in apart_too and x.ndim == 1 else x for i, x in enumerate(strided)]
+    with standin_gpu(90):
+        for ours, expected in zip(case.run(tuple(strided)), case.run(arguments), strict=True):
+            assert ours.is_contiguous() and torch.equal(ours, expected[: len(ours)])
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 31), (2, 0, 31)])
+def test_nothing_is_launched_for_no_positions(shape):
+    logits, tokens = torch.empty(shape), torch.empty(shape[:2], dtype=torch.int64)
+    seed, step = torch.zeros(shape[0], dtype=torch.int64), torch.tensor(3)
+    state = torch.empty(shape, dtype=torch.int16), tokens == 1, torch.tensor(2), seed
+    with standin_gpu(90) as launches:
+        token_ids, logprob = kernels.sample_tokens(logits, tokens, seed, step, 31, logits, 2.0, 0.0, 1.0)
+        assert token_ids.shape == logprob.shape == shape[:2]
+        assert kernels.mask_by_confidence(tokens, logprob, seed, seed, step, 31, 1.0).shape == shape[:2]
+        options = (31, logits, 2.0, 0.0, 1.0, 0.5, "paper", False)
+        outputs = kernels.differential_sample(logits, tokens, *state, True, seed, step, *options)
+        assert all(x.shape == shape[:2] for x in outputs) and int(state[2]) == 3
+    assert not launches
+
+
+@pytest.mark.parametrize("scale", [-3.0, torch.tensor(-3.0)], ids=["number", "tensor"])
+def test_infinity_is_bad_whatever_the_sign_of_guidance(scale):
+    logits, tokens, seed, step, mask, uncond, *options = case_named("fp32 odd").make_arguments()
+    tokens[:] = mask
+    logits[0, 1, 7] = torch.inf
+    with standin_gpu(80):
+        token_ids, logprob = kernels.sample_tokens(logits, tokens, seed, step, mask, uncond, scale, *options[1:])
+    assert torch.equal(logprob.isnan().nonzero(), torch.tensor([[0, 1]])) and token_ids[0, 1] == mask
+
+
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("variant", ["paper", "official", "random"])
 def test_re_masking_is_made_of_these_kernels(capability, variant, monkeypatch):

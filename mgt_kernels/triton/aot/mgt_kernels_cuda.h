@@ -9,6 +9,9 @@
  * or what the CUDA driver returned, and then the outputs are unspecified. The first call of each kind loads machine
  * code, which a stream capture may not allow: make one call of the kind before capturing a CUDA graph.
  *
+ * guidance_scale, noise_scale and temperature are values, which a captured CUDA graph keeps; seeds, step and mask_len
+ * are in device memory, and a replayed graph reads them anew.
+ *
  * Strides count elements. Random draws are functions of (seed, step, position, token id) alone, so results do not
  * depend on the batch or the device, and token ids equal those of the CPU. Nothing is read back: bad values in device
  * memory have no error, the functions say what comes of them. */
