@@ -144,8 +144,10 @@ class Round {
     layer_.group_size = 128;
     mgt_differential_sample_args differential{};
     differential.sample = draw(false);
+    const mgt_sample_tokens_args by_token = draw(false), by_position = draw(true);
     for (const int64_t size :
-         {mgt_differential_sample_workspace(&context_, &differential), mgt_w4a8_linear_workspace(&context_, &layer_),
+         {mgt_sample_tokens_workspace(&context_, &by_token), mgt_sample_tokens_workspace(&context_, &by_position),
+          mgt_differential_sample_workspace(&context_, &differential), mgt_w4a8_linear_workspace(&context_, &layer_),
           mgt_w4a16_linear_workspace(&context_, &layer_)}) {
       require(size >= 0, "a workspace has no size");
       if (static_cast<size_t>(size) > workspace_.size()) workspace_.resize(static_cast<size_t>(size));
@@ -157,7 +159,8 @@ class Round {
     for (const bool position_major : {false, true}) {
       const mgt_sample_tokens_args args = draw(position_major);
       check(mgt_sample_tokens(&context_, &args, ids_.data() + position_major * kPositions,
-                              logprob_.data() + position_major * kPositions, nullptr));
+                              logprob_.data() + position_major * kPositions, workspace_.data(), workspace_bytes,
+                              nullptr));
     }
     mgt_mask_by_confidence_args mask{};
     mask.num_samples = 1;
