@@ -30,7 +30,8 @@ mgt_logits logits(py::tuple t) {
 
 // A call's workspace. A size of -1 stands for arguments that the call is about to refuse.
 struct Workspace {
-  explicit Workspace(int64_t size) : num_bytes(size), memory(size > 0 ? new char[static_cast<size_t>(size)] : nullptr) {}
+  explicit Workspace(int64_t size)
+      : num_bytes(size), memory(size > 0 ? new char[static_cast<size_t>(size)] : nullptr) {}
   int64_t num_bytes;
   std::unique_ptr<char[]> memory;
 };

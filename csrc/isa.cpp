@@ -35,12 +35,10 @@ struct Feature {
 };
 
 constexpr Feature kFeatures[] = {
-    {"fma", 1, 0, kEcx, 12, kYmm},         {"f16c", 1, 0, kEcx, 29, kYmm},
-    {"avx2", 7, 0, kEbx, 5, kYmm},         {"avx512f", 7, 0, kEbx, 16, kZmm},
-    {"avx512dq", 7, 0, kEbx, 17, kZmm},    {"avx512bw", 7, 0, kEbx, 30, kZmm},
-    {"avx512vl", 7, 0, kEbx, 31, kZmm},    {"avx512vnni", 7, 0, kEcx, 11, kZmm},
-    {"avx512bf16", 7, 1, kEax, 5, kZmm},   {"amx-bf16", 7, 0, kEdx, 22, kTiles},
-    {"amx-tile", 7, 0, kEdx, 24, kTiles},  {"amx-int8", 7, 0, kEdx, 25, kTiles},
+    {"fma", 1, 0, kEcx, 12, kYmm},        {"f16c", 1, 0, kEcx, 29, kYmm},       {"avx2", 7, 0, kEbx, 5, kYmm},
+    {"avx512f", 7, 0, kEbx, 16, kZmm},    {"avx512dq", 7, 0, kEbx, 17, kZmm},   {"avx512bw", 7, 0, kEbx, 30, kZmm},
+    {"avx512vl", 7, 0, kEbx, 31, kZmm},   {"avx512vnni", 7, 0, kEcx, 11, kZmm}, {"avx512bf16", 7, 1, kEax, 5, kZmm},
+    {"amx-bf16", 7, 0, kEdx, 22, kTiles}, {"amx-tile", 7, 0, kEdx, 24, kTiles}, {"amx-int8", 7, 0, kEdx, 25, kTiles},
 };
 
 // the length of the first name of a list "a,b,c"
@@ -74,8 +72,13 @@ constexpr bool all_of_list(const char* list, const Holds& holds) {
 constexpr bool is_known(const Feature* feature) { return feature != nullptr; }
 
 // indexed by mgt_isa
-constexpr const char* kTargets[kNumIsas] = {
-    "", "", MGT_AVX2_FEATURES, MGT_AVX512_FEATURES, MGT_AVX512_VNNI_FEATURES, MGT_AVX512_BF16_FEATURES, MGT_AMX_FEATURES};
+constexpr const char* kTargets[kNumIsas] = {"",
+                                            "",
+                                            MGT_AVX2_FEATURES,
+                                            MGT_AVX512_FEATURES,
+                                            MGT_AVX512_VNNI_FEATURES,
+                                            MGT_AVX512_BF16_FEATURES,
+                                            MGT_AMX_FEATURES};
 // the last one contains the others
 static_assert(all_of_list(MGT_AMX_FEATURES, is_known), "a target region uses a feature that kFeatures lacks");
 
@@ -148,9 +151,7 @@ extern "C" {
 
 const char* mgt_version(void) { return MGT_VERSION; }
 
-const char* mgt_isa_name(mgt_isa isa) {
-  return isa >= MGT_ISA_SCALAR && isa < kNumIsas ? kNames[isa] : nullptr;
-}
+const char* mgt_isa_name(mgt_isa isa) { return isa >= MGT_ISA_SCALAR && isa < kNumIsas ? kNames[isa] : nullptr; }
 
 mgt_status mgt_resolve_isa(mgt_isa requested, mgt_isa* isa) {
   if (isa == nullptr) return MGT_INVALID_ARGUMENT;

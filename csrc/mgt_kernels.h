@@ -31,19 +31,19 @@ extern "C" {
 
 /* C++ may then hold, and pass, a number that is not in the list: it is refused, not undefined. */
 #if defined(__cplusplus)
-#define MGT_ENUM enum : int32_t
+#define MGT_INT32 : int32_t
 #else
-#define MGT_ENUM enum
+#define MGT_INT32
 #endif
 
-typedef MGT_ENUM {
+typedef enum MGT_INT32 {
   MGT_OK = 0,
   /* a pointer, size, stride or scalar is outside its documented range */
   MGT_INVALID_ARGUMENT = 1,
   /* the instruction set asked for (by argument or by MGT_ISA) is unknown or missing on this processor */
   MGT_ISA_UNAVAILABLE = 2,
-  /* logits of a masked position hold NaN or +inf, overflow to +inf under guidance, noise or temperature, or forbid every
-   * token; error_index is its row b * N + n */
+  /* logits of a masked position hold NaN or +inf, overflow to +inf under guidance, noise or temperature, or forbid
+   * every token; error_index is its row b * N + n */
   MGT_BAD_LOGITS = 3,
   /* a known token is outside [0, num_tokens); error_index is its row b * N + n */
   MGT_BAD_TOKEN = 4,
@@ -56,7 +56,7 @@ typedef MGT_ENUM {
 } mgt_status;
 
 /* What a kernel may use, each more than the one before; an op without a kernel of that name runs the best one below. */
-typedef MGT_ENUM {
+typedef enum MGT_INT32 {
   MGT_ISA_AUTO = 0,
   MGT_ISA_SCALAR = 1,
   MGT_ISA_AVX2 = 2,
@@ -66,7 +66,7 @@ typedef MGT_ENUM {
   MGT_ISA_AMX = 6
 } mgt_isa;
 
-typedef MGT_ENUM { MGT_FLOAT32 = 0, MGT_BFLOAT16 = 1, MGT_FLOAT16 = 2 } mgt_dtype;
+typedef enum MGT_INT32 { MGT_FLOAT32 = 0, MGT_BFLOAT16 = 1, MGT_FLOAT16 = 2 } mgt_dtype;
 
 /* Runs body(data) on num_threads threads and returns when all have. The signature is GOMP_parallel's, so that a caller
  * can lend the thread pool of the OpenMP runtime it already has; flags is 0. Correct for any number of runs of body
@@ -81,8 +81,8 @@ typedef struct {
   mgt_parallel parallel;
 } mgt_context;
 
-/* (B, N, V) logits of one guidance half. One of stride_position and stride_token is 1, the same in both halves; the other
- * strides are any, 0 and negative ones too. */
+/* (B, N, V) logits of one guidance half. One of stride_position and stride_token is 1, the same in both halves; the
+ * other strides are any, 0 and negative ones too. */
 typedef struct {
   const void* data;
   int64_t stride_sample;
@@ -116,8 +116,8 @@ typedef struct {
   float temperature;
 } mgt_sample_tokens_args;
 
-/* Bytes of workspace that mgt_sample_tokens needs for these arguments and context->num_threads, their pointers and the
- * instruction set aside; -1 where they are invalid. */
+/* Bytes of workspace that mgt_sample_tokens needs for these arguments and context->num_threads; -1 where they are
+ * invalid. Nothing is read: all that counts of the pointers is whether uncond_logits.data is NULL. */
 MGT_API int64_t mgt_sample_tokens_workspace(const mgt_context* context, const mgt_sample_tokens_args* args);
 
 /* Draws a token for every masked position and its log-probability (spec: "guided, noisy draw with confidence").
@@ -133,7 +133,7 @@ MGT_API int64_t mgt_sample_tokens_workspace(const mgt_context* context, const mg
 MGT_API mgt_status mgt_sample_tokens(const mgt_context* context, const mgt_sample_tokens_args* args, int64_t* token_ids,
                                      float* logprob, void* workspace, int64_t workspace_bytes, int64_t* error_index);
 
-typedef MGT_ENUM {
+typedef enum MGT_INT32 {
   /* ranks masked positions; weights |p - q|; selects round(share * masked positions), halves away from zero */
   MGT_DIFFERENTIAL_PAPER = 0,
   /* ranks all positions, reading known ones too; weights max(p - q, 1e-6); selects floor(share * positions) */
@@ -151,8 +151,7 @@ typedef struct {
   double share;
 } mgt_differential_sample_args;
 
-/* Bytes of workspace that mgt_differential_sample needs for these arguments and context->num_threads; -1 where they are
- * invalid. */
+/* Bytes of workspace that mgt_differential_sample needs, as mgt_sample_tokens_workspace says. */
 MGT_API int64_t mgt_differential_sample_workspace(const mgt_context* context, const mgt_differential_sample_args* args);
 
 /* mgt_sample_tokens, but for the share of positions that changed least since the previous step, which are drawn from
@@ -251,8 +250,8 @@ MGT_API mgt_status mgt_gaussian(const mgt_context* context, int64_t seed, uint32
                                 int64_t num_tokens, float* noise);
 
 /* The instruction set that `requested` stands for on this processor. MGT_ISA_AUTO is the one that the environment
- * variable MGT_ISA names, or the best. The variable is read once, by the first call that asks for MGT_ISA_AUTO: changing
- * it afterwards has no effect. */
+ * variable MGT_ISA names, or the best. The variable is read once, by the first call that asks for MGT_ISA_AUTO:
+ * changing it afterwards has no effect. */
 MGT_API mgt_status mgt_resolve_isa(mgt_isa requested, mgt_isa* isa);
 
 /* The kernel that an op ("sample_tokens", "w4a8_linear", ...) runs where `isa` may be used. "amx" uses tile registers

@@ -70,7 +70,6 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     });
   };
   if (refused || small || !available(c.isa)) {
-    if (refused) args.sample.num_tokens = a.num_tokens;
     Buffer<uint16_t> history(0);
     int64_t index = -1;
     const mgt_status status = call_in(state, [&] {

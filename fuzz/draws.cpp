@@ -1,4 +1,5 @@
-// The small entry points together: mgt_philox, mgt_gaussian, mgt_resolve_isa, mgt_kernel_isa, mgt_isa_name, mgt_version.
+// The small entry points together: mgt_philox, mgt_gaussian, mgt_resolve_isa, mgt_kernel_isa, mgt_isa_name,
+// mgt_version.
 #include <string>
 
 #include "fuzz.h"
@@ -38,7 +39,7 @@ void check_names(Input& input) {
   if (status == MGT_OK) REQUIRE(available(resolved) && resolved != MGT_ISA_AUTO && (resolved == isa || !listed));
   REQUIRE(mgt_resolve_isa(isa, nullptr) == MGT_INVALID_ARGUMENT);
   const std::string op = input.coin() ? input.one_of<const char*>({"sample_tokens", "differential_sample",
-                                                                  "mask_by_confidence", "w4a8_linear", "w4a16_linear"})
+                                                                   "mask_by_confidence", "w4a8_linear", "w4a16_linear"})
                                       : "sample_token";
   mgt_isa kernel = MGT_ISA_AUTO;
   const mgt_status found = mgt_kernel_isa(op.c_str(), isa, &kernel);

@@ -1,5 +1,5 @@
-// What the fuzzers share: reading arguments out of a fuzzer's bytes, buffers exactly as large as the arguments allow, and
-// the sentences of the header that every call is held to.
+// What the fuzzers share: reading arguments out of a fuzzer's bytes, buffers exactly as large as the arguments allow,
+// and the sentences of the header that every call is held to.
 #pragma once
 
 #include <fuzzer/FuzzedDataProvider.h>
@@ -37,7 +37,9 @@ inline CallCounter counter;
 using Wide = __int128;
 inline bool fits(Wide bytes) { return bytes <= INT64_MAX; }
 // rows x columns elements of some bytes
-inline bool fits(int64_t rows, int64_t columns, int64_t bytes) { return fits(Wide{rows} * columns) && fits(Wide{rows} * columns * bytes); }
+inline bool fits(int64_t rows, int64_t columns, int64_t bytes) {
+  return fits(Wide{rows} * columns) && fits(Wide{rows} * columns * bytes);
+}
 
 // Elements of memory that a fuzzed call may touch. Larger calls are not made, unless they must be refused.
 constexpr int64_t kMostElements = 1 << 13;
@@ -61,10 +63,10 @@ class Input {
 
   // a number at which products wrap around, or signs are lost
   int64_t hostile() {
-    const int64_t value = one_of<int64_t>({INT64_MIN, INT64_MIN + 1, -(int64_t{1} << 62), -1, 0, 1, 2, INT32_MAX,
-                                           int64_t{INT32_MAX} + 1, UINT32_MAX, int64_t{UINT32_MAX} + 1,
-                                           int64_t{1} << 40, int64_t{1} << 61, int64_t{1} << 62, INT64_MAX / 2,
-                                           INT64_MAX - 1, INT64_MAX});
+    const int64_t value =
+        one_of<int64_t>({INT64_MIN, INT64_MIN + 1, -(int64_t{1} << 62), -1, 0, 1, 2, INT32_MAX, int64_t{INT32_MAX} + 1,
+                         UINT32_MAX, int64_t{UINT32_MAX} + 1, int64_t{1} << 40, int64_t{1} << 61, int64_t{1} << 62,
+                         INT64_MAX / 2, INT64_MAX - 1, INT64_MAX});
     return coin() ? value : static_cast<int64_t>(static_cast<uint64_t>(value) + static_cast<uint64_t>(within(-3, 3)));
   }
   int64_t size(int64_t low, int64_t high) { return rarely() ? hostile() : within(low, high); }
@@ -200,8 +202,9 @@ inline void run_in_turn(void (*body)(void*), void* data, unsigned num_threads, u
 inline mgt_context context(Input& input) {
   mgt_context c{};
   c.isa = input.rarely(64) ? input.enumerator<mgt_isa>(MGT_ISA_AMX) : MGT_ISA_SCALAR;
-  c.num_threads =
-      input.rarely(16) ? input.one_of({INT32_MIN, -1, 0, 1000, 1 << 29, INT32_MAX}) : input.rarely(4) ? 3 : 1;
+  c.num_threads = input.rarely(16)  ? input.one_of({INT32_MIN, -1, 0, 1000, 1 << 29, INT32_MAX})
+                  : input.rarely(4) ? 3
+                                    : 1;
   // real threads are slow to start
   c.parallel = input.rarely(64) && c.num_threads <= 3 ? nullptr : run_in_turn;
   return c;

@@ -43,8 +43,10 @@ int fuzz_linear(const uint8_t* data, size_t size) {
   a.dtype = input.rarely() ? input.enumerator<mgt_dtype>(MGT_FLOAT16) : input.one_of({MGT_FLOAT32, MGT_BFLOAT16});
   a.scale_dtype = input.rarely() ? input.enumerator<mgt_dtype>(MGT_FLOAT16) : input.one_of({MGT_FLOAT32, MGT_FLOAT16});
   a.group_size = input.rarely() ? input.hostile() : input.one_of<int64_t>({32, 64, 96, 128, 160, 256, 16384});
-  a.x_stride = input.rarely(8) ? input.hostile()
-                               : static_cast<int64_t>(static_cast<uint64_t>(a.num_inputs) + static_cast<uint64_t>(input.within(0, 5)));
+  a.x_stride =
+      input.rarely(8)
+          ? input.hostile()
+          : static_cast<int64_t>(static_cast<uint64_t>(a.num_inputs) + static_cast<uint64_t>(input.within(0, 5)));
   int64_t num_x_scales = 0;
   if (kEightBits && input.coin()) num_x_scales = input.rarely() ? input.hostile() : input.coin() ? 1 : a.num_rows;
   const bool scales_fit = num_x_scales >= 0 && (num_x_scales == 0 || a.num_rows % num_x_scales == 0);
@@ -62,7 +64,8 @@ int fuzz_linear(const uint8_t* data, size_t size) {
   if (sized && fits(padded)) REQUIRE(num_bytes >= 0);
 
   const bool refused = !sized || !scales_fit;
-  if (!refused && (a.num_rows > 512 || num_x_scales > 512 || a.num_outputs > 512 || a.num_inputs > kMostElements)) return -1;
+  if (!refused && (a.num_rows > 512 || num_x_scales > 512 || a.num_outputs > 512 || a.num_inputs > kMostElements))
+    return -1;
   const Wide span = !refused && a.num_rows > 1 ? Wide{a.num_rows - 1} * a.x_stride + a.num_inputs : Wide{a.num_inputs};
   if (!refused && span > 8 * kMostElements) return -1;
   const bool small = !refused && a.num_rows > 0 && input.rarely();
@@ -117,8 +120,8 @@ int fuzz_linear(const uint8_t* data, size_t size) {
     out.poison();
     char* memory = workspace->data() + 1;
     return call_in(state, [&] {
-      return kEightBits ? mgt_w4a8_linear(&c, &a, num_x_scales == 0 ? nullptr : x_scale.data(), num_x_scales, out.data(),
-                                          memory, num_bytes, index)
+      return kEightBits ? mgt_w4a8_linear(&c, &a, num_x_scales == 0 ? nullptr : x_scale.data(), num_x_scales,
+                                          out.data(), memory, num_bytes, index)
                         : mgt_w4a16_linear(&c, &a, out.data(), memory, num_bytes, index);
     });
   };

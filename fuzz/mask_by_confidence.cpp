@@ -13,7 +13,9 @@ constexpr int64_t kMostRows = 4096;
 float any_temperature(Input& input) {
   switch (input.within(0, 3)) {
     case 0: return input.number();
-    case 1: return std::ldexp(1.0f + static_cast<float>(input.within(0, 255)) / 256.0f, static_cast<int>(input.within(80, 127)));
+    case 1:
+      return std::ldexp(1.0f + static_cast<float>(input.within(0, 255)) / 256.0f,
+                        static_cast<int>(input.within(80, 127)));
     default: return input.one_of<float>({0.0f, 1.0f, 2.0f, 10.5f, 1e-40f});
   }
 }

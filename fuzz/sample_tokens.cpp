@@ -15,7 +15,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
 
   int64_t num_bytes = mgt_sample_tokens_workspace(where, args);
   ++counter.num_calls;
-  const bool sized = args && where && c.num_threads >= 1 && documented(draw.args, draw.args.uncond_logits.data != nullptr);
+  const bool sized =
+      args && where && c.num_threads >= 1 && documented(draw.args, draw.args.uncond_logits.data != nullptr);
   REQUIRE(sized ? num_bytes >= 0 && num_bytes < (int64_t{1} << 32) : num_bytes == -1);
   const bool refused = !sized || verdict == Verdict::refuse;
   const bool small = !refused && draw.rows > 0 && input.rarely();
@@ -29,7 +30,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   const auto run = [&](Buffer<int64_t>& ids, Buffer<float>& nats, int64_t* index) {
     ids.poison();
     nats.poison();
-    return call_in(state, [&] { return mgt_sample_tokens(where, args, ids.data(), nats.data(), memory, num_bytes, index); });
+    return call_in(state,
+                   [&] { return mgt_sample_tokens(where, args, ids.data(), nats.data(), memory, num_bytes, index); });
   };
   int64_t first_index = -1;
   const mgt_status first = run(first_ids, first_logprob, &first_index);

@@ -255,9 +255,7 @@ def test_offsets_near_2_to_62_are_refused(op):
 def test_draws_check_their_sizes():
     words = torch.zeros(4, dtype=torch.uint32)
     for first, num in ((-1, 1), (0, -1), (0, BIG), (BIG, 1), (2**32, 1), (2**63 - 1, 2**63 - 1)):
-        status = LIBRARY.mgt_philox(
-            ctypes.byref(context()), I64(0), 0, 0, 0, I64(first), I64(num), pointer(words)
-        )
+        status = LIBRARY.mgt_philox(ctypes.byref(context()), I64(0), 0, 0, 0, I64(first), I64(num), pointer(words))
         assert status == INVALID, (first, num)
     for num in (-1, 2**31, BIG):
         assert LIBRARY.mgt_gaussian(ctypes.byref(context()), I64(0), 0, 0, I64(num), pointer(words)) == INVALID
@@ -313,8 +311,8 @@ def test_enum_values_outside_their_lists_are_refused(op):
 def test_cpp_reads_enums_as_integers():
     # of a fixed underlying type: then no number is undefined behaviour
     header = (CSRC / "mgt_kernels.h").read_text()
-    assert not re.findall(r"typedef enum\b", header) and header.count("typedef MGT_ENUM {") == 4
-    assert "#define MGT_ENUM enum : int32_t" in header
+    assert header.count("typedef enum MGT_INT32 {") == len(re.findall(r"\benum\b", header)) == 4
+    assert "#define MGT_INT32 : int32_t" in header
 
 
 @pytest.mark.parametrize("name", ISAS)
@@ -440,7 +438,8 @@ def test_every_feature_of_a_target_region_is_probed(tmp_path):
     # one of each instruction set; a feature is masked as a hypervisor does it
     for name in ("f16c", "fma", "avx512dq", "avx512vnni", "amx-int8"):
         leaf, subleaf, word, bit = probed[name]
-        masked = [f"-DMASKED_LEAF={leaf}", f"-DMASKED_SUBLEAF={subleaf}", f"-DMASKED_WORD={word}", f"-DMASKED_BIT={bit}"]
+        cpuid = {"LEAF": leaf, "SUBLEAF": subleaf, "WORD": word, "BIT": bit}
+        masked = [f"-DMASKED_{key}={value}" for key, value in cpuid.items()]
         expected = [isa for isa in ISAS if isa == "scalar" or name not in features[isa]]
         assert left(*masked, "-include", tmp_path / "cpuid_masked.h") == expected, name
 

@@ -19,7 +19,7 @@ Workspace workspace_of(const mgt_context& context, const mgt_sample_tokens_args&
   return {floats, tiles + choices + mgt::kLineBytes};
 }
 
-// of normalized arguments
+// expects normalized arguments
 bool valid(const mgt_differential_sample_args& a) {
   const bool official = a.variant == MGT_DIFFERENTIAL_OFFICIAL;
   if (!mgt::valid(a.sample) || !(official || a.variant == MGT_DIFFERENTIAL_PAPER) || (a.aliased_history && !official) ||

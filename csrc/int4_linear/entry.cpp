@@ -16,7 +16,7 @@ mgt_int4_linear_args normalized(mgt_int4_linear_args a) {
   return a;
 }
 
-// of normalized arguments
+// expects normalized arguments
 bool valid(const mgt_int4_linear_args& a) {
   return a.num_rows >= 0 && a.num_inputs >= 1 && a.num_outputs >= 1 && a.num_inputs <= INT32_MAX &&
          a.num_outputs <= INT32_MAX && (a.dtype == MGT_FLOAT32 || a.dtype == MGT_BFLOAT16) &&
@@ -37,7 +37,8 @@ Plan plan_of(const mgt_context& context, const mgt_int4_linear_args& a) {
   const int64_t panels = (a.num_outputs + mgt::kPanelOutputs - 1) / mgt::kPanelOutputs;
   const int64_t most = 4 * mgt::max_workers(context);
   const int64_t wanted = panels >= most ? 1 : (most + panels - 1) / panels;
-  const int64_t rows_at_once = mgt::round_up(std::max(int64_t{1}, (a.num_rows + wanted - 1) / wanted), mgt::kRowAlignment);
+  const int64_t rows_at_once =
+      mgt::round_up(std::max(int64_t{1}, (a.num_rows + wanted - 1) / wanted), mgt::kRowAlignment);
   const int64_t runs = (a.num_rows + rows_at_once - 1) / rows_at_once;
   return {panels, rows_at_once, runs, {context, panels * runs, 1}};
 }
@@ -64,8 +65,8 @@ Workspace workspace_of(const mgt_context& context, const mgt_int4_linear_args& a
   const mgt::Size row_sums = lines(mgt::Size(a.num_rows) * mgt::num_groups(a) * 4);
   const int64_t scratch = lines(mgt::scratch_bytes(a, kernel.panel_bytes)).value();
   const mgt::Size workers = plan_of(context, a).chunks.num_workers;
-  return {row_stride, rows, row_scale, row_sums, scratch,
-          rows + row_scale + row_sums + workers * scratch + mgt::kLineBytes};
+  return {row_stride, rows,    row_scale,
+          row_sums,   scratch, rows + row_scale + row_sums + workers * scratch + mgt::kLineBytes};
 }
 
 using Op = const mgt::Int4LinearKernel* mgt::Kernels::*;
@@ -82,8 +83,7 @@ mgt_status run_linear(const mgt_context* context, const mgt_int4_linear_args* ar
   const mgt::FloatState state;
   if (!mgt::valid(context) || args == nullptr) return MGT_INVALID_ARGUMENT;
   const mgt_int4_linear_args a = normalized(*args);
-  if (!valid(a) || num_x_scales < 0 ||
-      (num_x_scales > 0 && (x_scale == nullptr || a.num_rows % num_x_scales != 0)))
+  if (!valid(a) || num_x_scales < 0 || (num_x_scales > 0 && (x_scale == nullptr || a.num_rows % num_x_scales != 0)))
     return MGT_INVALID_ARGUMENT;
   mgt_isa isa;
   const mgt_status status = mgt_resolve_isa(context->isa, &isa);
@@ -113,9 +113,8 @@ mgt_status run_linear(const mgt_context* context, const mgt_int4_linear_args* ar
   mgt::FirstIndex bad_row;
   // a chunk is worth waking a thread for from about 2^14 activations on
   const int64_t chunk = std::max(int64_t{1}, (int64_t{1} << 14) / a.num_inputs);
-  mgt::parallel_chunks(*context, {*context, a.num_rows, chunk}, [&](int64_t begin, int64_t end, int64_t) {
-    bad_row.report(kernel.prepare(call, begin, end));
-  });
+  mgt::parallel_chunks(*context, {*context, a.num_rows, chunk},
+                       [&](int64_t begin, int64_t end, int64_t) { bad_row.report(kernel.prepare(call, begin, end)); });
   if (bad_row.get() >= 0) return mgt::fail(MGT_BAD_ACTIVATION, bad_row.get(), error_index);
 
   const Plan plan = plan_of(*context, a);

@@ -264,7 +264,8 @@ float stage_token_major(const Source& source, int64_t position, int64_t first_co
   F max0 = S::set(-kInfinity), max1 = max0;
   const auto stage = [&](int64_t j, F& max) {
     F logits = load_vector<S, dtype>(source.cond.data, cond + j);
-    if (source.guided) logits = guide<S, kNegative>(logits, load_vector<S, dtype>(source.uncond.data, uncond + j), scale);
+    if (source.guided)
+      logits = guide<S, kNegative>(logits, load_vector<S, dtype>(source.uncond.data, uncond + j), scale);
     S::store(tile + j, logits);
     max = S::max(logits, max);
   };
@@ -292,7 +293,8 @@ void stage_position_major(const Source& source, int64_t position, int64_t count,
         const auto load = [&](const Half& half) {
           return load_vector<S, dtype>(half.data, position + p + column * half.stride_token);
         };
-        rows[i] = source.guided ? guide<S, kNegative>(load(source.cond), load(source.uncond), scale) : load(source.cond);
+        rows[i] =
+            source.guided ? guide<S, kNegative>(load(source.cond), load(source.uncond), scale) : load(source.cond);
       }
       S::transpose(rows);
       for (int i = 0; i < 16; ++i) S::store(tiles[p + i] + j, rows[i]);
@@ -373,8 +375,8 @@ Prefetch next_tile(const mgt_sample_tokens_args& args, const Source& source, con
 }
 
 template <class S, mgt_dtype dtype>
-int64_t sample_groups(const mgt_sample_tokens_args& args, int64_t begin, int64_t end, int64_t* token_ids, float* logprob,
-                      float* tile_memory) {
+int64_t sample_groups(const mgt_sample_tokens_args& args, int64_t begin, int64_t end, int64_t* token_ids,
+                      float* logprob, float* tile_memory) {
   const bool by_row = token_major(args);
   const int64_t group_size = by_row ? 1 : kGroupPositions;
   const int64_t num_groups = groups_per_sample(args);
@@ -430,8 +432,8 @@ int64_t sample_groups(const mgt_sample_tokens_args& args, int64_t begin, int64_t
 }
 
 template <class S>
-int64_t sample_tokens(const mgt_sample_tokens_args& args, int64_t begin, int64_t end, int64_t* token_ids, float* logprob,
-                      float* tiles) {
+int64_t sample_tokens(const mgt_sample_tokens_args& args, int64_t begin, int64_t end, int64_t* token_ids,
+                      float* logprob, float* tiles) {
   switch (args.dtype) {
     case MGT_BFLOAT16: return sample_groups<S, MGT_BFLOAT16>(args, begin, end, token_ids, logprob, tiles);
     case MGT_FLOAT16: return sample_groups<S, MGT_FLOAT16>(args, begin, end, token_ids, logprob, tiles);

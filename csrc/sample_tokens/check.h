@@ -33,7 +33,7 @@ inline bool offsets_fit(const mgt_sample_tokens_args& a, const mgt_logits& half)
   return ((samples.magnitude() + positions.magnitude() + tokens.magnitude()) * int64_t{sizeof(float)}).fits();
 }
 
-// of normalized arguments
+// expects normalized arguments
 inline bool valid(const mgt_sample_tokens_args& a) {
   const bool guided = a.uncond_logits.data != nullptr;
   if (a.num_samples < 0 || a.num_positions < 0 || a.num_tokens < 1 || a.num_tokens > INT32_MAX ||
@@ -65,8 +65,9 @@ inline int64_t first_bad_token(const mgt_sample_tokens_args& a) {
 inline Chunks chunks_of_groups(const mgt_context& context, const mgt_sample_tokens_args& a) {
   const int64_t num_groups = a.num_samples * groups_per_sample(a);
   const int64_t group_logits = a.num_tokens * (token_major(a) ? 1 : kGroupPositions);
-  const int64_t chunk = std::max({int64_t{1}, (int64_t{1} << 15) / group_logits,
-                                  std::min((int64_t{1} << 18) / group_logits, num_groups / (8 * max_workers(context)))});
+  const int64_t chunk =
+      std::max({int64_t{1}, (int64_t{1} << 15) / group_logits,
+                std::min((int64_t{1} << 18) / group_logits, num_groups / (8 * max_workers(context)))});
   return {context, num_groups, chunk};
 }
 

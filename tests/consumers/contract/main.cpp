@@ -154,8 +154,8 @@ class Round {
     for (const int64_t size :
          {mgt_sample_tokens_workspace(&context_, &by_token), mgt_sample_tokens_workspace(&context_, &by_position),
           mgt_differential_sample_workspace(&context_, &differential),
-          mgt_differential_sample_workspace(&context_, &differential_by_position), mgt_w4a8_linear_workspace(&context_, &layer_),
-          mgt_w4a16_linear_workspace(&context_, &layer_)}) {
+          mgt_differential_sample_workspace(&context_, &differential_by_position),
+          mgt_w4a8_linear_workspace(&context_, &layer_), mgt_w4a16_linear_workspace(&context_, &layer_)}) {
       require(size >= 0, "a workspace has no size");
       if (static_cast<size_t>(size) > workspace_.size()) workspace_.resize(static_cast<size_t>(size));
     }
@@ -207,7 +207,8 @@ class Round {
     return ids_ == other.ids_ && logprob_ == other.logprob_ && masked_ == other.masked_ && history_ == other.history_ &&
            written_ == other.written_ && differential_ids_ == other.differential_ids_ &&
            differential_logprob_ == other.differential_logprob_ && divergence_ == other.divergence_ &&
-           half_ids_ == other.half_ids_ && half_logprob_ == other.half_logprob_ && y8_ == other.y8_ && y16_ == other.y16_;
+           half_ids_ == other.half_ids_ && half_logprob_ == other.half_logprob_ && y8_ == other.y8_ &&
+           y16_ == other.y16_;
   }
 
  private:

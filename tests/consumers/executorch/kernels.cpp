@@ -59,9 +59,9 @@ static void sample_tokens(et::KernelRuntimeContext& context, et::Span<et::EValue
   // the runtime's memory for one call of a kernel, where the program's host has given it some
   const et::Result<void*> lent = context.allocate_temp(static_cast<size_t>(num_bytes));
   const std::unique_ptr<char[]> own(lent.ok() ? nullptr : new char[static_cast<size_t>(num_bytes)]);
-  const mgt_status status = mgt_sample_tokens(&threads, &args, token_ids.mutable_data_ptr<int64_t>(),
-                                              logprob.mutable_data_ptr<float>(), lent.ok() ? *lent : own.get(),
-                                              num_bytes, &bad_row);
+  const mgt_status status =
+      mgt_sample_tokens(&threads, &args, token_ids.mutable_data_ptr<int64_t>(), logprob.mutable_data_ptr<float>(),
+                        lent.ok() ? *lent : own.get(), num_bytes, &bad_row);
   ET_KERNEL_CHECK_MSG(context, status == MGT_OK, InvalidArgument, , "sample_tokens: status %d, row %d",
                       static_cast<int>(status), static_cast<int>(bad_row));
 }
