@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton==3.9.0
 BIN := $(VENV)/bin
 
-.PHONY: demo test triton-versions wheel test-consumers bench lint evaluate clean
+.PHONY: demo test fuzz triton-versions wheel test-consumers bench lint evaluate clean
 
 $(VENV)/installed: pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +26,27 @@ test: $(VENV)/installed
 # the kernels compiled with every version of Triton that the package allows, each in a folder below build/triton
 triton-versions: $(VENV)/installed
 	$(BIN)/python tests/gpu/versions.py
+
+# Every fuzz/*.cpp, a libFuzzer program, and every fuzz/*.py, which takes --seconds, runs for FUZZ_SECONDS, two at a time.
+# What they find new is kept in build/fuzz/corpus, and an input that fails in build/fuzz/findings.
+FUZZ_SECONDS ?= 60
+FUZZERS := $(basename $(notdir $(wildcard fuzz/*.cpp)))
+PYTHON_FUZZERS := $(wildcard fuzz/*.py)
+fuzz: $(VENV)/installed
+	fuzz/find_clang
+	cmake -S . -B build/fuzz -DMGT_FUZZ=ON -DMGT_PYTHON=OFF -DCMAKE_CXX_COMPILER=clang++ -DCMAKE_BUILD_TYPE=None
+	cmake --build build/fuzz --target fuzzers --parallel 2
+	$(MAKE) --no-print-directory --jobs 2 --output-sync=target $(addprefix fuzz-,$(FUZZERS) $(notdir $(PYTHON_FUZZERS)))
+
+.PHONY: $(addprefix fuzz-,$(FUZZERS) $(notdir $(PYTHON_FUZZERS)))
+$(addprefix fuzz-,$(FUZZERS)): fuzz-%:
+	mkdir -p build/fuzz/corpus/$* build/fuzz/findings
+	build/fuzz/fuzz/fuzz_$* build/fuzz/corpus/$* fuzz/corpus/$* -max_total_time=$(FUZZ_SECONDS) -max_len=256 \
+		-artifact_prefix=build/fuzz/findings/$*- > build/fuzz/$*.log 2>&1 || (tail -n 60 build/fuzz/$*.log; exit 1)
+	@echo "$*: $$(grep -hE '^(Done|calls)' build/fuzz/$*.log | tr '\n' ' ')"
+
+$(addprefix fuzz-,$(notdir $(PYTHON_FUZZERS))): fuzz-%:
+	$(BIN)/python fuzz/$* --seconds $(FUZZ_SECONDS)
 
 # the sdist, and of it a wheel for any x86-64 Linux of 2018 or later, in dist
 WHEEL := build/wheel
@@ -56,7 +77,7 @@ evaluate: $(VENV)/installed
 lint: $(VENV)/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp benchmarks/*.c tests/consumers/*/*.c* \
+	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp benchmarks/*.c tests/consumers/*/*.c* fuzz/*.h fuzz/*.cpp \
 		mgt_kernels/triton/aot/*.[ch] tests/gpu/fake_cuda/*.c
 	$(BIN)/mypy mgt_kernels python_api/mgt_sampler benchmarks tests/gpu
 

@@ -124,7 +124,10 @@ static void count_draws(const mgt_context* context) {
         char name[80];
         snprintf(name, sizeof name, "sample_tokens, %s, %s, %s", kinds[kind], dtypes[dtype],
                  position_major ? "position-major" : "token-major");
-        COUNT(name, context->isa, NUM_LOGITS, mgt_sample_tokens(context, &args, token_ids, logprob, &error_index));
+        const int64_t num_bytes = mgt_sample_tokens_workspace(context, &args);
+        if (num_bytes < 0 || num_bytes > (int64_t)sizeof workspace) exit(1);
+        COUNT(name, context->isa, NUM_LOGITS,
+              mgt_sample_tokens(context, &args, token_ids, logprob, workspace, num_bytes, &error_index));
       }
 }
 

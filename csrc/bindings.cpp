@@ -1,7 +1,9 @@
 // The Python door of the C ABI: addresses in, a status out, the GIL released while the kernels run. mgt_kernels/cpu.py
-// is the only caller; it owns the tensors behind the addresses and turns a status into an exception.
+// is the only caller; it owns the tensors behind the addresses and turns a status into an exception. Nothing here
+// outlives a call, so that calls need no lock.
 #include <pybind11/pybind11.h>
 
+#include <memory>
 #include <stdexcept>
 
 #include "manylinux.h"
@@ -25,6 +27,14 @@ mgt_logits logits(py::tuple t) {
   return {pointer<const void>(t[0].cast<std::uintptr_t>()), t[1].cast<int64_t>(), t[2].cast<int64_t>(),
           t[3].cast<int64_t>()};
 }
+
+// A call's workspace. A size of -1 stands for arguments that the call is about to refuse.
+struct Workspace {
+  explicit Workspace(int64_t size)
+      : num_bytes(size), memory(size > 0 ? new char[static_cast<size_t>(size)] : nullptr) {}
+  int64_t num_bytes;
+  std::unique_ptr<char[]> memory;
+};
 
 void require_length(const char* name, int64_t length, int64_t expected) {
   if (length != expected) throw std::length_error(std::string(name) + " has the wrong length");
@@ -64,7 +74,9 @@ py::tuple sample_tokens(int isa, int num_threads, std::uintptr_t parallel, py::t
   mgt_status status;
   {
     py::gil_scoped_release released;
-    status = mgt_sample_tokens(&where, &args, pointer<int64_t>(token_ids), pointer<float>(logprob), &error_index);
+    const Workspace workspace(mgt_sample_tokens_workspace(&where, &args));
+    status = mgt_sample_tokens(&where, &args, pointer<int64_t>(token_ids), pointer<float>(logprob),
+                               workspace.memory.get(), workspace.num_bytes, &error_index);
   }
   return py::make_tuple(static_cast<int>(status), error_index);
 }
@@ -86,14 +98,14 @@ py::tuple differential_sample(int isa, int num_threads, std::uintptr_t parallel,
                               int64_t mask_token_id, int64_t step, float guidance_scale, float noise_scale,
                               float temperature, int variant, bool aliased_history, bool has_history, double share,
                               py::tuple history, py::tuple written, py::tuple token_ids, py::tuple logprob,
-                              py::tuple divergence, py::tuple workspace) {
+                              py::tuple divergence) {
   const mgt_differential_sample_args args =
       differential_sample_args(sample_tokens_args(shape, dtype, cond, uncond, tokens, seeds, mask_token_id, step,
                                                   guidance_scale, noise_scale, temperature),
                                variant, aliased_history, has_history, share);
   const int64_t num_rows = args.sample.num_samples * args.sample.num_positions;
   const auto address = [](const char* name, const py::tuple& buffer, int64_t expected) {
-    if (expected >= 0) require_length(name, buffer[1].cast<int64_t>(), expected);
+    require_length(name, buffer[1].cast<int64_t>(), expected);
     return buffer[0].cast<std::uintptr_t>();
   };
   auto* history_codes = pointer<uint16_t>(address("history", history, num_rows * args.sample.num_tokens));
@@ -101,24 +113,16 @@ py::tuple differential_sample(int isa, int num_threads, std::uintptr_t parallel,
   auto* ids = pointer<int64_t>(address("token_ids", token_ids, num_rows));
   auto* nats = pointer<float>(address("logprob", logprob, num_rows));
   auto* kl = pointer<float>(address("divergence", divergence, num_rows));
-  auto* memory = pointer<void>(address("workspace", workspace, -1));
-  const auto num_bytes = workspace[1].cast<int64_t>();
   const mgt_context where = context(isa, num_threads, parallel);
   int64_t error_index = -1;
   mgt_status status;
   {
     py::gil_scoped_release released;
-    status = mgt_differential_sample(&where, &args, history_codes, written_flags, ids, nats, kl, memory, num_bytes,
-                                     &error_index);
+    const Workspace workspace(mgt_differential_sample_workspace(&where, &args));
+    status = mgt_differential_sample(&where, &args, history_codes, written_flags, ids, nats, kl, workspace.memory.get(),
+                                     workspace.num_bytes, &error_index);
   }
   return py::make_tuple(static_cast<int>(status), error_index);
-}
-
-int64_t differential_sample_workspace(int num_threads, py::tuple shape, py::tuple cond, py::tuple uncond) {
-  const mgt_differential_sample_args args = differential_sample_args(
-      sample_tokens_args(shape, MGT_FLOAT32, cond, uncond, 0, 0, 0, 0, 1.0f, 0.0f, 1.0f), 0, false, false, 0.0);
-  const mgt_context where = context(MGT_ISA_AUTO, num_threads, 0);
-  return mgt_differential_sample_workspace(&where, &args);
 }
 
 py::tuple mask_by_confidence(int isa, int num_threads, std::uintptr_t parallel, int64_t num_samples,
@@ -165,31 +169,24 @@ mgt_int4_linear_args int4_linear_args(py::tuple shape, int dtype, std::uintptr_t
   return args;
 }
 
-int64_t int4_linear_workspace(bool a8, int isa, int num_threads, py::tuple shape, int dtype, int64_t x_stride,
-                              int64_t group_size) {
-  const mgt_int4_linear_args args =
-      int4_linear_args(shape, dtype, 0, x_stride, py::make_tuple(0, 0, 0, 0, group_size), 0);
-  const mgt_context where = context(isa, num_threads, 0);
-  return a8 ? mgt_w4a8_linear_workspace(&where, &args) : mgt_w4a16_linear_workspace(&where, &args);
-}
-
 py::tuple int4_linear(bool a8, int isa, int num_threads, std::uintptr_t parallel, py::tuple shape, int dtype,
                       std::uintptr_t x, int64_t x_stride, py::tuple weight, std::uintptr_t bias, py::tuple x_scale,
-                      py::tuple y, py::tuple workspace) {
+                      py::tuple y) {
   const mgt_int4_linear_args args = int4_linear_args(shape, dtype, x, x_stride, weight, bias);
   require_length("y", y[1].cast<int64_t>(), args.num_rows * args.num_outputs);
   const auto* scales = pointer<const float>(x_scale[0].cast<std::uintptr_t>());
   const auto num_scales = x_scale[1].cast<int64_t>();
   auto* result = pointer<void>(y[0].cast<std::uintptr_t>());
-  auto* memory = pointer<void>(workspace[0].cast<std::uintptr_t>());
-  const auto num_bytes = workspace[1].cast<int64_t>();
   const mgt_context where = context(isa, num_threads, parallel);
   int64_t error_index = -1;
   mgt_status status;
   {
     py::gil_scoped_release released;
-    status = a8 ? mgt_w4a8_linear(&where, &args, scales, num_scales, result, memory, num_bytes, &error_index)
-                : mgt_w4a16_linear(&where, &args, result, memory, num_bytes, &error_index);
+    const Workspace workspace(a8 ? mgt_w4a8_linear_workspace(&where, &args)
+                                 : mgt_w4a16_linear_workspace(&where, &args));
+    char* memory = workspace.memory.get();
+    status = a8 ? mgt_w4a8_linear(&where, &args, scales, num_scales, result, memory, workspace.num_bytes, &error_index)
+                : mgt_w4a16_linear(&where, &args, result, memory, workspace.num_bytes, &error_index);
   }
   return py::make_tuple(static_cast<int>(status), error_index);
 }
@@ -220,13 +217,11 @@ py::tuple resolve_isa(int requested) {
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
+PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("sample_tokens", &sample_tokens);
   m.def("differential_sample", &differential_sample);
-  m.def("differential_sample_workspace", &differential_sample_workspace);
   m.def("mask_by_confidence", &mask_by_confidence);
   m.def("int4_linear", &int4_linear);
-  m.def("int4_linear_workspace", &int4_linear_workspace);
   m.def("kernel_isa", &kernel_isa);
   m.def("philox", &philox);
   m.def("gaussian", &gaussian);

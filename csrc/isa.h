@@ -29,12 +29,17 @@
 #define MGT_TARGET_BEGIN(features) _Pragma("GCC push_options") MGT_PRAGMA(GCC target(features))
 #define MGT_TARGET_END _Pragma("GCC pop_options")
 #endif
-#define MGT_TARGET_AVX2_BEGIN MGT_TARGET_BEGIN("avx2,fma,f16c")
-#define MGT_AVX512_FEATURES "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
+// What each instruction set may use. isa.cpp reads these very strings and asks the processor for every name in them.
+#define MGT_AVX2_FEATURES "avx2,fma,f16c"
+#define MGT_AVX512_FEATURES MGT_AVX2_FEATURES ",avx512f,avx512bw,avx512dq,avx512vl"
+#define MGT_AVX512_VNNI_FEATURES MGT_AVX512_FEATURES ",avx512vnni"
+#define MGT_AVX512_BF16_FEATURES MGT_AVX512_VNNI_FEATURES ",avx512bf16"
+#define MGT_AMX_FEATURES MGT_AVX512_BF16_FEATURES ",amx-tile,amx-int8,amx-bf16"
+#define MGT_TARGET_AVX2_BEGIN MGT_TARGET_BEGIN(MGT_AVX2_FEATURES)
 #define MGT_TARGET_AVX512_BEGIN MGT_TARGET_BEGIN(MGT_AVX512_FEATURES)
-#define MGT_TARGET_AVX512_VNNI_BEGIN MGT_TARGET_BEGIN(MGT_AVX512_FEATURES ",avx512vnni")
-#define MGT_TARGET_AVX512_BF16_BEGIN MGT_TARGET_BEGIN(MGT_AVX512_FEATURES ",avx512vnni,avx512bf16")
-#define MGT_TARGET_AMX_BEGIN MGT_TARGET_BEGIN(MGT_AVX512_FEATURES ",avx512vnni,avx512bf16,amx-tile,amx-int8,amx-bf16")
+#define MGT_TARGET_AVX512_VNNI_BEGIN MGT_TARGET_BEGIN(MGT_AVX512_VNNI_FEATURES)
+#define MGT_TARGET_AVX512_BF16_BEGIN MGT_TARGET_BEGIN(MGT_AVX512_BF16_FEATURES)
+#define MGT_TARGET_AMX_BEGIN MGT_TARGET_BEGIN(MGT_AMX_FEATURES)
 
 #define MGT_INLINE inline __attribute__((always_inline))
 #define MGT_NOINLINE __attribute__((noinline))

@@ -2,8 +2,15 @@
  * exceptions.
  *
  * Every function is re-entrant, only reads what is not named an output, and returns MGT_OK or the reason why it did
- * nothing useful. Threads need 320 KiB of stack. Strides count elements. Random draws are functions of (seed, step,
- * position, token id) alone, so results do not depend on the batch, the number of threads or the instruction set.
+ * nothing useful. A size, offset or product of sizes that does not fit 63 bits, in bytes, is an invalid argument.
+ * Threads need 64 KiB of stack. Strides count elements; a dimension of size 1 is never stepped along, so that any
+ * stride of it will do.
+ *
+ * Random draws are functions of (seed, step, position, token id) alone, so results do not depend on the batch, the
+ * number of threads or the instruction set. Nor do they depend on the floating-point state of the calling thread or of
+ * a lent pool's threads (MXCSR: rounding mode, flushing of denormals, traps): each op sets it aside and puts it back.
+ * One thing is the processor's: the dot products of bfloat16 of mgt_w4a16_linear on MGT_ISA_AVX512_BF16 and MGT_ISA_AMX
+ * take denormals for zero and flush sums below 2^-126, whatever that state is.
  */
 #ifndef MGT_KERNELS_H
 #define MGT_KERNELS_H
@@ -22,13 +29,21 @@ extern "C" {
 
 #define MGT_VERSION "0.1.0"
 
-typedef enum {
+/* C++ may then hold, and pass, a number that is not in the list: it is refused, not undefined. */
+#if defined(__cplusplus)
+#define MGT_INT32 : int32_t
+#else
+#define MGT_INT32
+#endif
+
+typedef enum MGT_INT32 {
   MGT_OK = 0,
   /* a pointer, size, stride or scalar is outside its documented range */
   MGT_INVALID_ARGUMENT = 1,
   /* the instruction set asked for (by argument or by MGT_ISA) is unknown or missing on this processor */
   MGT_ISA_UNAVAILABLE = 2,
-  /* logits of a masked position hold NaN or +inf, or forbid every token; error_index is its row b * N + n */
+  /* logits of a masked position hold NaN or +inf, overflow to +inf under guidance, noise or temperature, or forbid
+   * every token; error_index is its row b * N + n */
   MGT_BAD_LOGITS = 3,
   /* a known token is outside [0, num_tokens); error_index is its row b * N + n */
   MGT_BAD_TOKEN = 4,
@@ -41,7 +56,7 @@ typedef enum {
 } mgt_status;
 
 /* What a kernel may use, each more than the one before; an op without a kernel of that name runs the best one below. */
-typedef enum {
+typedef enum MGT_INT32 {
   MGT_ISA_AUTO = 0,
   MGT_ISA_SCALAR = 1,
   MGT_ISA_AVX2 = 2,
@@ -51,7 +66,7 @@ typedef enum {
   MGT_ISA_AMX = 6
 } mgt_isa;
 
-typedef enum { MGT_FLOAT32 = 0, MGT_BFLOAT16 = 1, MGT_FLOAT16 = 2 } mgt_dtype;
+typedef enum MGT_INT32 { MGT_FLOAT32 = 0, MGT_BFLOAT16 = 1, MGT_FLOAT16 = 2 } mgt_dtype;
 
 /* Runs body(data) on num_threads threads and returns when all have. The signature is GOMP_parallel's, so that a caller
  * can lend the thread pool of the OpenMP runtime it already has; flags is 0. Correct for any number of runs of body
@@ -60,13 +75,14 @@ typedef void (*mgt_parallel)(void (*body)(void* data), void* data, unsigned num_
 
 typedef struct {
   mgt_isa isa;
-  /* at least 1 */
+  /* at least 1; the larger of 16 and the number of processors is the most that are used */
   int32_t num_threads;
   /* NULL: the call starts its own threads and joins them */
   mgt_parallel parallel;
 } mgt_context;
 
-/* (B, N, V) logits of one guidance half. One of stride_position and stride_token is 1. */
+/* (B, N, V) logits of one guidance half. One of stride_position and stride_token is 1, the same in both halves; the
+ * other strides are any, 0 and negative ones too. */
 typedef struct {
   const void* data;
   int64_t stride_sample;
@@ -76,7 +92,9 @@ typedef struct {
 
 typedef struct {
   int64_t num_samples;
+  /* below 2^32 */
   int64_t num_positions;
+  /* within [1, 2^31) */
   int64_t num_tokens;
   mgt_dtype dtype;
   mgt_logits logits;
@@ -86,22 +104,36 @@ typedef struct {
   const int64_t* tokens;
   /* (B) */
   const int64_t* seeds;
+  /* any; a token of the codebook that is the mask's is never drawn */
   int64_t mask_token_id;
   /* in [0, 2^32) */
   int64_t step;
+  /* finite */
   float guidance_scale;
+  /* finite, at least 0 */
   float noise_scale;
+  /* 0, or finite with a finite inverse */
   float temperature;
 } mgt_sample_tokens_args;
 
+/* Bytes of workspace that mgt_sample_tokens needs for these arguments and context->num_threads; -1 where they are
+ * invalid. Nothing is read: all that counts of the pointers is whether uncond_logits.data is NULL. */
+MGT_API int64_t mgt_sample_tokens_workspace(const mgt_context* context, const mgt_sample_tokens_args* args);
+
 /* Draws a token for every masked position and its log-probability (spec: "guided, noisy draw with confidence").
  *
- * token_ids, logprob: (B, N) contiguous. Known positions keep their token and get logprob +inf. On an error the outputs
- * are unspecified and error_index, if not NULL, names the first bad row. */
+ * token_ids, logprob: (B, N) contiguous. Known positions keep their token and get logprob +inf.
+ * workspace: at least mgt_sample_tokens_workspace bytes, of any alignment. On an error the outputs are unspecified and
+ * error_index, if not NULL, names the first bad row.
+ *
+ * The score of a token is its logit l, after guidance, noise and temperature, plus Gumbel noise within [-3.2, 22.9],
+ * rounded to float32, which is 2^(k - 23) apart for |l| within [2^k, 2^(k + 1)). Up to |l| = 2^10 the rounding (2^-13)
+ * is not seen; at 2^20 scores are 1/8 apart; from 2^29 (5.4e8) on the noise is rounded away, and of equal logits the
+ * lowest id always wins. Subtract the row's largest logit where logits may be that large: no probability changes. */
 MGT_API mgt_status mgt_sample_tokens(const mgt_context* context, const mgt_sample_tokens_args* args, int64_t* token_ids,
-                                     float* logprob, int64_t* error_index);
+                                     float* logprob, void* workspace, int64_t workspace_bytes, int64_t* error_index);
 
-typedef enum {
+typedef enum MGT_INT32 {
   /* ranks masked positions; weights |p - q|; selects round(share * masked positions), halves away from zero */
   MGT_DIFFERENTIAL_PAPER = 0,
   /* ranks all positions, reading known ones too; weights max(p - q, 1e-6); selects floor(share * positions) */
@@ -119,8 +151,7 @@ typedef struct {
   double share;
 } mgt_differential_sample_args;
 
-/* Bytes of workspace that mgt_differential_sample needs for these arguments and context->num_threads; -1 where they are
- * invalid. */
+/* Bytes of workspace that mgt_differential_sample needs, as mgt_sample_tokens_workspace says. */
 MGT_API int64_t mgt_differential_sample_workspace(const mgt_context* context, const mgt_differential_sample_args* args);
 
 /* mgt_sample_tokens, but for the share of positions that changed least since the previous step, which are drawn from
@@ -141,6 +172,7 @@ MGT_API mgt_status mgt_differential_sample(const mgt_context* context, const mgt
 
 typedef struct {
   int64_t num_samples;
+  /* below 2^32 */
   int64_t num_positions;
   /* (B, N) contiguous: the drawn token and its log-probability, +inf where the token is known */
   const int64_t* token_ids;
@@ -152,22 +184,26 @@ typedef struct {
   int64_t mask_token_id;
   /* in [0, 2^32) */
   int64_t step;
+  /* finite, at least 0 */
   float temperature;
 } mgt_mask_by_confidence_args;
 
-/* Masks the mask_len least confident of the masked positions again. tokens: (B, N) contiguous, may not alias an input.
- */
+/* Masks the mask_len least confident of the masked positions again, exactly as many. The confidence is logprob +
+ * temperature * Gumbel noise; of equal ones the lower position counts as the less confident.
+ * tokens: (B, N) contiguous, may not alias an input. */
 MGT_API mgt_status mgt_mask_by_confidence(const mgt_context* context, const mgt_mask_by_confidence_args* args,
                                           int64_t* tokens, int64_t* error_index);
 
 typedef struct {
   int64_t num_rows;
+  /* within [1, 2^31) */
   int64_t num_inputs;
   int64_t num_outputs;
   /* of x and y: MGT_FLOAT32 or MGT_BFLOAT16 */
   mgt_dtype dtype;
   /* (num_rows, num_inputs), unit stride over inputs */
   const void* x;
+  /* from row to row, at least num_inputs */
   int64_t x_stride;
   /* (num_outputs, 32 ceil(num_inputs / 64)) contiguous: byte 32 c + j of a row holds input 64 c + j in its low nibble
    * and input 64 c + 32 + j in its high one */
@@ -204,16 +240,18 @@ MGT_API mgt_status mgt_w4a16_linear(const mgt_context* context, const mgt_int4_l
                                     void* workspace, int64_t workspace_bytes, int64_t* error_index);
 
 /* Philox4x32-7 words of the counters (first_block + i, position, step, stream). words: (4, num_blocks), word by word.
- */
+ * first_block + num_blocks: at most 2^32. */
 MGT_API mgt_status mgt_philox(const mgt_context* context, int64_t seed, uint32_t position, uint32_t step,
                               uint32_t stream, int64_t first_block, int64_t num_blocks, uint32_t* words);
 
-/* N(0, 1) draws of tokens 0..num_tokens-1 at one position: the noise that mgt_sample_tokens adds. noise: (num_tokens).
- */
+/* N(0, 1) draws of tokens 0..num_tokens-1 at one position: the noise that mgt_sample_tokens adds. noise: (num_tokens),
+ * below 2^31 of them. */
 MGT_API mgt_status mgt_gaussian(const mgt_context* context, int64_t seed, uint32_t position, uint32_t step,
                                 int64_t num_tokens, float* noise);
 
-/* The instruction set that `requested` stands for on this processor; MGT_ISA_AUTO honours MGT_ISA. */
+/* The instruction set that `requested` stands for on this processor. MGT_ISA_AUTO is the one that the environment
+ * variable MGT_ISA names, or the best. The variable is read once, by the first call that asks for MGT_ISA_AUTO:
+ * changing it afterwards has no effect. */
 MGT_API mgt_status mgt_resolve_isa(mgt_isa requested, mgt_isa* isa);
 
 /* The kernel that an op ("sample_tokens", "w4a8_linear", ...) runs where `isa` may be used. "amx" uses tile registers

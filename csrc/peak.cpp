@@ -155,7 +155,7 @@ namespace {
 struct Loop {
   mgt_isa isa;
   const char* dtype;
-  // of one time around
+  // in one turn of the loop
   double num_operations;
   void (*run)(int64_t times);
 };

@@ -20,7 +20,8 @@ struct Threshold {
   int64_t num_tied;
 };
 
-// The threshold that selects the `rank` >= 1 smallest of the positions that take part, of which there are as many.
+// The threshold that selects the `rank` >= 1 smallest of the positions that take part; all of them where they are
+// fewer.
 template <class KeyAt, class TakesPart>
 Threshold threshold_of_rank(int64_t num_positions, int64_t rank, const KeyAt& key_at, const TakesPart& takes_part) {
   uint32_t threshold = 0;
@@ -32,7 +33,7 @@ Threshold threshold_of_rank(int64_t num_positions, int64_t rank, const KeyAt& ke
       if ((key & fixed) == threshold && takes_part(i)) ++histogram[key >> shift & 0xffu];
     }
     uint32_t digit = 0;
-    for (; rank > histogram[digit]; ++digit) rank -= histogram[digit];
+    for (; digit < 255 && rank > histogram[digit]; ++digit) rank -= histogram[digit];
     threshold |= digit << shift;
   }
   return {threshold, rank};

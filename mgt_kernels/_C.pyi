@@ -44,11 +44,7 @@ def differential_sample(
     token_ids: tuple[int, int],
     logprob: tuple[int, int],
     divergence: tuple[int, int],
-    workspace: tuple[int, int],
 ) -> tuple[int, int]: ...
-def differential_sample_workspace(
-    num_threads: int, shape: tuple[int, ...], cond: tuple[int, ...], uncond: tuple[int, ...]
-) -> int: ...
 def mask_by_confidence(
     isa: int,
     num_threads: int,
@@ -78,9 +74,6 @@ def philox(
 ) -> int: ...
 def gaussian(isa: int, seed: int, position: int, step: int, noise: int, noise_length: int) -> int: ...
 def kernel_isa(op: str, isa: int) -> tuple[int, int]: ...
-def int4_linear_workspace(
-    a8: bool, isa: int, num_threads: int, shape: tuple[int, ...], dtype: int, x_stride: int, group_size: int
-) -> int: ...
 def int4_linear(
     a8: bool,
     isa: int,
@@ -94,6 +87,5 @@ def int4_linear(
     bias: int,
     x_scale: tuple[int, int],
     y: tuple[int, int],
-    workspace: tuple[int, int],
 ) -> tuple[int, int]: ...
 def peak(isa: str, dtype: str, num_threads: int, seconds: float) -> float: ...

@@ -136,15 +136,11 @@ def differential_sample(
     tokens, seed = tokens.contiguous(), seed.contiguous()
     token_ids = torch.empty_like(tokens)
     logprob, divergence = (torch.empty(tokens.shape, dtype=torch.float32) for _ in range(2))
-    num_threads, pool = _threads()
-    layout = tuple(logits.shape), _half(logits), _half(uncond_logits)
-    workspace = torch.empty(_C.differential_sample_workspace(num_threads, *layout), dtype=torch.uint8)
-    shape, cond, uncond = layout
     status, index = _C.differential_sample(
-        ISAS.index(isa), num_threads, pool, shape, _DTYPES[logits.dtype], cond, uncond, tokens.data_ptr(),
-        seed.data_ptr(), mask_token_id, step, guidance_scale, noise_scale, temperature,
+        ISAS.index(isa), *_threads(), tuple(logits.shape), _DTYPES[logits.dtype], _half(logits), _half(uncond_logits),
+        tokens.data_ptr(), seed.data_ptr(), mask_token_id, step, guidance_scale, noise_scale, temperature,
         DIFFERENTIAL_VARIANTS.index(variant), aliased_history, has_history, share,
-        *((t.data_ptr(), t.numel()) for t in (history, written, token_ids, logprob, divergence, workspace)),
+        *((t.data_ptr(), t.numel()) for t in (history, written, token_ids, logprob, divergence)),
     )  # fmt: skip
     if status:
         # some rows were overwritten: none may be taken for the previous step's
@@ -243,17 +239,13 @@ def int4_linear(
     if num_rows == 0:
         return y
     shape, dtype, stride = (num_rows, num_inputs, num_outputs), _DTYPES[x.dtype], x.stride(0)
-    num_threads, pool = _threads()
-    workspace = torch.empty(
-        _C.int4_linear_workspace(a8, ISAS.index(isa), num_threads, shape, dtype, stride, group_size), dtype=torch.uint8
-    )
     if x_scale is not None:
         x_scale = x_scale.contiguous()
     weight = w_q.data_ptr(), scale.data_ptr(), _DTYPES[scale.dtype], zero_point.data_ptr(), group_size
     status, row = _C.int4_linear(
-        a8, ISAS.index(isa), num_threads, pool, shape, dtype, x.data_ptr(), stride, weight,
+        a8, ISAS.index(isa), *_threads(), shape, dtype, x.data_ptr(), stride, weight,
         0 if bias is None else bias.data_ptr(), (0, 0) if x_scale is None else (x_scale.data_ptr(), len(x_scale)),
-        (y.data_ptr(), y.numel()), (workspace.data_ptr(), workspace.numel()),
+        (y.data_ptr(), y.numel()),
     )  # fmt: skip
     if status == 2:
         _raise_unavailable(isa)

@@ -286,12 +286,6 @@ def test_the_bundled_model(tmp_path):
     assert result.exit_code == 0 and Image.open(out).size == (116 + 4, 116 + 4)
 
 
-def test_info_names_an_instruction_set_that_is_missing(monkeypatch):
-    monkeypatch.setenv("MGT_ISA", "avx1024")
-    result = mgt("info")
-    assert result.exit_code == 2 and "MGT_ISA=avx1024" in result.output
-
-
 @pytest.mark.parametrize(
     ("args", "message"),
     [

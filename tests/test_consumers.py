@@ -92,6 +92,28 @@ def test_pkg_config_knows_it(prefix, tmp_path):
     check_c_program(run(compile_c(prefix, tmp_path / "main", *flags, f"-Wl,-rpath,{prefix / 'lib'}")))
 
 
+@pytest.mark.skipif(shutil.which("pkg-config") is None, reason="needs pkg-config")
+def test_pkg_config_links_the_archive_in_c(prefix, tmp_path):
+    environment = {**os.environ, "PKG_CONFIG_PATH": str(prefix / "lib" / "pkgconfig")}
+    flags = run("pkg-config", "--static", "--cflags", "--libs", "mgt_kernels", env=environment).split()
+    check_c_program(run(compile_c(prefix, tmp_path / "static", "-static", *flags)))
+    # a folder that has the archive alone
+    lonely = tmp_path / "lib"
+    lonely.mkdir()
+    shutil.copy(prefix / "lib" / "libmgt_kernels.a", lonely)
+    flags = [f"-L{lonely}", *(flag for flag in flags if not flag.startswith("-L"))]
+    check_c_program(run(compile_c(prefix, tmp_path / "archive", *flags)))
+
+
+@pytest.mark.parametrize("where", ["installed", "wheel"])
+def test_a_cmake_project_of_c_alone_links_both_libraries(request, where, tmp_path):
+    folder = request.getfixturevalue("prefix") if where == "installed" else mgt_kernels.include_dir().parent
+    run("cmake", "-S", CONSUMERS / "c", "-B", tmp_path, "-G", "Ninja", f"-DCMAKE_PREFIX_PATH={folder}")
+    run("cmake", "--build", tmp_path)
+    for name in ("with_kernels", "with_kernels_static"):
+        check_c_program(run(tmp_path / name))
+
+
 @pytest.mark.parametrize("where", ["installed", "wheel"])
 def test_a_cpp_program_lends_its_openmp(request, where, tmp_path):
     folder = request.getfixturevalue("prefix") if where == "installed" else mgt_kernels.include_dir().parent
@@ -343,6 +365,35 @@ def test_the_library_keeps_its_contract(prefix, tmp_path):
         # its own threads do allocate, so the counter counts
         expected = r"lent pool: 0 allocations\nown threads: [1-9]\d* allocations\n"
         assert re.fullmatch(expected, done.stdout), done.stdout
+
+
+def test_stacks_of_64_kib_suffice(prefix, tmp_path):
+    library = prefix / "lib" / "libmgt_kernels.a"
+    program = compile_cpp("contract", library, tmp_path / "contract", "-DSTACK_BYTES=65536")
+    for isa in ISAS:
+        run(program, env={**os.environ, "MGT_ISA": isa})
+
+
+OMP_STACKS = """
+import torch, mgt_kernels as m
+torch.set_num_threads(2)
+logits, tokens = torch.randn(2, 2, 2100, 70).transpose(2, 3), torch.full((2, 70), 2100)
+weight, x = m.quantize_int4(torch.randn(512, 1024)), torch.randn(500, 1024)
+for isa in m.info()["isas"]:
+    draw = dict(uncond_logits=logits[1], guidance_scale=3.0, noise_scale=1.0, mask_token_id=2100, seed=1, backend=isa)
+    m.sample_tokens(logits[0], tokens, step=0, **draw)
+    state = None
+    for step in range(2):
+        *_, state = m.differential_sample(logits[0], tokens, state, step=step, **draw)
+    ids, logprob = torch.zeros(900, 70, dtype=torch.int64), torch.zeros(900, 70)
+    m.mask_by_confidence(ids, logprob, 9, mask_token_id=1, temperature=1.0, seed=0, step=0, backend=isa)
+    m.w4a8_linear(x, weight, backend=isa), m.w4a16_linear(x, weight, backend=isa)
+"""
+
+
+def test_openmp_threads_of_64_kib_suffice():
+    # PyTorch's own, which it lends
+    run(sys.executable, "-c", OMP_STACKS, env={**os.environ, "OMP_STACKSIZE": "64k"})
 
 
 @pytest.mark.skipif(shutil.which("clang++") is None, reason="needs clang")

@@ -1,6 +1,5 @@
 #include "isa.h"
 #include "differential_sample/op.h"
-#include "sample_tokens/op.h"
 
 #if MGT_X86
 MGT_TARGET_AVX512_BEGIN

@@ -394,11 +394,7 @@ int64_t differential_groups(const DifferentialCall& call, DifferentialPass pass,
     for (int64_t first_column = 0; first_column < args.num_tokens; first_column += kTileWidth) {
       const int64_t width = std::min(kTileWidth, args.num_tokens - first_column);
       auto* tile = tiles + first_column / kTileWidth * group_size;
-      float staged_max = std::numeric_limits<float>::quiet_NaN();
-      if (by_row)
-        staged_max = stage_token_major<S, dtype>(source, first, first_column, width, tile[0]);
-      else
-        stage_position_major<S, dtype>(source, first, count, first_column, width, tile);
+      const float staged_max = stage<S, dtype>(source, by_row, first, count, first_column, width, tile);
       const Prefetch prefetch = by_row ? next_tile<dtype>(args, source, tokens, first, first_column + width)
                                        : Prefetch{{nullptr, nullptr}, 0};
       // greedy: the race waits for the history, so that both distributions share its random words

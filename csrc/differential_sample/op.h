@@ -1,13 +1,11 @@
 // differential_sample: one entry per instruction set, over the groups of rows that sample_tokens/op.h defines. Rows are
-// independent of each other until the selection, which capi.cpp makes between the passes.
+// independent of each other until the selection, which entry.cpp makes between the passes.
 #pragma once
 
 #include "mgt_kernels.h"
+#include "sample_tokens/op.h"
 
 namespace mgt {
-
-// a row of logits is kept in tiles of this many floats
-constexpr int64_t kRowTileFloats = 2048;
 
 // what a row would get if it were selected; `selected` is written after all rows have been seen
 struct DifferentialChoice {

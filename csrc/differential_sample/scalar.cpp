@@ -1,6 +1,5 @@
 #include "isa.h"
 #include "differential_sample/op.h"
-#include "sample_tokens/op.h"
 
 #include "simd_scalar.h"
 #include "philox.h"

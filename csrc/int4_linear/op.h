@@ -20,8 +20,9 @@ struct Int4LinearCall {
   // W4A8 only
   const float* x_scale;
   int64_t num_x_scales;
-  // of the workspace: the rows as the kernel multiplies them, zeros past num_inputs and past num_rows. One after the
-  // other, or, for tile registers, in tiles of 16 rows: (row / 16, line of 64 bytes, row % 16, 64 bytes)
+  // The rows as the kernel multiplies them, zeros past num_inputs, in the workspace: one after the other, or, for tile
+  // registers, in tiles of 16 rows: (row / 16, line of 64 bytes, row % 16, 64 bytes). What the last tiles hold past
+  // num_rows is multiplied, and never stored.
   void* rows;
   // elements; not a power of two, which would crowd the rows into few sets of a cache
   int64_t row_stride;

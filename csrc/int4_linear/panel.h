@@ -141,7 +141,7 @@ MGT_INLINE void for_rows(int64_t num_rows, const Add& add, int64_t row = 0) {
   }
 }
 
-// of a tile that has nothing to set up
+// the session of a tile that has nothing to set up
 struct NoSession {
   explicit NoSession(int64_t) {}
 };

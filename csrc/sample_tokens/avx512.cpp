@@ -13,8 +13,8 @@ MGT_TARGET_AVX512_BEGIN
 namespace mgt {
 
 int64_t sample_tokens_avx512(const mgt_sample_tokens_args& args, int64_t begin, int64_t end, int64_t* token_ids,
-                             float* logprob) {
-  return sample_tokens<Avx512>(args, begin, end, token_ids, logprob);
+                             float* logprob, float* tiles) {
+  return sample_tokens<Avx512>(args, begin, end, token_ids, logprob, tiles);
 }
 
 }  // namespace mgt

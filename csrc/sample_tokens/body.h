@@ -9,6 +9,8 @@
 namespace mgt {
 namespace {
 
+static_assert(kTileWidth == kRowTileFloats, "the workspace holds whole tiles");
+
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // what is known of a row after some of its tiles; sum is relative to exp(max)
@@ -204,9 +206,12 @@ MGT_INLINE typename S::F load_vector(const void* data, int64_t index) {
     return S::load(static_cast<const uint16_t*>(data) + index, dtype);
 }
 
-template <class S>
+// kNegative: the scale is below 0, which would make -inf, a forbidden token, of a conditional logit of +inf
+template <class S, bool kNegative = false>
 MGT_INLINE typename S::F guide(typename S::F cond, typename S::F uncond, typename S::F scale) {
-  return S::fma(scale, S::sub(cond, uncond), uncond);
+  const auto guided = S::fma(scale, S::sub(cond, uncond), uncond);
+  if constexpr (kNegative) return S::select(S::equal(cond, S::set(kInfinity)), cond, guided);
+  return guided;
 }
 
 // where a sample's logits of one guidance half start, and their strides
@@ -242,16 +247,15 @@ MGT_INLINE float guided_element(const Source& source, int64_t position, int64_t 
   if (!source.guided) return cond;
   const float uncond = at(source.uncond);
   if (cond == -kInfinity || uncond == -kInfinity) return -kInfinity;
-  return guide<Lane1>(cond, uncond, source.guidance_scale);
+  return guide<Lane1, true>(cond, uncond, source.guidance_scale);
 }
 
 inline void stage_by_element(const Source& source, int64_t position, int64_t first_column, int64_t width, float* tile) {
   for (int64_t j = 0; j < width; ++j) tile[j] = guided_element(source, position, first_column + j);
 }
 
-// Returns the largest logit: of the passes over a tile this is the one that waits for memory, so a maximum costs
-// nothing.
-template <class S, mgt_dtype dtype>
+// Returns the largest logit: this pass over a tile is the one that waits for memory, so a maximum costs nothing.
+template <class S, mgt_dtype dtype, bool kNegative>
 float stage_token_major(const Source& source, int64_t position, int64_t first_column, int64_t width, float* tile) {
   using F = typename S::F;
   const int64_t cond = position * source.cond.stride_position + first_column;
@@ -260,7 +264,8 @@ float stage_token_major(const Source& source, int64_t position, int64_t first_co
   F max0 = S::set(-kInfinity), max1 = max0;
   const auto stage = [&](int64_t j, F& max) {
     F logits = load_vector<S, dtype>(source.cond.data, cond + j);
-    if (source.guided) logits = guide<S>(logits, load_vector<S, dtype>(source.uncond.data, uncond + j), scale);
+    if (source.guided)
+      logits = guide<S, kNegative>(logits, load_vector<S, dtype>(source.uncond.data, uncond + j), scale);
     S::store(tile + j, logits);
     max = S::max(logits, max);
   };
@@ -275,7 +280,7 @@ float stage_token_major(const Source& source, int64_t position, int64_t first_co
 
 // Neighbouring positions together: a cache line of the logits holds one column of 16 of them, and a memory page, which
 // the next column has left, is worth several lines.
-template <class S, mgt_dtype dtype>
+template <class S, mgt_dtype dtype, bool kNegative>
 void stage_position_major(const Source& source, int64_t position, int64_t count, int64_t first_column, int64_t width,
                           float (*tiles)[kTileWidth]) {
   const auto scale = S::set(source.guidance_scale);
@@ -288,7 +293,8 @@ void stage_position_major(const Source& source, int64_t position, int64_t count,
         const auto load = [&](const Half& half) {
           return load_vector<S, dtype>(half.data, position + p + column * half.stride_token);
         };
-        rows[i] = source.guided ? guide<S>(load(source.cond), load(source.uncond), scale) : load(source.cond);
+        rows[i] =
+            source.guided ? guide<S, kNegative>(load(source.cond), load(source.uncond), scale) : load(source.cond);
       }
       S::transpose(rows);
       for (int i = 0; i < 16; ++i) S::store(tiles[p + i] + j, rows[i]);
@@ -300,19 +306,30 @@ void stage_position_major(const Source& source, int64_t position, int64_t count,
   }
 }
 
+// One tile of each row of a group. Returns the largest logit of a single row, NaN for several.
+template <class S, mgt_dtype dtype>
+float stage(const Source& source, bool by_row, int64_t position, int64_t count, int64_t first_column, int64_t width,
+            float (*tiles)[kTileWidth]) {
+  const auto stage_guided = [&](auto negative) {
+    if (by_row) return stage_token_major<S, dtype, negative()>(source, position, first_column, width, tiles[0]);
+    stage_position_major<S, dtype, negative()>(source, position, count, first_column, width, tiles);
+    return std::numeric_limits<float>::quiet_NaN();
+  };
+  return source.guidance_scale < 0.0f ? stage_guided(std::true_type()) : stage_guided(std::false_type());
+}
+
 // What happens to the staged logits of one row before they compete; `max` is theirs, or NaN where it is not known yet.
 // Returns the largest logit.
 template <class S>
 float finish_tile(const mgt_sample_tokens_args& args, const PhiloxKey& noise_key, int64_t first_column, int64_t width,
                   float* tile, float max) {
   for (int64_t j = width; j % 16; ++j) tile[j] = -kInfinity;
-  const int64_t mask_column = args.mask_token_id - first_column;
   const bool noisy = args.noise_scale != 0.0f;
   const bool tempered = args.temperature != 0.0f && args.temperature != 1.0f;
-  const bool holds_mask = mask_column >= 0 && mask_column < width;
+  const bool holds_mask = args.mask_token_id >= first_column && args.mask_token_id < first_column + width;
   if (noisy) add_noise<S>(tile, width, first_column, noise_key, args.noise_scale);
   if (tempered) multiply<S>(tile, width, 1.0f / args.temperature);
-  if (holds_mask) tile[mask_column] = -kInfinity;
+  if (holds_mask) tile[args.mask_token_id - first_column] = -kInfinity;
   return noisy || tempered || holds_mask || max != max ? tile_max<S>(tile, width) : max;
 }
 
@@ -359,12 +376,12 @@ Prefetch next_tile(const mgt_sample_tokens_args& args, const Source& source, con
 
 template <class S, mgt_dtype dtype>
 int64_t sample_groups(const mgt_sample_tokens_args& args, int64_t begin, int64_t end, int64_t* token_ids,
-                      float* logprob) {
+                      float* logprob, float* tile_memory) {
   const bool by_row = token_major(args);
   const int64_t group_size = by_row ? 1 : kGroupPositions;
   const int64_t num_groups = groups_per_sample(args);
   const bool greedy = args.temperature == 0.0f;
-  alignas(64) float tiles[kGroupPositions][kTileWidth];
+  auto* tiles = reinterpret_cast<float (*)[kTileWidth]>(tile_memory);
   RowState rows[kGroupPositions];
   bool good[kGroupPositions];
   int64_t bad_row = -1;
@@ -391,12 +408,7 @@ int64_t sample_groups(const mgt_sample_tokens_args& args, int64_t begin, int64_t
 
     for (int64_t first_column = 0; first_column < args.num_tokens; first_column += kTileWidth) {
       const int64_t width = std::min(kTileWidth, args.num_tokens - first_column);
-      float staged_max = std::numeric_limits<float>::quiet_NaN();
-      if (by_row)
-        staged_max = stage_token_major<S, dtype>(source, first, first_column, width, tiles[0]);
-      else
-        stage_position_major<S, dtype>(source, first, count, first_column, width, tiles);
-
+      const float staged_max = stage<S, dtype>(source, by_row, first, count, first_column, width, tiles);
       const Prefetch prefetch = by_row ? next_tile<dtype>(args, source, tokens, first, first_column + width)
                                        : Prefetch{{nullptr, nullptr}, 0};
       for (int64_t i = 0; i < count; ++i) {
@@ -421,11 +433,11 @@ int64_t sample_groups(const mgt_sample_tokens_args& args, int64_t begin, int64_t
 
 template <class S>
 int64_t sample_tokens(const mgt_sample_tokens_args& args, int64_t begin, int64_t end, int64_t* token_ids,
-                      float* logprob) {
+                      float* logprob, float* tiles) {
   switch (args.dtype) {
-    case MGT_BFLOAT16: return sample_groups<S, MGT_BFLOAT16>(args, begin, end, token_ids, logprob);
-    case MGT_FLOAT16: return sample_groups<S, MGT_FLOAT16>(args, begin, end, token_ids, logprob);
-    default: return sample_groups<S, MGT_FLOAT32>(args, begin, end, token_ids, logprob);
+    case MGT_BFLOAT16: return sample_groups<S, MGT_BFLOAT16>(args, begin, end, token_ids, logprob, tiles);
+    case MGT_FLOAT16: return sample_groups<S, MGT_FLOAT16>(args, begin, end, token_ids, logprob, tiles);
+    default: return sample_groups<S, MGT_FLOAT32>(args, begin, end, token_ids, logprob, tiles);
   }
 }
 

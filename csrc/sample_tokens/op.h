@@ -7,6 +7,8 @@
 namespace mgt {
 
 constexpr int64_t kGroupPositions = 32;
+// logits of a row pass through in tiles of this many floats
+constexpr int64_t kRowTileFloats = 2048;
 
 inline bool token_major(const mgt_sample_tokens_args& args) {
   const mgt_logits& u = args.uncond_logits;
@@ -18,11 +20,11 @@ inline int64_t groups_per_sample(const mgt_sample_tokens_args& args) {
 }
 
 // Fills token_ids and logprob for groups [begin, end) of all samples' groups; returns the first row b * N + n whose
-// logits are bad, or -1.
+// logits are bad, or -1. tiles: rows of a group x kRowTileFloats, of one thread, on a cache line.
 using SampleTokens = int64_t (*)(const mgt_sample_tokens_args& args, int64_t begin, int64_t end, int64_t* token_ids,
-                                 float* logprob);
-int64_t sample_tokens_scalar(const mgt_sample_tokens_args&, int64_t, int64_t, int64_t*, float*);
-int64_t sample_tokens_avx2(const mgt_sample_tokens_args&, int64_t, int64_t, int64_t*, float*);
-int64_t sample_tokens_avx512(const mgt_sample_tokens_args&, int64_t, int64_t, int64_t*, float*);
+                                 float* logprob, float* tiles);
+int64_t sample_tokens_scalar(const mgt_sample_tokens_args&, int64_t, int64_t, int64_t*, float*, float*);
+int64_t sample_tokens_avx2(const mgt_sample_tokens_args&, int64_t, int64_t, int64_t*, float*, float*);
+int64_t sample_tokens_avx512(const mgt_sample_tokens_args&, int64_t, int64_t, int64_t*, float*, float*);
 
 }  // namespace mgt

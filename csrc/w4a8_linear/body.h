@@ -88,9 +88,9 @@ struct W4A8Groups {
   const uint32_t* row_sums;
   int64_t sums_stride;
   const uint8_t* panel;
-  // of the layer
+  // the layer's
   int64_t group_size;
-  // of these groups: how many, their first input, and how many times 4 inputs they have
+  // how many groups these are, their first input, and how many times 4 inputs they have
   int64_t num_groups, first_input, num_quads;
   // (num_groups, 64)
   const float* scale;

@@ -25,7 +25,8 @@ def perturbed_logits(
         uncond = uncond_logits.double()
         guided = uncond + guidance_scale * (cond - uncond)
         forbidden = (cond == -torch.inf) | (uncond == -torch.inf)
-        guided = guided.masked_fill(forbidden, -torch.inf)
+        # below 0, a scale would make -inf of it, which only forbids
+        guided = guided.masked_fill(cond == torch.inf, torch.inf).masked_fill(forbidden, -torch.inf)
     noisy = guided
     if noise_scale:
         noisy = guided + noise_scale * gaussian(seed, num_positions, num_tokens, step)

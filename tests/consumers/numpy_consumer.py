@@ -40,16 +40,25 @@ class SampleTokensArgs(ctypes.Structure):
 def sample_tokens(
     library: ctypes.CDLL, logits: np.ndarray, tokens: np.ndarray, seeds: np.ndarray, mask_token_id: int, step: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draw token_ids (B, N) int64 and logprob (B, N) from logits (B, N, V) float32 of any strides, without a copy."""
+    """Draw token_ids (B, N) int64 and logprob (B, N) from logits (B, N, V) float32, without a copy.
+
+    Positions or tokens lie side by side in memory; any strides will do for the other dimensions.
+    """
     view = Logits(logits.ctypes.data, *(stride // logits.itemsize for stride in logits.strides))
     arguments = SampleTokensArgs(
         *logits.shape, 0, view, Logits(), tokens.ctypes.data, seeds.ctypes.data, mask_token_id, step, 1.0, 0.0, 1.0
     )
     token_ids, logprob = np.empty(tokens.shape, np.int64), np.empty(tokens.shape, np.float32)
-    bad_row = ctypes.c_int64(-1)
+    context, bad_row = Context(0, 2, None), ctypes.c_int64(-1)
+    library.mgt_sample_tokens_workspace.restype = ctypes.c_int64
+    num_bytes = library.mgt_sample_tokens_workspace(ctypes.byref(context), ctypes.byref(arguments))
+    if num_bytes < 0:
+        raise ValueError("logits: expected positions or tokens side by side, and sizes and scalars within their ranges")
+    workspace = np.empty(num_bytes, np.uint8)
     status = library.mgt_sample_tokens(
-        ctypes.byref(Context(0, 2, None)), ctypes.byref(arguments), token_ids.ctypes.data_as(ctypes.c_void_p),
-        logprob.ctypes.data_as(ctypes.c_void_p), ctypes.byref(bad_row),
+        ctypes.byref(context), ctypes.byref(arguments), token_ids.ctypes.data_as(ctypes.c_void_p),
+        logprob.ctypes.data_as(ctypes.c_void_p), workspace.ctypes.data_as(ctypes.c_void_p), ctypes.c_int64(num_bytes),
+        ctypes.byref(bad_row),
     )  # fmt: skip
     if status:
         raise RuntimeError(f"mgt_sample_tokens: status {status}, row {bad_row.value}")

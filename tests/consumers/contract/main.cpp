@@ -1,8 +1,10 @@
 // What the header promises of every op: the same results on one thread, on the library's own threads, on a pool that
 // the caller lends, and in calls at the same time; no allocation where the caller lends a pool; nothing printed.
 //
+// -DSTACK_BYTES=65536 gives every thread but the first a stack of that many bytes.
 // Prints "lent pool: N allocations" and "own threads: N allocations"; without COUNT_ALLOCATIONS both are 0.
 #include <mgt_kernels.h>
+#include <pthread.h>
 
 #include <atomic>
 #include <condition_variable>
@@ -130,6 +132,8 @@ class Round {
   explicit Round(const mgt_context& context) : context_(context) {
     for (size_t i = 0; i < logits_.size(); ++i) logits_[i] = static_cast<float>(i * 7919 % 1009) * 0.01f;
     for (size_t i = 0; i < uncond_.size(); ++i) uncond_[i] = static_cast<float>(i * 104729 % 997) * 0.01f;
+    // finite in both formats of 16 bits
+    for (size_t i = 0; i < halves_.size(); ++i) halves_[i] = static_cast<uint16_t>(0x3000 + i * 7919 % 0x1000);
     for (size_t i = 0; i < x_.size(); ++i) x_[i] = static_cast<float>(i * 31 % 101) - 50.0f;
     for (size_t i = 0; i < w_q_.size(); ++i) w_q_[i] = static_cast<uint8_t>(37 * i);
     layer_.num_rows = kRows;
@@ -144,9 +148,14 @@ class Round {
     layer_.group_size = 128;
     mgt_differential_sample_args differential{};
     differential.sample = draw(false);
+    const mgt_sample_tokens_args by_token = draw(false), by_position = draw(true);
+    mgt_differential_sample_args differential_by_position = differential;
+    differential_by_position.sample = by_position;
     for (const int64_t size :
-         {mgt_differential_sample_workspace(&context_, &differential), mgt_w4a8_linear_workspace(&context_, &layer_),
-          mgt_w4a16_linear_workspace(&context_, &layer_)}) {
+         {mgt_sample_tokens_workspace(&context_, &by_token), mgt_sample_tokens_workspace(&context_, &by_position),
+          mgt_differential_sample_workspace(&context_, &differential),
+          mgt_differential_sample_workspace(&context_, &differential_by_position),
+          mgt_w4a8_linear_workspace(&context_, &layer_), mgt_w4a16_linear_workspace(&context_, &layer_)}) {
       require(size >= 0, "a workspace has no size");
       if (static_cast<size_t>(size) > workspace_.size()) workspace_.resize(static_cast<size_t>(size));
     }
@@ -157,7 +166,17 @@ class Round {
     for (const bool position_major : {false, true}) {
       const mgt_sample_tokens_args args = draw(position_major);
       check(mgt_sample_tokens(&context_, &args, ids_.data() + position_major * kPositions,
-                              logprob_.data() + position_major * kPositions, nullptr));
+                              logprob_.data() + position_major * kPositions, workspace_.data(), workspace_bytes,
+                              nullptr));
+    }
+    for (const bool position_major : {false, true}) {
+      for (const mgt_dtype dtype : {MGT_BFLOAT16, MGT_FLOAT16}) {
+        mgt_sample_tokens_args args = draw(position_major);
+        args.dtype = dtype;
+        args.logits.data = args.uncond_logits.data = halves_.data();
+        check(mgt_sample_tokens(&context_, &args, half_ids_.data(), half_logprob_.data(), workspace_.data(),
+                                workspace_bytes, nullptr));
+      }
     }
     mgt_mask_by_confidence_args mask{};
     mask.num_samples = 1;
@@ -169,9 +188,9 @@ class Round {
     mask.mask_token_id = kTokens;
     mask.temperature = 2.0f;
     check(mgt_mask_by_confidence(&context_, &mask, masked_.data(), nullptr));
-    for (int step = 0; step < 2; ++step) {
+    for (int step = 0; step < 3; ++step) {
       mgt_differential_sample_args args{};
-      args.sample = draw(false);
+      args.sample = draw(step == 2);
       args.sample.step = step;
       args.sample.guidance_scale += static_cast<float>(step);
       args.has_history = step;
@@ -188,11 +207,18 @@ class Round {
     return ids_ == other.ids_ && logprob_ == other.logprob_ && masked_ == other.masked_ && history_ == other.history_ &&
            written_ == other.written_ && differential_ids_ == other.differential_ids_ &&
            differential_logprob_ == other.differential_logprob_ && divergence_ == other.divergence_ &&
-           y8_ == other.y8_ && y16_ == other.y16_;
+           half_ids_ == other.half_ids_ && half_logprob_ == other.half_logprob_ && y8_ == other.y8_ &&
+           y16_ == other.y16_;
   }
 
  private:
-  static constexpr int64_t kPositions = 70, kTokens = 530, kRows = 70, kInputs = 256, kOutputs = 96;
+#ifdef STACK_BYTES
+  // more than a tile
+  static constexpr int64_t kTokens = 2100;
+#else
+  static constexpr int64_t kTokens = 530;
+#endif
+  static constexpr int64_t kPositions = 70, kRows = 70, kInputs = 256, kOutputs = 96;
 
   static void check(mgt_status status) { require(status == MGT_OK, "an op failed"); }
 
@@ -218,8 +244,11 @@ class Round {
   mgt_int4_linear_args layer_{};
   int64_t seed_ = 7, mask_len_ = kPositions / 2;
   std::vector<float> logits_ = std::vector<float>(kPositions * kTokens), uncond_ = logits_;
+  std::vector<uint16_t> halves_ = std::vector<uint16_t>(kPositions * kTokens);
   std::vector<int64_t> tokens_ = std::vector<int64_t>(kPositions, kTokens), masked_ = tokens_,
                        differential_ids_ = tokens_;
+  std::vector<int64_t> half_ids_ = std::vector<int64_t>(kPositions);
+  std::vector<float> half_logprob_ = std::vector<float>(kPositions);
   std::vector<int64_t> ids_ = std::vector<int64_t>(2 * kPositions);
   std::vector<float> logprob_ = std::vector<float>(2 * kPositions);
   std::vector<float> differential_logprob_ = std::vector<float>(kPositions), divergence_ = differential_logprob_;
@@ -235,6 +264,12 @@ class Round {
 }  // namespace
 
 int main() {
+#ifdef STACK_BYTES
+  pthread_attr_t small;
+  pthread_attr_init(&small);
+  require(pthread_attr_setstacksize(&small, STACK_BYTES) == 0 && pthread_setattr_default_np(&small) == 0,
+          "no threads with such stacks");
+#endif
   const mgt_context one{MGT_ISA_AUTO, 1, nullptr};
   const mgt_context own{MGT_ISA_AUTO, kThreads, nullptr}, lent{MGT_ISA_AUTO, kThreads, run_on_pool};
   Round expected(one);

@@ -38,7 +38,9 @@ int main() {
   draw.temperature = 1.0f;
   std::vector<int64_t> token_ids(kPositions);
   std::vector<float> logprob(kPositions);
-  check(mgt_sample_tokens(&context, &draw, token_ids.data(), logprob.data(), nullptr));
+  std::vector<char> workspace(static_cast<size_t>(mgt_sample_tokens_workspace(&context, &draw)));
+  check(mgt_sample_tokens(&context, &draw, token_ids.data(), logprob.data(), workspace.data(),
+                          static_cast<int64_t>(workspace.size()), nullptr));
   for (const int64_t id : token_ids) std::printf("%d\n", static_cast<int>(id));
 
   // 3 rows of 64 inputs to 2 outputs
@@ -59,7 +61,7 @@ int main() {
   layer.scale = scale.data();
   layer.zero_point = zero_point.data();
   layer.group_size = 64;
-  std::vector<char> workspace(static_cast<size_t>(mgt_w4a8_linear_workspace(&context, &layer)));
+  workspace.resize(static_cast<size_t>(mgt_w4a8_linear_workspace(&context, &layer)));
   check(mgt_w4a8_linear(&context, &layer, nullptr, 0, y.data(), workspace.data(),
                         static_cast<int64_t>(workspace.size()), nullptr));
   for (const float value : y) std::printf("%a\n", value);

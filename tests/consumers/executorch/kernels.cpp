@@ -3,6 +3,7 @@
 #include <executorch/runtime/kernel/operator_registry.h>
 #include <mgt_kernels.h>
 
+#include <memory>
 #include <optional>
 
 namespace et = executorch::runtime;
@@ -52,8 +53,15 @@ static void sample_tokens(et::KernelRuntimeContext& context, et::Span<et::EValue
   args.temperature = static_cast<float>(stack[8]->toDouble());
   const mgt_context threads{MGT_ISA_AUTO, 2, nullptr};
   int64_t bad_row = -1;
-  const mgt_status status = mgt_sample_tokens(&threads, &args, token_ids.mutable_data_ptr<int64_t>(),
-                                              logprob.mutable_data_ptr<float>(), &bad_row);
+  const int64_t num_bytes = mgt_sample_tokens_workspace(&threads, &args);
+  ET_KERNEL_CHECK_MSG(context, num_bytes >= 0, InvalidArgument, ,
+                      "sample_tokens: a size, stride or scalar is outside its range");
+  // the runtime's memory for one call of a kernel, where the program's host has given it some
+  const et::Result<void*> lent = context.allocate_temp(static_cast<size_t>(num_bytes));
+  const std::unique_ptr<char[]> own(lent.ok() ? nullptr : new char[static_cast<size_t>(num_bytes)]);
+  const mgt_status status =
+      mgt_sample_tokens(&threads, &args, token_ids.mutable_data_ptr<int64_t>(), logprob.mutable_data_ptr<float>(),
+                        lent.ok() ? *lent : own.get(), num_bytes, &bad_row);
   ET_KERNEL_CHECK_MSG(context, status == MGT_OK, InvalidArgument, , "sample_tokens: status %d, row %d",
                       static_cast<int>(status), static_cast<int>(bad_row));
 }

@@ -30,7 +30,11 @@ static ffi::Error SampleTokens(ffi::Buffer<ffi::F32> logits, ffi::Buffer<ffi::S3
   args.step = *step.typed_data();
   args.temperature = temperature;
   int64_t bad_row = -1;
-  const mgt_status status = mgt_sample_tokens(&context, &args, drawn.data(), logprob->typed_data(), &bad_row);
+  const int64_t num_bytes = mgt_sample_tokens_workspace(&context, &args);
+  if (num_bytes < 0) return ffi::Error::InvalidArgument("mgt_sample_tokens: a size or a scalar is outside its range");
+  std::vector<char> workspace(static_cast<size_t>(num_bytes));
+  const mgt_status status =
+      mgt_sample_tokens(&context, &args, drawn.data(), logprob->typed_data(), workspace.data(), num_bytes, &bad_row);
   if (status != MGT_OK)
     return ffi::Error::InvalidArgument("mgt_sample_tokens: status " + std::to_string(status) + ", row " +
                                        std::to_string(bad_row));

@@ -1,0 +1,25 @@
+// The kernels of every instruction set.
+#pragma once
+
+#include "differential_sample/op.h"
+#include "draws/op.h"
+#include "int4_linear/op.h"
+#include "mask_by_confidence/op.h"
+#include "sample_tokens/op.h"
+
+namespace mgt {
+
+struct Kernels {
+  SampleTokens sample_tokens;
+  DifferentialSample differential_sample;
+  MaskByConfidence mask_by_confidence;
+  Philox philox;
+  Gaussian gaussian;
+  const Int4LinearKernel* w4a8_linear;
+  const Int4LinearKernel* w4a16_linear;
+};
+
+// indexed by a resolved mgt_isa
+extern const Kernels kKernels[];
+
+}  // namespace mgt

@@ -1,0 +1,74 @@
+// What the ops that read logits check alike, and how they hand out their rows. Compiled at the baseline only.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "entry.h"
+#include "parallel.h"
+#include "sample_tokens/op.h"
+
+namespace mgt {
+
+// 0, or large enough that 1 / temperature is finite
+inline bool valid_temperature(float temperature) {
+  return temperature == 0.0f || (temperature > 0.0f && std::isfinite(temperature) && std::isfinite(1.0f / temperature));
+}
+
+// The strides of dimensions of size 1, along which nobody steps, become those that kernels expect.
+inline mgt_sample_tokens_args normalized(mgt_sample_tokens_args a) {
+  for (mgt_logits* half : {&a.logits, &a.uncond_logits}) {
+    if (a.num_samples == 1) half->stride_sample = 0;
+    if (a.num_positions == 1) half->stride_position = 1;
+    if (a.num_tokens == 1) half->stride_token = 1;
+  }
+  return a;
+}
+
+// whether the addresses of a half's elements fit, relative to its first
+inline bool offsets_fit(const mgt_sample_tokens_args& a, const mgt_logits& half) {
+  const Size samples = Size(a.num_samples - 1) * half.stride_sample;
+  const Size positions = Size(a.num_positions - 1) * half.stride_position;
+  const Size tokens = Size(a.num_tokens - 1) * half.stride_token;
+  return ((samples.magnitude() + positions.magnitude() + tokens.magnitude()) * int64_t{sizeof(float)}).fits();
+}
+
+// expects normalized arguments
+inline bool valid(const mgt_sample_tokens_args& a) {
+  const bool guided = a.uncond_logits.data != nullptr;
+  if (a.num_samples < 0 || a.num_positions < 0 || a.num_tokens < 1 || a.num_tokens > INT32_MAX ||
+      a.num_positions > UINT32_MAX)
+    return false;
+  if (a.dtype < MGT_FLOAT32 || a.dtype > MGT_FLOAT16 || !valid_step(a.step) || !valid_temperature(a.temperature) ||
+      !std::isfinite(a.guidance_scale) || !(a.noise_scale >= 0.0f) || !std::isfinite(a.noise_scale))
+    return false;
+  const Size rows = Size(a.num_samples) * a.num_positions;
+  if (rows.value() == 0) return true;
+  const bool position_major = a.logits.stride_position == 1 && (!guided || a.uncond_logits.stride_position == 1);
+  return (token_major(a) || position_major) && (rows * int64_t{sizeof(int64_t)}).fits() && offsets_fit(a, a.logits) &&
+         (!guided || offsets_fit(a, a.uncond_logits));
+}
+
+inline int64_t num_rows(const mgt_sample_tokens_args& a) { return a.num_samples * a.num_positions; }
+
+inline bool has_inputs(const mgt_sample_tokens_args& a) { return a.logits.data && a.tokens && a.seeds; }
+
+// the first row whose token is neither in the codebook nor the mask, or -1
+inline int64_t first_bad_token(const mgt_sample_tokens_args& a) {
+  for (int64_t row = 0; row < num_rows(a); ++row)
+    if (a.tokens[row] != a.mask_token_id && (a.tokens[row] < 0 || a.tokens[row] >= a.num_tokens)) return row;
+  return -1;
+}
+
+// A chunk is worth waking a thread for from about 2^15 logits on. Up to 2^18 it grows as long as every thread gets
+// several, because the prefetch past a chunk's end is wasted.
+inline Chunks chunks_of_groups(const mgt_context& context, const mgt_sample_tokens_args& a) {
+  const int64_t num_groups = a.num_samples * groups_per_sample(a);
+  const int64_t group_logits = a.num_tokens * (token_major(a) ? 1 : kGroupPositions);
+  const int64_t chunk =
+      std::max({int64_t{1}, (int64_t{1} << 15) / group_logits,
+                std::min((int64_t{1} << 18) / group_logits, num_groups / (8 * max_workers(context)))});
+  return {context, num_groups, chunk};
+}
+
+}  // namespace mgt

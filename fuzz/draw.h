@@ -1,0 +1,233 @@
+// Logits, tokens and seeds of a fuzzed draw, and what the header says of them: for sample_tokens and
+// differential_sample.
+#pragma once
+
+#include <memory>
+
+#include "fuzz.h"
+
+namespace fuzz {
+
+// A half's logits, in a buffer that holds the addresses its strides lead to and nothing else.
+struct Half {
+  std::unique_ptr<Buffer<uint8_t>> memory;
+  mgt_logits view{};
+};
+
+struct Draw {
+  mgt_sample_tokens_args args{};
+  Half cond, uncond;
+  std::unique_ptr<Buffer<int64_t>> tokens, seeds;
+  int64_t rows = 0;
+};
+
+// whether the arguments are within their documented ranges, pointers aside
+inline bool documented(const mgt_sample_tokens_args& a, bool guided) {
+  if (a.num_samples < 0 || a.num_positions < 0 || a.num_positions > UINT32_MAX || a.num_tokens < 1 ||
+      a.num_tokens > INT32_MAX || a.dtype < MGT_FLOAT32 || a.dtype > MGT_FLOAT16)
+    return false;
+  if (a.step < 0 || a.step > UINT32_MAX || !std::isfinite(a.guidance_scale) || !std::isfinite(a.noise_scale) ||
+      a.noise_scale < 0.0f || !std::isfinite(a.temperature) || a.temperature < 0.0f ||
+      (a.temperature > 0.0f && !std::isfinite(1.0f / a.temperature)))
+    return false;
+  if (a.num_samples == 0 || a.num_positions == 0) return true;
+  if (!fits(a.num_samples, a.num_positions, 8)) return false;
+  bool by_token = true, by_position = true;
+  for (const mgt_logits* half : {&a.logits, &a.uncond_logits}) {
+    if (half == &a.uncond_logits && !guided) continue;
+    by_token &= a.num_tokens == 1 || half->stride_token == 1;
+    by_position &= a.num_positions == 1 || half->stride_position == 1;
+    const auto reach = [](int64_t size, int64_t stride) {
+      return Wide{size - 1} * (stride < 0 ? -Wide{stride} : Wide{stride});
+    };
+    // each a multiple of at most 2^126
+    Wide total = 0;
+    for (const Wide part : {reach(a.num_samples, half->stride_sample), reach(a.num_positions, half->stride_position),
+                            reach(a.num_tokens, half->stride_token)}) {
+      if (!fits(part)) return false;
+      total += part;
+    }
+    if (!fits(4 * total)) return false;
+  }
+  return by_token || by_position;
+}
+
+inline mgt_logits strides(Input& input, const mgt_sample_tokens_args& a, bool position_major) {
+  const int64_t n = std::max<int64_t>(1, std::min<int64_t>(a.num_positions, kMostElements));
+  const int64_t v = std::max<int64_t>(1, std::min<int64_t>(a.num_tokens, kMostElements));
+  mgt_logits half{};
+  half.stride_sample = n * v;
+  half.stride_position = position_major ? 1 : v;
+  half.stride_token = position_major ? n : 1;
+  if (input.rarely(4)) half.stride_sample = input.within(-300, 300);
+  if (input.rarely(4)) (position_major ? half.stride_token : half.stride_position) = input.within(-70, 70);
+  if (input.rarely()) half.stride_sample = input.hostile();
+  if (input.rarely()) half.stride_position = input.hostile();
+  if (input.rarely()) half.stride_token = input.hostile();
+  return half;
+}
+
+// false where the memory would be too large to have
+inline bool allocate(Input& input, const mgt_sample_tokens_args& a, Half& half) {
+  Wide low = 0, high = 0;
+  const auto reach = [&](int64_t size, int64_t stride) {
+    if (size <= 1) return;
+    (stride < 0 ? low : high) += Wide{size - 1} * stride;
+  };
+  reach(a.num_samples, half.view.stride_sample);
+  reach(a.num_positions, half.view.stride_position);
+  reach(a.num_tokens, half.view.stride_token);
+  if (high - low >= kMostElements) return false;
+  const auto num = static_cast<int64_t>(high - low + 1);
+  half.memory = std::make_unique<Buffer<uint8_t>>(num * element_bytes(a.dtype));
+  fill(input, half.memory->data(), num, a.dtype);
+  half.view.data = half.memory->data() + static_cast<int64_t>(-low) * element_bytes(a.dtype);
+  return true;
+}
+
+// The arguments and, where they are documented and small enough, what they point to. refuse: outside the documented
+// ranges, pointing nowhere. skip: in range, but too large to run.
+enum class Verdict { run, refuse, skip };
+
+inline Verdict make_draw(Input& input, Draw& draw) {
+  mgt_sample_tokens_args& a = draw.args;
+  a.num_samples = input.size(0, 3);
+  const bool position_major = input.coin();
+  a.num_positions = input.size(0, input.one_of<int64_t>({1, 3, 3, 20, 70}));
+  a.num_tokens = input.size(1, input.one_of<int64_t>({4, 20, 20, 33, 33, 65, 600, 2050}));
+  a.dtype = input.enumerator<mgt_dtype>(MGT_FLOAT16);
+  const bool guided = input.coin();
+  draw.cond.view = strides(input, a, position_major);
+  if (guided) draw.uncond.view = strides(input, a, position_major);
+  a.mask_token_id = input.rarely(8) ? input.hostile() : std::max<int64_t>(a.num_tokens, 1) - input.within(0, 1);
+  a.step = input.size(0, 1000);
+  a.guidance_scale = input.scalar({1.0f, 3.0f, -3.0f, 0.0f, 9.0f});
+  a.noise_scale = input.scalar({0.0f, 0.0f, 1.0f, 0.3f});
+  a.temperature = input.scalar({1.0f, 1.0f, 0.0f, 0.5f, 2.0f, 1e-30f});
+  a.logits = draw.cond.view;
+  a.uncond_logits = draw.uncond.view;
+  static const char somewhere = 0;
+  if (!documented(a, guided)) {
+    a.logits.data = &somewhere;
+    if (guided) a.uncond_logits.data = &somewhere;
+    return Verdict::refuse;
+  }
+  if (Wide{a.num_samples} * a.num_positions > 4096 ||
+      Wide{a.num_samples} * a.num_positions * a.num_tokens > kMostElements)
+    return Verdict::skip;
+  draw.rows = a.num_samples * a.num_positions;
+  if (draw.rows > 0) {
+    if (!allocate(input, a, draw.cond) || (guided && !allocate(input, a, draw.uncond))) return Verdict::skip;
+  }
+  draw.tokens = std::make_unique<Buffer<int64_t>>(draw.rows);
+  draw.seeds = std::make_unique<Buffer<int64_t>>(a.num_samples > kMostElements ? 0 : a.num_samples);
+  const bool all_masked = input.coin();
+  for (int64_t i = 0; i < draw.rows; ++i) (*draw.tokens)[i] = all_masked || i % 3 ? a.mask_token_id : i % a.num_tokens;
+  if (draw.rows > 0 && input.rarely()) (*draw.tokens)[input.within(0, draw.rows - 1)] = input.hostile();
+  for (int64_t i = 0; i < draw.seeds->size(); ++i) (*draw.seeds)[i] = input.any<int64_t>();
+  a.logits = draw.cond.view;
+  a.uncond_logits = draw.uncond.view;
+  a.tokens = draw.tokens->data();
+  a.seeds = draw.seeds->data();
+  if (draw.rows > 0 && input.rarely(64)) {
+    switch (input.within(0, 2)) {
+      case 0: a.logits.data = nullptr; break;
+      case 1: a.tokens = nullptr; break;
+      default: a.seeds = nullptr;
+    }
+    return Verdict::refuse;
+  }
+  return Verdict::run;
+}
+
+inline float logit(const Draw& draw, const mgt_logits& half, int64_t row, int64_t token) {
+  const mgt_sample_tokens_args& a = draw.args;
+  // where a dimension has size 1, its stride is any
+  const auto step = [](int64_t index, int64_t stride) { return index == 0 ? 0 : index * stride; };
+  return load(half.data,
+              step(row / a.num_positions, half.stride_sample) + step(row % a.num_positions, half.stride_position) +
+                  step(token, half.stride_token),
+              a.dtype);
+}
+
+inline bool masked(const Draw& draw, int64_t row) { return (*draw.tokens)[row] == draw.args.mask_token_id; }
+
+inline bool in_codebook(const mgt_sample_tokens_args& a, int64_t id) { return id >= 0 && id < a.num_tokens; }
+
+// the first row with a token that is neither the mask nor in the codebook, or -1
+inline int64_t bad_token(const Draw& draw) {
+  for (int64_t row = 0; row < draw.rows; ++row)
+    if (!masked(draw, row) && !in_codebook(draw.args, (*draw.tokens)[row])) return row;
+  return -1;
+}
+
+// What a row's logits hold: a NaN or +inf where no half forbids the token, and whether a token can be drawn at all.
+struct Row {
+  bool broken = false, drawable = false;
+};
+
+inline bool forbidden(const Draw& draw, int64_t row, int64_t token) {
+  const mgt_sample_tokens_args& a = draw.args;
+  return token == a.mask_token_id || logit(draw, a.logits, row, token) == -INFINITY ||
+         (a.uncond_logits.data != nullptr && logit(draw, a.uncond_logits, row, token) == -INFINITY);
+}
+
+inline Row examine(const Draw& draw, int64_t row) {
+  const mgt_sample_tokens_args& a = draw.args;
+  Row found;
+  for (int64_t v = 0; v < a.num_tokens; ++v) {
+    if (forbidden(draw, row, v)) continue;
+    found.drawable = true;
+    // NaN is not below
+    found.broken |= !(logit(draw, a.logits, row, v) < INFINITY);
+    if (a.uncond_logits.data != nullptr) found.broken |= !(logit(draw, a.uncond_logits, row, v) < INFINITY);
+  }
+  return found;
+}
+
+// whether no number on the way to a score can leave float32
+inline bool cannot_overflow(const Draw& draw) {
+  const mgt_sample_tokens_args& a = draw.args;
+  // float16 logits are below 2^16
+  return a.dtype == MGT_FLOAT16 && std::fabs(a.guidance_scale) < 1e10f && a.noise_scale < 1e10f &&
+         (a.temperature == 0.0f || a.temperature > 1e-10f);
+}
+
+// What a draw that was taken says of its rows, and one that was refused of its first bad row. read: whether the op
+// looks at this row's logits.
+template <class Reads>
+void check_draw(const Draw& draw, mgt_status status, int64_t error_index, const Buffer<int64_t>& token_ids,
+                const Buffer<float>& logprob, const Reads& reads) {
+  const int64_t misplaced = bad_token(draw);
+  REQUIRE((status == MGT_BAD_TOKEN) == (misplaced >= 0));
+  if (status == MGT_BAD_TOKEN) {
+    REQUIRE(error_index == misplaced);
+    return;
+  }
+  REQUIRE(status == MGT_OK || status == MGT_BAD_LOGITS);
+  if (status == MGT_BAD_LOGITS) REQUIRE(error_index >= 0 && error_index < draw.rows && reads(error_index));
+  for (int64_t row = 0; row < draw.rows; ++row) {
+    if (!reads(row)) {
+      if (status == MGT_OK) REQUIRE(token_ids[row] == (*draw.tokens)[row] && logprob[row] == INFINITY);
+      continue;
+    }
+    const Row found = examine(draw, row);
+    const bool bad = found.broken || !found.drawable;
+    if (status == MGT_BAD_LOGITS) {
+      if (row < error_index) REQUIRE(!bad);
+      if (row == error_index) REQUIRE(bad || !cannot_overflow(draw));
+      continue;
+    }
+    REQUIRE(!bad);
+    if (!masked(draw, row)) {
+      REQUIRE(token_ids[row] == (*draw.tokens)[row] && logprob[row] == INFINITY);
+      continue;
+    }
+    REQUIRE(in_codebook(draw.args, token_ids[row]) && token_ids[row] != draw.args.mask_token_id);
+    REQUIRE(!forbidden(draw, row, token_ids[row]));
+    // the logsumexp is rounded
+    REQUIRE(logprob[row] <= 1e-3f);
+  }
+}
+
+}  // namespace fuzz

@@ -1,0 +1,454 @@
+"""The C ABI itself, through ctypes: what it refuses, what it does not depend on, and what it leaves as it was."""
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+import mgt_kernels
+
+ROOT = Path(__file__).parent.parent
+CSRC = ROOT / "csrc"
+LIBRARY = ctypes.CDLL(str(mgt_kernels.library_path()))
+LIBM = ctypes.CDLL("libm.so.6")
+ISAS = mgt_kernels.info()["isas"]
+NAMES = ("auto", "scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx")
+OK, INVALID, UNAVAILABLE, BAD_LOGITS = 0, 1, 2, 3
+BIG = 2**62
+POOL = ctypes.CFUNCTYPE(None, ctypes.CFUNCTYPE(None, ctypes.c_void_p), ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+
+
+def structure(name, **fields):
+    return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
+
+
+I64, I32, F32, POINTER = ctypes.c_int64, ctypes.c_int32, ctypes.c_float, ctypes.c_void_p
+Context = structure("Context", isa=I32, num_threads=I32, parallel=POINTER)
+Logits = structure("Logits", data=POINTER, stride_sample=I64, stride_position=I64, stride_token=I64)
+Draw = structure(
+    "Draw", num_samples=I64, num_positions=I64, num_tokens=I64, dtype=I32, logits=Logits, uncond_logits=Logits,
+    tokens=POINTER, seeds=POINTER, mask_token_id=I64, step=I64, guidance_scale=F32, noise_scale=F32, temperature=F32,
+)  # fmt: skip
+Differential = structure(
+    "Differential", sample=Draw, variant=I32, aliased_history=I32, has_history=I32, share=ctypes.c_double
+)
+Mask = structure(
+    "Mask", num_samples=I64, num_positions=I64, token_ids=POINTER, logprob=POINTER, mask_len=POINTER, seeds=POINTER,
+    mask_token_id=I64, step=I64, temperature=F32,
+)  # fmt: skip
+Layer = structure(
+    "Layer", num_rows=I64, num_inputs=I64, num_outputs=I64, dtype=I32, x=POINTER, x_stride=I64, w_q=POINTER,
+    scale=POINTER, scale_dtype=I32, zero_point=POINTER, group_size=I64, bias=POINTER,
+)  # fmt: skip
+for query in ("sample_tokens", "differential_sample", "w4a8_linear", "w4a16_linear"):
+    getattr(LIBRARY, f"mgt_{query}_workspace").restype = I64
+
+
+def context(isa="auto", num_threads=1, pool=None):
+    return Context(NAMES.index(isa), num_threads, ctypes.cast(pool, POINTER) if pool else None)
+
+
+def pointer(tensor):
+    return POINTER(tensor.data_ptr())
+
+
+class Call:
+    """An op with its arguments, in tensors that live as long; `changes` are set on its structures."""
+
+    def __init__(self, op, **changes):
+        generator = torch.Generator().manual_seed(3)
+        self.op, self.kept, self.outputs, self.extra = op, [], [], []
+        if op in ("sample_tokens", "differential_sample"):
+            shape = 2, 37, 70
+            logits = torch.randn(2, *shape, generator=generator)
+            # the order of denormals decides a greedy draw
+            logits[:, :, 5] = -torch.rand(2, 2, 70, generator=generator) * 1e-39
+            tokens, seeds = torch.full(shape[:2], 70), torch.tensor([5, -6])
+            halves = [Logits(half.data_ptr(), *half.stride()) for half in logits]
+            self.args = Draw(*shape, 0, *halves, tokens.data_ptr(), seeds.data_ptr(), 70, 3, 2.0, 0.5, 1.0)
+            self.kept = [logits, tokens, seeds]
+            self.outputs = [torch.zeros(2, 37, dtype=torch.int64), torch.zeros(2, 37)]
+            if op == "differential_sample":
+                self.args = Differential(self.args, 0, 0, 0, 0.75)
+                state = [torch.zeros(shape, dtype=torch.uint16), torch.zeros(2, 37, dtype=torch.uint8)]
+                self.outputs = [*state, *self.outputs, torch.zeros(2, 37)]
+        elif op == "mask_by_confidence":
+            logprob = -torch.rand(2, 37, generator=generator) * 1e-39
+            token_ids, mask_len, seeds = torch.arange(74).view(2, 37), torch.tensor([9, 20]), torch.tensor([5, 6])
+            self.kept = [token_ids, logprob, mask_len, seeds]
+            self.args = Mask(2, 37, *(t.data_ptr() for t in self.kept), 99, 3, 0.0)
+            self.outputs = [torch.zeros(2, 37, dtype=torch.int64)]
+        else:
+            x = torch.randn(20, 70, generator=generator) * 1e-38
+            w_q = torch.randint(0, 256, (66, 64), generator=generator).to(torch.uint8)
+            scale = torch.rand(66, 3, generator=generator) + 0.5
+            zero_point = torch.full((66, 3), 7, dtype=torch.uint8)
+            self.kept = [x, w_q, scale, zero_point]
+            x, w_q, scale, zero_point = (t.data_ptr() for t in self.kept)
+            self.args = Layer(20, 70, 66, 0, x, 70, w_q, scale, 0, zero_point, 32, None)
+            self.outputs = [torch.zeros(20, 66)]
+            if op == "w4a8_linear":
+                x_scale = torch.full((1,), 2.0**-126)
+                self.kept.append(x_scale)
+                self.extra = [pointer(x_scale), I64(1)]
+        for name, value in changes.items():
+            self.set(name, value)
+
+    def set(self, name, value):
+        inner = getattr(self.args, "sample", self.args)
+        setattr(inner if name in dict(inner._fields_) else self.args, name, value)
+
+    def workspace(self, where):
+        if self.op == "mask_by_confidence":
+            return 0
+        query = getattr(LIBRARY, f"mgt_{self.op}_workspace")
+        return query(ctypes.byref(where), ctypes.byref(self.args))
+
+    def __call__(self, where, num_bytes=None):
+        """Return the status and what was written."""
+        index = I64(-1)
+        lent = []
+        if self.op != "mask_by_confidence":
+            num_bytes = self.workspace(where) if num_bytes is None else num_bytes
+            # a call that must refuse before it touches memory is told of more than there is
+            memory = torch.empty(min(max(num_bytes, 0), 2**26), dtype=torch.uint8)
+            lent = [pointer(memory), I64(num_bytes)]
+        status = getattr(LIBRARY, f"mgt_{self.op}")(
+            ctypes.byref(where), ctypes.byref(self.args), *self.extra, *map(pointer, self.outputs), *lent,
+            ctypes.byref(index),
+        )  # fmt: skip
+        self.index = index.value
+        return status, [output.clone() for output in self.outputs]
+
+
+OPS = ("sample_tokens", "differential_sample", "mask_by_confidence", "w4a8_linear", "w4a16_linear")
+
+
+def same(first, second):
+    # bits: NaN is NaN, and -0 is not 0
+    return first[0] == second[0] and all(
+        torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(first[1], second[1], strict=True)
+    )
+
+
+@pytest.mark.parametrize("temperature", [1e26, 1e28, 1.4e37, 1.5e37, 1e38, 3e38, torch.finfo(torch.float32).max])
+def test_any_temperature_masks_exactly_mask_len(temperature):
+    largest = torch.finfo(torch.float32).max
+    logprob = -torch.rand(4, 64, generator=torch.Generator().manual_seed(1)) * 8
+    logprob[:, :4] = torch.inf
+    logprob[1, 10:20] = -torch.inf
+    logprob[2, 10:20], logprob[2, 20:30] = -largest, largest
+    logprob[3, 4:] *= 1e37
+    args = dict(mask_token_id=99, temperature=temperature, seed=torch.arange(4), step=5)
+    token_ids = torch.arange(64).expand(4, 64)
+    for mask_len in (1, 30, 59, 60):
+        expected = mgt_kernels.mask_by_confidence(token_ids, logprob, mask_len, backend="reference", **args)
+        assert ((expected == 99).sum(-1) == mask_len).all()
+        for isa in ISAS:
+            tokens = mgt_kernels.mask_by_confidence(token_ids, logprob, mask_len, backend=isa, **args)
+            assert ((tokens == 99).sum(-1) == mask_len).all()
+            # in float32, 3.4e38 + 1e29 is 3.4e38
+            assert torch.equal(tokens[[0, 1, 3]], expected[[0, 1, 3]]), isa
+            assert temperature < 1e30 or torch.equal(tokens[2], expected[2]), isa
+
+
+@pytest.mark.parametrize("name", ["reference", *ISAS])
+@pytest.mark.parametrize("position_major", [False, True])
+@pytest.mark.parametrize("guidance_scale", [-3.0, 0.0, 2.0])
+def test_an_infinite_logit_is_reported_under_any_guidance(name, position_major, guidance_scale):
+    # the -inf that a negative scale makes of it would only forbid the token
+    for half in range(2):
+        logits = torch.randn(2, 2, 40, 70, generator=torch.Generator().manual_seed(2)).half()
+        logits[half, 1, 33, 66] = torch.inf
+        cond, uncond = logits.transpose(2, 3).contiguous().transpose(2, 3) if position_major else logits
+        args = dict(mask_token_id=2**63 - 1, seed=1, step=0, temperature=0.0, guidance_scale=guidance_scale)
+        tokens = torch.full((2, 40), 2**63 - 1)
+        with pytest.raises(ValueError, match="sample 1, position 33 holds NaN or"):
+            mgt_kernels.sample_tokens(cond, tokens, uncond_logits=uncond, backend=name, **args)
+        # a forbidden token is not looked at
+        logits[1 - half, 1, 33, 66] = -torch.inf
+        cond, uncond = logits.transpose(2, 3).contiguous().transpose(2, 3) if position_major else logits
+        mgt_kernels.sample_tokens(cond, tokens, uncond_logits=uncond, backend=name, **args)
+
+
+@pytest.mark.parametrize("mask_token_id", [-(2**63), -1, 70, 2**63 - 1])
+def test_any_number_may_be_the_mask(mask_token_id):
+    call = Call("sample_tokens", num_tokens=70, mask_token_id=mask_token_id)
+    call.kept[1].fill_(mask_token_id)
+    expected = Call("sample_tokens")(context())
+    assert same(call(context()), expected)
+
+
+@pytest.mark.parametrize("op", ["sample_tokens", "differential_sample"])
+@pytest.mark.parametrize("shape", [(1, 1, 70), (2, 1, 70), (1, 37, 70), (2, 37, 1), (1, 1, 1), (2, 1, 1)])
+@pytest.mark.parametrize("stride", [-1, 0, 5, BIG, -(2**63), 2**63 - 1])
+def test_a_dimension_of_size_1_has_any_stride(op, shape, stride):
+    names = ("stride_sample", "stride_position", "stride_token")
+    sizes = dict(zip(("num_samples", "num_positions", "num_tokens"), shape, strict=True))
+    for by_position in (False, True):
+        results = []
+        for odd in (False, True):
+            call = Call(op, **sizes)
+            draw = getattr(call.args, "sample", call.args)
+            for half in (draw.logits, draw.uncond_logits):
+                normal = (37 * 70, 1, 37) if by_position else (37 * 70, 70, 1)
+                for name, size, usual in zip(names, shape, normal, strict=True):
+                    setattr(half, name, stride if odd and size == 1 else usual)
+            assert call.workspace(context()) > 0
+            results.append(call(context()))
+        assert results[0][0] == OK and same(*results), by_position
+
+
+@pytest.mark.parametrize("op", ["w4a8_linear", "w4a16_linear"])
+def test_a_single_row_has_any_stride(op):
+    expected = Call(op, num_rows=1)(context())
+    for stride in (-1, 0, BIG, -(2**63), 2**63 - 1):
+        assert same(Call(op, num_rows=1, x_stride=stride)(context()), expected)
+    assert expected[0] == OK
+
+
+SIZES = {
+    "sample_tokens": [
+        dict(num_samples=BIG, num_positions=4), dict(num_samples=2**40, num_positions=2**31), dict(num_samples=-1),
+        dict(num_positions=BIG), dict(num_tokens=BIG), dict(num_tokens=0), dict(step=2**32),
+    ],
+    "mask_by_confidence": [
+        dict(num_samples=BIG, num_positions=4), dict(num_samples=2**40, num_positions=2**31), dict(num_samples=BIG),
+        dict(num_samples=BIG, num_positions=0), dict(num_positions=-1), dict(num_positions=BIG),
+    ],
+    "w4a8_linear": [
+        dict(num_rows=BIG), dict(num_rows=2**61, x_stride=70), dict(num_rows=2**40, x_stride=2**40),
+        dict(num_inputs=BIG), dict(num_outputs=BIG), dict(num_rows=2**50, num_outputs=2**30),
+        dict(num_rows=2**60, num_inputs=1, num_outputs=1, x_stride=1), dict(x_stride=69), dict(group_size=BIG),
+    ],
+}  # fmt: skip
+SIZES["w4a16_linear"] = SIZES["w4a8_linear"]
+SIZES["differential_sample"] = [*SIZES["sample_tokens"], dict(num_samples=2**20, num_positions=2**31, num_tokens=2**30)]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_sizes_near_2_to_62_are_refused(op):
+    for changes in SIZES[op]:
+        call = Call(op, **changes)
+        if op != "mask_by_confidence":
+            assert call.workspace(context()) == -1, changes
+        assert call(context(), 2**40)[0] == INVALID, changes
+
+
+@pytest.mark.parametrize("op", ["sample_tokens", "differential_sample"])
+def test_offsets_near_2_to_62_are_refused(op):
+    for name in ("stride_sample", "stride_position"):
+        for stride in (BIG, -BIG, 2**63 - 1, -(2**63)):
+            for half in ("logits", "uncond_logits"):
+                call = Call(op)
+                setattr(getattr(getattr(call.args, "sample", call.args), half), name, stride)
+                assert call.workspace(context()) == -1 and call(context(), 2**40)[0] == INVALID
+
+
+def test_draws_check_their_sizes():
+    words = torch.zeros(4, dtype=torch.uint32)
+    for first, num in ((-1, 1), (0, -1), (0, BIG), (BIG, 1), (2**32, 1), (2**63 - 1, 2**63 - 1)):
+        status = LIBRARY.mgt_philox(ctypes.byref(context()), I64(0), 0, 0, 0, I64(first), I64(num), pointer(words))
+        assert status == INVALID, (first, num)
+    for num in (-1, 2**31, BIG):
+        assert LIBRARY.mgt_gaussian(ctypes.byref(context()), I64(0), 0, 0, I64(num), pointer(words)) == INVALID
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_any_number_of_threads_works_or_is_refused(op):
+    asked = []
+
+    @POOL
+    def pool(body, data, num_threads, flags):
+        asked.append(num_threads)
+        for _ in range(num_threads + 1):
+            body(data)
+
+    expected = Call(op)(context())
+    assert expected[0] == OK
+    for num_threads in (2, 1000, 2**29, 2**31 - 1):
+        assert same(Call(op)(context(num_threads=num_threads, pool=pool)), expected)
+        # its own threads too
+        assert same(Call(op)(context(num_threads=num_threads)), expected)
+    if op == "w4a16_linear":
+        # enough rows for more threads than any machine can start
+        call, x, y = Call(op, num_rows=2**18, num_inputs=1, x_stride=1), torch.ones(2**18), torch.empty(2**18, 66)
+        call.args.x, call.outputs = x.data_ptr(), [y]
+        assert call(context(num_threads=2**31 - 1, pool=pool))[0] == OK and max(asked) >= 16
+    # an OpenMP runtime ends a process that asks for thousands
+    assert all(2 <= number <= max(16, os.cpu_count()) for number in asked)
+    for num_threads in (0, -1, -(2**31)):
+        assert Call(op).workspace(context(num_threads=num_threads)) <= 0
+        assert Call(op)(context(num_threads=num_threads), 2**20)[0] == INVALID
+
+
+ENUMS = {"dtype": (-1, 3, 255, 2**31 - 1), "scale_dtype": (-1, 1, 3, 256), "variant": (-1, 2, 255)}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_enum_values_outside_their_lists_are_refused(op):
+    for isa in (-1, 7, 255, 2**31 - 1, -(2**31)):
+        where = context()
+        where.isa = isa
+        assert Call(op)(where, 2**20)[0] == UNAVAILABLE
+    for name, values in ENUMS.items():
+        for value in values:
+            try:
+                call = Call(op, **{name: value})
+            except AttributeError:
+                continue
+            if name in dict(call.args._fields_) or name in dict(getattr(call.args, "sample", call.args)._fields_):
+                assert call(context(), 2**20)[0] == INVALID, (name, value)
+
+
+def test_cpp_reads_enums_as_integers():
+    # of a fixed underlying type: then no number is undefined behaviour
+    header = (CSRC / "mgt_kernels.h").read_text()
+    assert header.count("typedef enum MGT_INT32 {") == len(re.findall(r"\benum\b", header)) == 4
+    assert "#define MGT_INT32 : int32_t" in header
+
+
+@pytest.mark.parametrize("name", ISAS)
+@pytest.mark.parametrize("op", OPS)
+def test_results_do_not_depend_on_the_floating_point_state(op, name):
+    changes = {"temperature": 0.0, "noise_scale": 0.0} if op == "sample_tokens" else {}
+    num_threads = 2
+    expected = Call(op, **changes)(context(name, num_threads))
+    assert expected[0] == OK
+    # upwards, downwards, to zero
+    for mode in (0x800, 0x400, 0xC00):
+        call, where = Call(op, **changes), context(name, num_threads)
+        num_bytes = call.workspace(where)
+        LIBM.fesetround(mode)
+        try:
+            result = call(where, num_bytes)
+            left = LIBM.fegetround()
+        finally:
+            LIBM.fesetround(0)
+        assert left == mode and same(result, expected), hex(mode)
+    call = Call(op, **changes)
+    assert torch.set_flush_denormal(True)
+    try:
+        assert same(call(context(name, num_threads)), expected)
+        # what the caller set is still set
+        assert float(torch.tensor(1e-39) * 1.0) == 0.0
+    finally:
+        torch.set_flush_denormal(False)
+
+
+def test_the_states_would_be_seen():
+    # in PyTorch's own arithmetic on the inputs above
+    x = Call("w4a8_linear").kept[0].clone()
+    product = x * 0.3
+    assert ((product != 0) & (product.abs() < 1e-38)).any()
+    torch.set_flush_denormal(True)
+    try:
+        flushed = x * 0.3
+    finally:
+        torch.set_flush_denormal(False)
+    assert not torch.equal(flushed, product)
+
+
+ONCE = """
+import ctypes, os, sys
+library = ctypes.CDLL(sys.argv[1])
+isa = ctypes.c_int(0)
+print([(library.mgt_resolve_isa(0, ctypes.byref(isa)), isa.value) for os.environ["MGT_ISA"] in sys.argv[2:]])
+"""
+
+
+@pytest.mark.parametrize("first, expected", [("scalar", (OK, 1)), ("avx1024", (UNAVAILABLE, 0))])
+def test_mgt_isa_is_read_once(first, expected):
+    names = [first, "scalar", "nothing", ""]
+    command = [sys.executable, "-c", ONCE, str(mgt_kernels.library_path()), *names]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert eval(done.stdout) == [expected] * 4
+
+
+# the real instruction's answer, but for one bit
+MASKED_CPUID = """
+#include <cpuid.h>
+static inline int masked_cpuid(unsigned leaf, unsigned subleaf, unsigned* a, unsigned* b, unsigned* c, unsigned* d) {
+  if (!__get_cpuid_count(leaf, subleaf, a, b, c, d)) return 0;
+  if (leaf == MASKED_LEAF && subleaf == MASKED_SUBLEAF) *MASKED_WORD &= ~(1u << MASKED_BIT);
+  return 1;
+}
+#define __get_cpuid_count masked_cpuid
+"""
+MAIN = """
+#include <mgt_kernels.h>
+#include <cstdio>
+int main() {
+  for (int isa = 1; isa <= 6; ++isa) {
+    mgt_isa resolved;
+    if (mgt_resolve_isa(static_cast<mgt_isa>(isa), &resolved) == MGT_OK) std::printf("%s ", mgt_isa_name(resolved));
+  }
+}
+"""
+
+
+def target_features():
+    """The names in the target string of each instruction set, as the compiler sees them."""
+    macros = dict(re.findall(r"#define (MGT_\w+_FEATURES) (.+)", (CSRC / "isa.h").read_text()))
+
+    def expand(text):
+        for name, value in macros.items():
+            text = re.sub(rf"\b{name}\b", lambda _, value=value: value, text)
+        return text
+
+    def names(text):
+        while "MGT_" in text:
+            text = expand(text)
+        return "".join(re.findall(r'"(.*?)"', text)).split(",")
+
+    return {name[4:-9].lower(): names(value) for name, value in macros.items()}
+
+
+def test_every_feature_of_a_target_region_is_probed(tmp_path):
+    if "avx2" not in ISAS or shutil.which("c++") is None:
+        pytest.skip("needs a compiler, and an instruction set to lose")
+    features = target_features()
+    assert set(features) == set(NAMES[2:]) and "f16c" in features["avx2"]
+    for region in (CSRC / "isa.h").read_text().split("MGT_TARGET_BEGIN(")[3:]:
+        assert re.match(r"MGT_\w+_FEATURES\)", region)
+    probed = {
+        name: (leaf, subleaf, word, bit)
+        for name, leaf, subleaf, word, bit in re.findall(
+            r'\{"([\w-]+)", (\d+), (\d+), kE(\w)x, (\d+)', (CSRC / "isa.cpp").read_text()
+        )
+    }
+    assert set(probed) == {name for names in features.values() for name in names}
+    (tmp_path / "cpuid_masked.h").write_text(MASKED_CPUID)
+    (tmp_path / "main.cpp").write_text(MAIN)
+
+    def left(*options):
+        program = tmp_path / "program"
+        sources = [CSRC / "isa.cpp", tmp_path / "main.cpp"]
+        build = ["c++", "-std=c++17", "-O0", f"-I{CSRC}", *options, *sources, "-o", program]
+        subprocess.run(list(map(str, build)), check=True)
+        return subprocess.run([program], check=True, capture_output=True, text=True).stdout.split()
+
+    # one of each instruction set; a feature is masked as a hypervisor does it
+    for name in ("f16c", "fma", "avx512dq", "avx512vnni", "amx-int8"):
+        leaf, subleaf, word, bit = probed[name]
+        cpuid = {"LEAF": leaf, "SUBLEAF": subleaf, "WORD": word, "BIT": bit}
+        masked = [f"-DMASKED_{key}={value}" for key, value in cpuid.items()]
+        expected = [isa for isa in ISAS if isa == "scalar" or name not in features[isa]]
+        assert left(*masked, "-include", tmp_path / "cpuid_masked.h") == expected, name
+
+
+@pytest.mark.skipif(not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="needs free-threaded Python")
+def test_importing_leaves_the_gil_off():
+    assert not sys._is_gil_enabled()
+
+
+def test_the_module_declares_itself_safe_without_the_gil():
+    source = (CSRC / "bindings.cpp").read_text()
+    assert "py::mod_gil_not_used()" in source and not re.search(r"^\s*(static|thread_local)\b.*[=;]\s*$", source, re.M)
