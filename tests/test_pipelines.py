@@ -12,7 +12,7 @@ diffusers = pytest.importorskip("diffusers")
 from diffusers import AmusedScheduler  # noqa: E402
 
 from mgt_sampler import MGTScheduler, ZSampling, z_sample  # noqa: E402
-from mgt_sampler.quantize import CalibrationInput, quantize  # noqa: E402
+from mgt_sampler import CalibrationInput, quantize  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

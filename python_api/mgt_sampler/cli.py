@@ -18,7 +18,7 @@ from mgt_kernels import sample_tokens
 from .images import ANIMATIONS, STILLS, check_suffix, save_grid, save_trajectory, trajectory_images
 from .models import load_model
 from .models.data import load_fashion_mnist, to_float_images
-from .quantize import ScaledModel, load_quantized, quantize, sampler_trajectories, save_quantized
+from .quantization import ScaledModel, load_quantized, quantize, sampler_trajectories, save_quantized
 from .sampling import SamplerStep, generate
 from .schedules import MASK_SCHEDULES, VALUE_SCHEDULES
 from .techniques import Differential, ZSampling

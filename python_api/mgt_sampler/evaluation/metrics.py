@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ..models import FashionClassifier, FashionModel
 from ..models.fashion import WEIGHTS_DIR
+from ..tensor_file import read_tensor_file
 
 _BATCH_SIZE = 500
 
@@ -48,9 +48,13 @@ def load_real_statistics(path: str | Path = WEIGHTS_DIR / "statistics.safetensor
 
     Raises:
         FileNotFoundError: there is no such file.
+        ValueError: it is truncated, damaged, or holds something else.
     """
-    tensors = load_file(path)
-    return RealStatistics(**{**tensors, "features": tensors["features"].float()})
+    file = read_tensor_file(path)
+    names = {field.name for field in fields(RealStatistics)}
+    if file.tensors.keys() != names:
+        file.refuse(f"expected statistics of real images: {', '.join(sorted(names))}")
+    return RealStatistics(**{**file.tensors, "features": file.tensors["features"].float()})
 
 
 def class_accuracy(log_prob: Tensor, labels: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from .. import sampling
 from ..models import FashionClassifier, FashionModel, load_classifier
-from ..quantize import ScaledModel, quantize, sampler_trajectories
+from ..quantization import ScaledModel, quantize, sampler_trajectories
 from ..tables import aligned
 from ..techniques import Differential
 from .configurations import Configuration

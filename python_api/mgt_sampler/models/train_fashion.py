@@ -25,10 +25,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..tensor_file import write_tensor_file
 from .data import load_fashion_mnist, to_float_images
 from .fashion import (
     CLASS_NAMES,
@@ -437,7 +437,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _save_statistics(data: Path, out: Path) -> None:
     judge = FashionClassifier(load_network(Classifier, out / "classifier.safetensors"))
-    save_file(real_statistics(judge, *load_fashion_mnist(data, "test")), out / "statistics.safetensors")
+    write_tensor_file(out / "statistics.safetensors", real_statistics(judge, *load_fashion_mnist(data, "test")), {})
 
 
 if __name__ == "__main__":

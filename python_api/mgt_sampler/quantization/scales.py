@@ -1,0 +1,207 @@
+"""Which activation scales a quantized layer uses, where it has several: chosen for each sample."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .layer import Int4Linear
+
+if TYPE_CHECKING:
+    from ..models import MaskedModel
+
+_CHOOSING = threading.Lock()
+
+
+@contextmanager
+def activation_scales(
+    model: nn.Module, *, masked: float | Tensor | None = None, guidance_half: int | None = None
+) -> Iterator[None]:
+    """Say which activation scales a model's quantized layers use, where they have several.
+
+    The choice holds for the model, in every thread, until the block ends. A sample's scale depends on nothing but the
+    sample. Which half is the conditional one is up to the caller, the same in calibration as later: `ScaledModel` and
+    `sampler_trajectories` have it first, diffusers' pipelines, whose batch holds both, second.
+
+    Args:
+        model: with `Int4Linear` layers; without, nothing happens.
+        masked: share of a sample's tokens that is masked, in [0, 1]; of L timestep buckets it chooses floor(masked L),
+            at most L - 1. A number for the whole batch, or (B,) floats, a sample each, in order of the layers' rows.
+            Needed where a layer has several buckets.
+        guidance_half: 0 or 1, of all rows; None: the first half of the rows is half 0, the second half 1.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or out of range, or missing.
+        RuntimeError: another thread is choosing for this model; give each thread a copy of it.
+    """
+    check_choice(masked, guidance_half)
+    layers = layers_to_choose_for(model)
+    before = [(layer, layer._scale_index, layer._chooser) for layer in layers]
+    choose(layers, masked, guidance_half)
+    try:
+        yield
+    finally:
+        for layer, index, chooser in before:
+            layer._scale_index, layer._chooser = index, chooser
+
+
+def layers_to_choose_for(model: nn.Module) -> list[Int4Linear]:
+    """A model's layers that have several scales; a float layer in fine-tuning stands for the one it will be."""
+    layers = []
+    for module in model.modules():
+        (layer,) = (module,) if isinstance(module, Int4Linear) else vars(module).get("_stands_for", (None,))
+        if layer is not None and layer.num_scales > 1:
+            layers.append(layer)
+    return layers
+
+
+def check_choice(masked: float | Tensor | None, guidance_half: int | None) -> None:
+    """Check the arguments of `activation_scales`."""
+    if isinstance(masked, Tensor) and masked.ndim:
+        if masked.ndim != 1 or not masked.is_floating_point():
+            raise TypeError(f"masked: expected a number or floats (B,), got {masked.dtype} {tuple(masked.shape)}")
+        if masked.device.type == "cpu" and not ((masked >= 0) & (masked <= 1)).all():
+            raise ValueError(f"masked: expected numbers in [0, 1], got {masked.tolist()}")
+    elif masked is not None and not 0 <= masked <= 1:
+        raise ValueError(f"masked: expected a number in [0, 1], got {masked}")
+    if guidance_half not in (None, 0, 1) or isinstance(guidance_half, bool):
+        raise ValueError(f"guidance_half: expected 0, 1 or None, got {guidance_half!r}")
+
+
+def choose(layers: Sequence[Int4Linear], masked: float | Tensor | None, guidance_half: int | None) -> None:
+    """Set the choice on layers that have several scales."""
+    indices: dict[tuple[int, ...], Tensor] = {}
+    for layer in layers:
+        assert layer.x_scale is not None
+        shape = tuple(layer.x_scale.shape)
+        if shape not in indices:
+            indices[shape] = scale_index(shape, masked, guidance_half, layer.x_scale.device, layer.name)
+    me = threading.get_ident()
+    with _CHOOSING:
+        for layer in layers:
+            if layer._chooser not in (None, me):
+                raise RuntimeError(
+                    f"model: another thread is choosing its activation scales ({layer.name or 'a layer'}); give each "
+                    "thread a copy of the model"
+                )
+        for layer in layers:
+            assert layer.x_scale is not None
+            layer._scale_index, layer._chooser = indices[tuple(layer.x_scale.shape)], me
+
+
+def scale_index(
+    shape: tuple[int, ...], masked: float | Tensor | None, guidance_half: int | None, device: torch.device, name: str
+) -> Tensor:
+    """Where the scales are in a flat (buckets, halves): int64 (1,), (2,) for two halves, or (B,)."""
+    num_buckets, num_halves = shape
+    if masked is None:
+        if num_buckets > 1:
+            raise ValueError(f"masked: expected the share of masked tokens, for {name} has {num_buckets} buckets")
+        masked = 1.0
+    share = torch.as_tensor(masked, dtype=torch.float64, device=device).reshape(-1)
+    bucket = (share * num_buckets).long().clamp(max=num_buckets - 1)
+    if num_halves == 1:
+        return bucket
+    if guidance_half is not None:
+        return bucket * 2 + guidance_half
+    if len(bucket) == 1:
+        bucket = bucket.expand(2)
+    elif len(bucket) % 2:
+        raise ValueError(f"masked: expected samples of two guidance halves, got {len(bucket)}")
+    half = torch.arange(len(bucket), device=bucket.device) * 2 // len(bucket)
+    return bucket * 2 + half
+
+
+class ScalesByTokens:
+    """Hooks of a model that choose its layers' scales at each call, from the token ids it is called with.
+
+    Each sample's share of masked tokens is that of the first argument of the model that holds integers of two or more
+    dimensions; its batch holds both guidance halves, the first one first. A choice by `activation_scales` goes before.
+    """
+
+    def __init__(self, mask_token_id: int) -> None:
+        """Remember the id of the mask token."""
+        self.mask_token_id = mask_token_id
+        self._has_chosen = False
+
+    def attach(self, model: nn.Module) -> None:
+        """Register the hooks."""
+        model.register_forward_pre_hook(self.before, with_kwargs=True)
+        model.register_forward_hook(self.after, always_call=True)
+
+    def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Choose."""
+        layers = layers_to_choose_for(model)
+        if any(layer._scale_index is None for layer in layers):
+            choose(layers, self.masked(model, args, kwargs), None)
+            self._has_chosen = True
+
+    def after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forget the choice."""
+        layers = layers_to_choose_for(model)
+        if not self._has_chosen or any(layer._chooser not in (None, threading.get_ident()) for layer in layers):
+            return
+        self._has_chosen = False
+        for layer in layers:
+            layer._scale_index = layer._chooser = None
+
+    def masked(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Each sample's share of masked tokens, float64 (B,)."""
+        for value in inspect.signature(model.forward).bind(*args, **kwargs).arguments.values():
+            if isinstance(value, Tensor) and value.ndim >= 2 and not (value.is_floating_point() or value.is_complex()):
+                return masked_share(value, self.mask_token_id)
+        raise TypeError(
+            "mask_token_id: expected a model that is called with token ids, integers of two or more dimensions; choose "
+            "its scales by activation_scales"
+        )
+
+
+def masked_share(tokens: Tensor, mask_token_id: int) -> Tensor:
+    """The share of each sample's tokens that is masked, float64 (B,)."""
+    is_masked = (tokens == mask_token_id).flatten(1)
+    return is_masked.sum(1).double() / max(1, is_masked.shape[1])
+
+
+class ScaledModel:
+    """A `MaskedModel` that tells quantized layers which of their activation scales to use.
+
+    By each sample's share of masked tokens, and half 0 with a condition, half 1 without; all else is the model's.
+    Threads that share it take turns.
+    """
+
+    def __init__(self, model: MaskedModel) -> None:
+        """Wrap the model."""
+        self._model = model
+        self._turn = threading.Lock()
+
+    def __getattr__(self, name: str) -> Any:
+        """What the model has."""
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._model, name)
+
+    def __getstate__(self) -> Any:
+        """What is copied and pickled: the model."""
+        return self._model
+
+    def __setstate__(self, model: Any) -> None:
+        """Wrap the copy."""
+        self.__init__(model)  # type: ignore[misc]
+
+    def predict_logits(self, tokens: Tensor, condition: Tensor | None) -> Tensor:
+        """The model's logits, (B, N, V)."""
+        masked = masked_share(tokens, self._model.mask_token_id)
+        with self._turn, activation_scales(self._network(), masked=masked, guidance_half=int(condition is None)):
+            return self._model.predict_logits(tokens, condition)
+
+    def _network(self) -> nn.Module:
+        # what holds the layers: the model, or the modules it has
+        if isinstance(self._model, nn.Module):
+            return self._model
+        return nn.ModuleList(value for value in vars(self._model).values() if isinstance(value, nn.Module))
