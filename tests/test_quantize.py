@@ -175,7 +175,11 @@ def test_the_share_changes_what_a_model_computes():
 
 
 def test_ties_go_to_the_first():
-    model = nn.Sequential(nn.Linear(32, 32, bias=False), nn.Linear(32, 32, bias=False))
+    class Sum(nn.Sequential):
+        def forward(self, x):
+            return self[0](x) + self[1](x)
+
+    model = Sum(nn.Linear(32, 32, bias=False), nn.Linear(32, 32, bias=False))
     for layer in model:
         nn.init.zeros_(layer.weight)
     _, report = quantize(model, [torch.ones(2, 32)], share=0.5)
@@ -403,7 +407,7 @@ class TestFile:
         from safetensors.torch import save_file
 
         save_file({"a": torch.zeros(3)}, tmp_path / "a.safetensors")
-        with pytest.raises(ValueError, match="not of save_quantized"):
+        with pytest.raises(ValueError, match="not of this package"):
             load_quantized(Net(), tmp_path / "a.safetensors")
         with pytest.raises(FileNotFoundError):
             load_quantized(Net(), tmp_path / "none.safetensors")

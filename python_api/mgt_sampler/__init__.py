@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .quantization import activation_scales as activation_scales
     from .quantization import load_quantized as load_quantized
     from .quantization import quantize as quantize
+    from .quantization import register_quantizers as register_quantizers
     from .quantization import sampler_trajectories as sampler_trajectories
     from .quantization import save_quantized as save_quantized
     from .scheduler import MGTScheduler as MGTScheduler
@@ -45,6 +46,7 @@ __all__ = [
     "load_model",
     "load_quantized",
     "quantize",
+    "register_quantizers",
     "sampler_trajectories",
     "save_quantized",
     "z_sample",
@@ -63,6 +65,7 @@ _LAZY = {
     "load_model": ".models",
     "load_quantized": ".quantization",
     "quantize": ".quantization",
+    "register_quantizers": ".quantization",
     "sampler_trajectories": ".quantization",
     "save_quantized": ".quantization",
     "z_sample": ".pipelines",

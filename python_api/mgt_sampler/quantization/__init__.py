@@ -5,6 +5,7 @@
 
 from .calibrate import CalibrationInput, quantize, sampler_trajectories
 from .file import load_quantized, save_quantized
+from .hosts import register_quantizers
 from .layer import Int4Linear, Int4Weight
 from .report import LayerReport, QuantizationReport
 from .scales import ScaledModel, activation_scales
@@ -19,6 +20,7 @@ __all__ = [
     "activation_scales",
     "load_quantized",
     "quantize",
+    "register_quantizers",
     "sampler_trajectories",
     "save_quantized",
 ]

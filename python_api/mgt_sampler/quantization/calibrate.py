@@ -17,6 +17,7 @@ from mgt_kernels import quantize_int4, w4a8_linear, w4a16_linear
 from mgt_kernels.checks import BACKENDS
 
 from ..sampling import generate
+from .hosts import attach_quantizers
 from .layer import Int4Linear
 from .replace import effective, inherit, matching, replace, with_layers
 from .report import LayerReport, QuantizationReport
@@ -205,6 +206,7 @@ def quantize(
         layers[name].x_scale = None
     if second_calibration:
         last = calibrated("second calibration")
+    attach_quantizers(quantized)
     return quantized, QuantizationReport(
         tuple(
             LayerReport(

@@ -16,9 +16,10 @@ from mgt_kernels.checks import BACKENDS
 from mgt_kernels.linear import check_scales
 
 from ..tensor_file import TensorFile, check_object, read_tensor_file, write_tensor_file
+from .hosts import attach_quantizers
 from .layer import Int4Linear
 from .replace import check_linear, is_linear, with_layers
-from .scales import ScalesByTokens
+from .scales import ScalesByTokens, choosers_of
 
 FORMAT_VERSION = 2
 _FACTS = {"version": int, "model": str, "config": (dict, type(None)), "layers": dict, "mask_token_id": (int, type(None))}
@@ -127,6 +128,7 @@ def load_quantized(
         raise ValueError(f"{path}: made of another model: {' '.join(str(error).split())}") from error
     if facts["mask_token_id"] is not None:
         ScalesByTokens(facts["mask_token_id"]).attach(quantized)
+    attach_quantizers(quantized)
     return quantized.to(device).eval()
 
 
@@ -223,15 +225,14 @@ def _check_tensors(file: TensorFile, quantized: nn.Module, floats: Mapping[nn.Mo
             )
 
 
-def choosers_of(model: nn.Module) -> list[ScalesByTokens]:
-    """The hooks of a model that choose its scales by its tokens."""
-    hooks = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
-    return [hook for hook in hooks if isinstance(hook, ScalesByTokens)]
+# what transformers notes in a configuration when it saves or loads
+_NOTES = frozenset(("architectures", "dtype", "quantization_config", "torch_dtype", "transformers_version"))
 
 
 def config_of(model: nn.Module) -> Any:
     """What tells apart two models of the same class, as JSON has it; None where there is no `config`."""
     config = getattr(model, "config", None)
+    notes = _NOTES if hasattr(config, "to_dict") else frozenset(("quantization_config",))
     if is_dataclass(config) and not isinstance(config, type):
         config = asdict(config)
     elif hasattr(config, "to_dict"):
@@ -239,5 +240,5 @@ def config_of(model: nn.Module) -> Any:
     if not isinstance(config, Mapping):
         return None
     # names with an underscore tell where a model came from, not what it is
-    kept = {str(key): value for key, value in config.items() if not str(key).startswith("_")}
-    return json.loads(json.dumps(kept, sort_keys=True, default=str))
+    kept = {k: v for k, v in config.items() if not str(k).startswith("_") and k not in notes}
+    return json.loads(json.dumps({str(key): value for key, value in kept.items()}, sort_keys=True, default=str))

@@ -228,6 +228,8 @@ class Int4Weight(Tensor):
     """
 
     _layer: Int4Linear
+    # keeps transformers from giving it random values when it loads a model
+    _is_hf_initialized = True
 
     @staticmethod
     def __new__(cls, layer: Int4Linear) -> Int4Weight:
@@ -256,13 +258,17 @@ class Int4Weight(Tensor):
         """Dequantize for functions that look into a tensor's memory, refuse those that put another in its place."""
         kwargs = kwargs or {}
         if func is Tensor.requires_grad_:
-            func, args = Tensor.requires_grad.__set__, (args[0], args[1] if len(args) > 1 else kwargs.get("requires_grad", True))
-            if not args[1]:
+            wanted = args[1] if len(args) > 1 else kwargs.get("requires_grad", True)
+            if not wanted:
                 return args[0]
+            args[0]._layer._refuse("requires_grad_")
+        if func is Tensor.__setitem__ and isinstance(args[0], Int4Weight):
+            args[0]._layer._refuse("weight[...]")
         if getattr(func, "__name__", "") == "__set__" and isinstance(args[0], Int4Weight):
-            if func is Tensor.requires_grad.__set__ and not args[1]:
+            attribute = getattr(getattr(func, "__self__", None), "__name__", "")
+            # what it is already
+            if attribute in ("grad", "requires_grad") and not isinstance(args[1], Tensor) and not args[1]:
                 return None
-            attribute = next((name for name in ("data", "grad", "requires_grad") if getattr(Tensor, name).__set__ is func), "")
             args[0]._layer._refuse(f"weight.{attribute}")
         if func in _READS_MEMORY:
             args, kwargs = _dequantized((args, kwargs))

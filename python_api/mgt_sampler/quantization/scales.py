@@ -82,6 +82,12 @@ def choose(layers: Sequence[Int4Linear], masked: float | Tensor | None, guidance
         shape = tuple(layer.x_scale.shape)
         if shape not in indices:
             indices[shape] = scale_index(shape, masked, guidance_half, layer.x_scale.device, layer.name)
+    if torch.compiler.is_compiling():
+        # compiled code sets what this thread chose when it was traced into
+        for layer in layers:
+            assert layer.x_scale is not None
+            layer._scale_index = indices[tuple(layer.x_scale.shape)]
+        return
     me = threading.get_ident()
     with _CHOOSING:
         for layer in layers:
@@ -145,7 +151,7 @@ class ScalesByTokens:
     def after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forget the choice."""
         layers = layers_to_choose_for(model)
-        if not self._has_chosen or any(layer._chooser not in (None, threading.get_ident()) for layer in layers):
+        if not self._has_chosen:
             return
         self._has_chosen = False
         for layer in layers:
@@ -160,6 +166,12 @@ class ScalesByTokens:
             "mask_token_id: expected a model that is called with token ids, integers of two or more dimensions; choose "
             "its scales by activation_scales"
         )
+
+
+def choosers_of(model: nn.Module) -> list[ScalesByTokens]:
+    """The hooks of a model that choose its scales by its tokens."""
+    hooks = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
+    return [hook for hook in hooks if isinstance(hook, ScalesByTokens)]
 
 
 def masked_share(tokens: Tensor, mask_token_id: int) -> Tensor:
