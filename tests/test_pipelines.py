@@ -11,8 +11,7 @@ diffusers = pytest.importorskip("diffusers")
 
 from diffusers import AmusedScheduler  # noqa: E402
 
-from mgt_sampler import MGTScheduler, ZSampling, z_sample  # noqa: E402
-from mgt_sampler import CalibrationInput, quantize  # noqa: E402
+from mgt_sampler import CalibrationInput, MGTScheduler, ZSampling, quantize, z_sample  # noqa: E402  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -26,8 +26,8 @@ from mgt_sampler import (
     save_quantized,
 )
 from mgt_sampler import quantize as quantize_model
-from mgt_sampler.quantization import file as quantized_file
 from mgt_sampler.models.fashion import FashionModel, Tokenizer, TokenizerConfig, Transformer, TransformerConfig
+from mgt_sampler.quantization import file as quantized_file
 
 # of the kernels in these tests
 BACKEND = "auto"
@@ -116,7 +116,7 @@ def test_scales_of_halves_and_buckets():
         assert torch.equal(layer(x), expected(0.05, 0.01, 0.04, 0.06))
         y = layer(x[:, None].expand(4, 3, 40))
         assert torch.equal(y, layer(x)[:, None].expand(4, 3, 6))
-        with pytest.raises(ValueError, match="fc: expected as many rows for each of 4 samples .* got 6"):
+        with pytest.raises(ValueError, match=r"fc: expected as many rows for each of 4 samples .* got 6"):
             layer(torch.zeros(6, 40))
     for wrong, message in (
         (dict(masked=1.5), "masked"),
@@ -137,7 +137,13 @@ def test_moving_a_model_to_a_dtype_leaves_the_scales():
     quantized.to(torch.bfloat16)
     after = quantized.state_dict()
     moved = {key for key in before if after[key].dtype != before[key].dtype}
-    follow = ("norm.weight", "norm.bias", "layers.0.bias", "layers.2.bias", *(f"layers.{i}.weight_like" for i in range(3)))
+    follow = (
+        "norm.weight",
+        "norm.bias",
+        "layers.0.bias",
+        "layers.2.bias",
+        *(f"layers.{i}.weight_like" for i in range(3)),
+    )
     assert moved == set(follow)
     assert all(torch.equal(after[key], before[key]) for key in before.keys() - moved)
     assert quantized(inputs()[0].bfloat16()).dtype == torch.bfloat16

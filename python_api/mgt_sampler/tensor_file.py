@@ -176,7 +176,8 @@ def _read(path: Path, file: IO[bytes], size: int) -> TensorFile:
         refuse("damaged, or not of this package: its header has no checksum")
     entries = [(name, *_entry(header[name], refuse, name)) for name in header]
     end = 0
-    for name, _, _, begin, stop in sorted(entries, key=lambda entry: entry[3:]):
+    # in the order of the header, which is how they are written
+    for name, _, _, begin, stop in entries:
         if begin != end:
             refuse(f"damaged: {name}: begins at byte {begin:,}, expected {end:,}")
         end = stop
@@ -187,9 +188,9 @@ def _read(path: Path, file: IO[bytes], size: int) -> TensorFile:
 
     digest = hashlib.sha256(start + text[: found.start(1)] + _BLANK.encode() + text[found.end(1) :])
     tensors: dict[str, Tensor] = {}
-    for name, dtype, shape, begin, stop in sorted(entries, key=lambda entry: entry[3:]):
-        raw = torch.empty(stop - begin, dtype=torch.uint8)
-        view = memoryview(raw.numpy())
+    for name, dtype, shape, begin, stop in entries:
+        raw = torch.empty(stop - begin, dtype=torch.uint8, device="cpu")
+        view = memoryview(raw.numpy())  # type: ignore[arg-type]
         for piece in range(0, len(view), _PIECE):
             if file.readinto(view[piece : piece + _PIECE]) != len(view[piece : piece + _PIECE]):  # type: ignore[attr-defined]
                 refuse("truncated while it was read")
@@ -252,4 +253,4 @@ def _from_json(text: str | bytes) -> Any:
 
 def _bytes_of(tensor: Tensor) -> memoryview:
     """A tensor's bytes in memory of the CPU: its own where it is there and contiguous."""
-    return memoryview(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return memoryview(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]

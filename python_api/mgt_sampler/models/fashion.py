@@ -37,6 +37,11 @@ class TokenizerConfig:
     code_dim: int = 8
     width: int = 64
 
+    def __post_init__(self) -> None:
+        """Check that codes of 2 x 2 pixels fill an image."""
+        if self.image_size < 2 or self.image_size % 2:
+            raise ValueError(f"image_size: expected an even number of pixels, got {self.image_size}")
+
 
 @dataclass(frozen=True)
 class TransformerConfig:
@@ -285,7 +290,7 @@ def load_network(kind: type[_Network], path: str | Path) -> _Network:
     config = file.facts("config", {field.name: int for field in fields(config_type)})
     for name, value in config.items():
         # none is larger than the tensors that it sizes, or than their number
-        if not 1 <= value <= 1 << 16 or (name == "num_layers" and value > len(file.tensors)):
+        if not 1 <= value <= 1 << 12 or (name == "num_layers" and value > len(file.tensors)):
             file.refuse(f"damaged: config: {name}: {value} is out of range")
     try:
         with torch.device("meta"):

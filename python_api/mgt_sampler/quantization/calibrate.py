@@ -128,6 +128,8 @@ def quantize(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        raise TypeError("model: is compiled by torch.compile; quantize the module first, then compile what comes back")
     if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
         raise ValueError(f"share: expected a number in [0, 1], got {share!r}")
     if rank_by not in RANKINGS:
@@ -238,7 +240,7 @@ class _Observer:
         self.seen = None if shape is None else torch.zeros(shape, dtype=torch.bool, device=weight.device)
         self.output_scale = 0.0
         self._num_rows = self._num_calls = 0
-        self._squares = torch.zeros(3, dtype=torch.float64)
+        self._squares = torch.zeros(3, dtype=torch.float64, device="cpu")
         # between the host's hooks and the layer, so that what the layer computes with is what is seen
         self._handles = (
             layer.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -255,7 +257,7 @@ class _Observer:
         num_runs = len(self._layer.chosen_scales(x.numel() // x.shape[-1]))
         index = self._layer._scale_index
         if index is None or self._x_scale.numel() == 1:
-            index = torch.zeros(num_runs, dtype=torch.int64)
+            index = torch.zeros(num_runs, dtype=torch.int64, device=x.device)
         index = index.to(x.device)
         peaks = x.float().reshape(num_runs, -1).abs().amax(1) / 127
         scales, seen = self._x_scale.view(-1), self.seen.view(-1)
@@ -281,8 +283,8 @@ class _Observer:
             a8, a16 = other, y
         else:
             a8, a16 = y, w4a16_linear(x, packed, bias, backend=backend)
-        bias = None if self._bias is None else self._bias.float()
-        truth = F.linear(x.float(), self._weight.float(), bias).double()
+        float_bias = None if self._bias is None else self._bias.float()
+        truth = F.linear(x.float(), self._weight.float(), float_bias).double()
         norms = [truth.square().sum(), (a8 - truth).square().sum(), (a16 - truth).square().sum()]
         self._squares += torch.stack(norms).cpu()
         self._num_rows += x.numel() // x.shape[-1]
@@ -330,7 +332,7 @@ def _check_reached(observers: Mapping[str, _Observer]) -> None:
     if not reached:
         raise ValueError(f"{next(iter(observers))}: not reached by the calibration, and no other layer is")
     seen = [observer.seen.cpu() for observer in reached if observer.seen is not None]
-    missing = (~torch.stack(seen).any(0)).nonzero() if seen else []
+    missing: Any = (~torch.stack(seen).any(0)).nonzero() if seen else []
     if len(missing):
         bucket, half = missing[0].tolist()
         raise ValueError(
@@ -345,7 +347,7 @@ class _FakeInt4Linear(nn.Linear):
     def __init__(self, weight: Tensor, bias: Tensor | None, layer: Int4Linear) -> None:
         nn.Module.__init__(self)
         self.weight = nn.Parameter(weight.clone())
-        self.bias = None if bias is None else nn.Parameter(bias.clone())
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.clone()))
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.group_size, self.scale_dtype = layer.group_size, layer.scale.dtype
         inherit(layer, self)

@@ -22,8 +22,14 @@ from .replace import check_linear, is_linear, with_layers
 from .scales import ScalesByTokens, choosers_of
 
 FORMAT_VERSION = 2
-_FACTS = {"version": int, "model": str, "config": (dict, type(None)), "layers": dict, "mask_token_id": (int, type(None))}
-_LAYER = {"shape": list, "group_size": int, "activation": str}
+_FACTS: dict[str, type | tuple[type, ...]] = {
+    "version": int,
+    "model": str,
+    "config": (dict, type(None)),
+    "layers": dict,
+    "mask_token_id": (int, type(None)),
+}
+_LAYER: dict[str, type | tuple[type, ...]] = {"shape": list, "group_size": int, "activation": str}
 _PACKED = ("w_q", "scale", "zero_point")
 # what a model may be kept in beside the dtype that it is made in
 _COMPUTES_IN = (torch.float16, torch.bfloat16, torch.float32)
@@ -118,6 +124,8 @@ def load_quantized(
     for name, tensor in file.tensors.items():
         state[name] = tensor
         if name in parameters:
+            if tensor.dtype in _COMPUTES_IN and not tensor.isfinite().all():
+                file.refuse(f"{name}: expected finite values")
             # one object for all names of a tied parameter
             parameter = made.setdefault(id(tensor), nn.Parameter(tensor, requires_grad=False))
             state[name] = parameter.requires_grad_(parameters[name].requires_grad)
@@ -159,14 +167,12 @@ def _layers_of(
         check_linear(name, linear)
         own = {key: file.tensors.get(f"{name}.{key}") for key in (*_PACKED, "bias", "x_scale", "weight_like")}
         try:
-            layout = torch.tensor([*shape, layer["group_size"]])
+            layout = torch.tensor([*shape, layer["group_size"]], device="cpu")
             packed = PackedInt4.from_tensors({"layout": layout, **{k: t for k, t in own.items() if t is not None}})
             _check_own(own, linear, layer["activation"])
             like = own["weight_like"]
             assert like is not None
-            quantized = Int4Linear(
-                packed, own["bias"], own["x_scale"], backend=backend, dtype=like.dtype, name=name
-            )
+            quantized = Int4Linear(packed, own["bias"], own["x_scale"], backend=backend, dtype=like.dtype, name=name)
         except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
             file.refuse(f"{name}: {' '.join(str(error).split())}")
         replacements[linear] = quantized
@@ -185,6 +191,8 @@ def _check_own(own: Mapping[str, Tensor | None], linear: nn.Linear, activation: 
         raise ValueError("weight_like: expected one value in float32, bfloat16 or float16")
     if (linear.bias is None) != (bias is None):
         raise ValueError(f"bias: expected {'none' if linear.bias is None else 'one'}, as the model has")
+    if bias is not None and (bias.shape != (linear.out_features,) or bias.dtype not in _COMPUTES_IN):
+        raise ValueError(f"bias: expected {linear.out_features} values, got {bias.dtype} {tuple(bias.shape)}")
     if bias is not None and not bias.isfinite().all():
         raise ValueError("bias: expected finite values")
     if x_scale is not None:

@@ -108,7 +108,9 @@ def prepare(model: nn.Module, layers: Mapping[str, Any], mask_token_id: int | No
                 groups = (num_outputs, -(-num_inputs // group_size))
                 packed = PackedInt4(
                     torch.empty(num_outputs, packed_bytes(num_inputs), dtype=torch.uint8),
-                    torch.empty(groups, dtype={"float16": torch.float16, "float32": torch.float32}[facts["scale_dtype"]]),
+                    torch.empty(
+                        groups, dtype={"float16": torch.float16, "float32": torch.float32}[facts["scale_dtype"]]
+                    ),
                     torch.empty(groups, dtype=torch.uint8),
                     (num_outputs, num_inputs),
                     group_size,

@@ -17,7 +17,9 @@ from .layer import Int4Linear
 class Int4Config(QuantizationConfigMixin):
     """What a model's configuration says of its quantized layers."""
 
-    def __init__(self, layers: dict[str, Any], mask_token_id: int | None = None, version: int = VERSION, **_: Any) -> None:
+    def __init__(
+        self, layers: dict[str, Any], mask_token_id: int | None = None, version: int = VERSION, **_: Any
+    ) -> None:
         """Check the version and hold the facts."""
         if version != VERSION:
             raise ValueError(f"quantization_config: version: expected {VERSION}, got {version!r}")
@@ -39,10 +41,11 @@ class Int4Quantizer(DiffusersQuantizer):
     requires_calibration = True
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        prepare(model, self.quantization_config.layers, self.quantization_config.mask_token_id)
+        config: Any = self.quantization_config
+        prepare(model, config.layers, config.mask_token_id)
         return model
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
         check_loaded(model)
         # moving it to a dtype is safe
         model.is_quantized = False
@@ -55,7 +58,7 @@ class Int4Quantizer(DiffusersQuantizer):
         path, _, name = param_name.rpartition(".")
         return name in FROZEN and isinstance(model.get_submodule(path), Int4Linear)
 
-    def create_quantized_param(
+    def create_quantized_param(  # type: ignore[override]
         self,
         model: nn.Module,
         param_value: Tensor,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -19,7 +19,9 @@ from .layer import Int4Linear
 class Int4Config(QuantizationConfigMixin):
     """What a model's configuration says of its quantized layers."""
 
-    def __init__(self, layers: dict[str, Any], mask_token_id: int | None = None, version: int = VERSION, **_: Any) -> None:
+    def __init__(
+        self, layers: dict[str, Any], mask_token_id: int | None = None, version: int = VERSION, **_: Any
+    ) -> None:
         """Check the version and hold the facts."""
         if version != VERSION:
             raise ValueError(f"quantization_config: version: expected {VERSION}, got {version!r}")
@@ -37,7 +39,7 @@ class Int4Quantizer(HfQuantizer):
     requires_calibration = True
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        config = self.quantization_config
+        config: Any = self.quantization_config
         prepare(model, config.layers, config.mask_token_id)
         for name in config.layers:
             # has weights of its own now
@@ -52,7 +54,9 @@ class Int4Quantizer(HfQuantizer):
         model.is_quantized = False
         return model
 
-    def get_state_dict_and_metadata(self, model: Any, *args: Any, **kwargs: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+    def get_state_dict_and_metadata(
+        self, model: Any, *args: Any, **kwargs: Any
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The tensors to save.
 
         Where our quantizer is not registered, transformers warns and loads a model with random layers. A `weight` of

@@ -62,7 +62,7 @@ class Int4Linear(nn.Linear):
         # hosts ask a layer's first parameter for dtype and device; it has one value, for it is no weight
         like = torch.zeros(1, dtype=dtype, device=weight.device)
         self.weight_like = nn.Parameter(like, requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
         for tensor in ("w_q", "scale", "zero_point"):
             self.register_buffer(tensor, getattr(weight, tensor))
         self.register_buffer("x_scale", x_scale)
@@ -122,6 +122,9 @@ class Int4Linear(nn.Linear):
                 "mgt_sampler.activation_scales(model, ...), or quantize it with mask_token_id"
             )
         index = self._scale_index.to(self.x_scale.device)
+        if not len(index):
+            # a batch without samples
+            return self.x_scale.view(-1)[:1]
         if num_rows % len(index):
             raise ValueError(
                 f"{self.name or 'layer'}: expected as many rows for each of {len(index)} samples or guidance halves, "
@@ -167,7 +170,8 @@ class Int4Linear(nn.Linear):
         self._refuse("reset_parameters")
 
     def _refuse(self, what: str) -> NoReturn:
-        raise TypeError(
+        # no TypeError: += would take it for a sign to try + instead
+        raise RuntimeError(
             f"{self.name or 'layer'}: {what}: its weights have 4 bits and cannot be written; write to the float "
             "model's (merge adapters there, too) and quantize that, or keep this layer in float by `exclude`"
         )
@@ -192,7 +196,8 @@ class Int4Linear(nn.Linear):
 
     def __getstate__(self) -> dict[str, Any]:
         """What is copied and pickled: all but the scales that a caller chose for now."""
-        return {**self.__dict__, "_scale_index": None, "_chooser": None}
+        state = super().__getstate__() if hasattr(nn.Module, "__getstate__") else self.__dict__
+        return {**state, "_scale_index": None, "_chooser": None}
 
 
 def _multiply(x: Tensor, bias: Tensor | None, packed: PackedInt4, scales: Tensor | None, backend: str) -> Tensor:
@@ -222,9 +227,9 @@ class _Int4Function(torch.autograd.Function):
 
 
 class Int4Weight(Tensor):
-    """The `weight` of an `Int4Linear` as its host sees it: a tensor without memory, dequantized where it is computed with.
+    """The `weight` of an `Int4Linear` as its host sees it: a tensor without memory, dequantized when it is used.
 
-    Reading gives (w_q - zero_point) scale, rounded to the dtype; whatever would write to it raises TypeError.
+    Reading gives (w_q - zero_point) scale, rounded to the dtype; whatever would write to it raises RuntimeError.
     """
 
     _layer: Int4Linear
@@ -276,7 +281,7 @@ class Int4Weight(Tensor):
             return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Compute with the dequantized weights."""

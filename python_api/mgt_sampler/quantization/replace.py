@@ -1,4 +1,4 @@
-"""A copy of a model in which other layers have taken the places of some linear ones, with all that hosts hung on them."""
+"""A copy of a model in which other layers have taken the places of linear ones, with all that hosts hung on them."""
 
 from __future__ import annotations
 
@@ -85,8 +85,8 @@ def check_linear(name: str, linear: nn.Linear) -> None:
     """Refuse a layer that a host has changed in a way which another layer in its place would lose."""
     if "forward" in vars(linear):
         raise ValueError(
-            f"{name}: its forward has been replaced on the instance, as accelerate does to move weights about; quantize "
-            "before that, or after accelerate.hooks.remove_hook_from_module(model, recurse=True), or exclude the layer"
+            f"{name}: its forward has been replaced on the instance, as accelerate does to move weights about; "
+            "quantize before that, after accelerate.hooks.remove_hook_from_module(model, recurse=True), or exclude it"
         )
     makers = _makers(linear)
     known = {id(hook) for hook in makers}
@@ -167,7 +167,7 @@ def _move_in(linear: nn.Module, layer: nn.Module, memo: dict[int, Any]) -> None:
         if kind == "_forward_pre_hooks":
             hooks = type(hooks)((key, hook) for key, hook in hooks.items() if id(hook) not in maker_ids)
         setattr(layer, kind, copy.deepcopy(hooks, memo))
-    plain = vars(nn.Linear(1, 1, device="meta"))
+    plain = {*vars(nn.Module()), "in_features", "out_features", "forward"}
     for name, value in vars(linear).items():
         if name not in plain and name not in vars(layer) and name not in made:
             vars(layer)[name] = copy.deepcopy(value, memo)
@@ -175,7 +175,9 @@ def _move_in(linear: nn.Module, layer: nn.Module, memo: dict[int, Any]) -> None:
         for name, value in vars(linear)[kind].items():
             if name not in ("weight", "bias", "parametrizations") and name not in of_makers:
                 if hasattr(layer, name):
-                    raise ValueError(f"{name}: a linear layer has a tensor or module of this name; expected another name")
+                    raise ValueError(
+                        f"{name}: a linear layer has a tensor or module of this name; expected another name"
+                    )
                 vars(layer)[kind][name] = copy.deepcopy(value, memo)
 
 

@@ -95,9 +95,7 @@ class QuantizationReport:
         for ax, (label, values) in zip(axes, columns.items(), strict=True):
             for activation, colour in (("a8", "tab:blue"), ("a16", "tab:orange")):
                 rows = [
-                    row
-                    for row, layer in enumerate(self.layers)
-                    if layer.activation == activation and calibrated[row]
+                    row for row, layer in enumerate(self.layers) if layer.activation == activation and calibrated[row]
                 ]
                 ax.plot([values[row] for row in rows], rows, "o", ms=5, color=colour, label=f"w4{activation}")
             ax.set_xlabel(label)

@@ -145,7 +145,17 @@ class ScalesByTokens:
         """Choose."""
         layers = layers_to_choose_for(model)
         if any(layer._scale_index is None for layer in layers):
-            choose(layers, self.masked(model, args, kwargs), None)
+            tokens = self.tokens(model, args, kwargs)
+            has_halves = any(layer.x_scale is not None and layer.x_scale.shape[1] == 2 for layer in layers)
+            if has_halves and not torch.compiler.is_compiling() and tokens.device.type == "cpu":
+                first, second = tokens[: len(tokens) // 2], tokens[len(tokens) // 2 :]
+                if not torch.equal(first, second):
+                    raise ValueError(
+                        "model: has activation scales for guidance halves; expected both halves of the batch with the "
+                        f"same tokens, got others (shape {tuple(tokens.shape)}); call it inside "
+                        "mgt_sampler.activation_scales(model, guidance_half=...) where a batch is one half"
+                    )
+            choose(layers, masked_share(tokens, self.mask_token_id), None)
             self._has_chosen = True
 
     def after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -157,11 +167,11 @@ class ScalesByTokens:
         for layer in layers:
             layer._scale_index = layer._chooser = None
 
-    def masked(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """Each sample's share of masked tokens, float64 (B,)."""
+    def tokens(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """The token ids among a model's arguments."""
         for value in inspect.signature(model.forward).bind(*args, **kwargs).arguments.values():
             if isinstance(value, Tensor) and value.ndim >= 2 and not (value.is_floating_point() or value.is_complex()):
-                return masked_share(value, self.mask_token_id)
+                return value
         raise TypeError(
             "mask_token_id: expected a model that is called with token ids, integers of two or more dimensions; choose "
             "its scales by activation_scales"
