@@ -193,7 +193,7 @@ def lying(data: bytes, chance: random.Random) -> bytes:
             header = lie(header, chance)
             if not isinstance(header, dict) or not isinstance(header.get("__metadata__"), dict):
                 break
-    return packed(header, data, chance)
+    return packed(header, data)
 
 
 def lie(tree: Any, chance: random.Random) -> Any:
@@ -244,7 +244,7 @@ def deep(data: bytes, chance: random.Random) -> bytes:
     key = chance.choice(sorted(header["__metadata__"]))
     if chance.random() < 0.5:
         header["__metadata__"][key] = nest
-        return packed(header, data, chance)
+        return packed(header, data)
     text = json.dumps(header, separators=(",", ":")).encode()
     return signed(text[:-1] + b',"deep":' + nest.encode() + text[-1:], data[header_end(data) :])
 
@@ -265,7 +265,7 @@ def swapped(data: bytes, chance: random.Random) -> bytes:
         )
         if chance.random() < 0.5:
             header[one]["shape"] = [sum(x * y for x, y in zip(header[one]["data_offsets"], (-1, 1), strict=True))]
-    return packed(header, data, chance)
+    return packed(header, data)
 
 
 def wrong_values(data: bytes, chance: random.Random) -> bytes:
@@ -291,12 +291,9 @@ def header_of(data: bytes) -> dict[str, Any]:
     return json.loads(data[8 : header_end(data)])
 
 
-def packed(header: Any, data: bytes, chance: random.Random) -> bytes:
+def packed(header: Any, data: bytes) -> bytes:
     """A file with another header."""
-    body = data[header_end(data) :]
-    if chance.random() < 0.05:
-        body = body[: len(body) // 2]
-    return signed(json.dumps(header, separators=(",", ":")).encode(), body)
+    return signed(json.dumps(header, separators=(",", ":")).encode(), data[header_end(data) :])
 
 
 def signed(text: bytes, body: bytes) -> bytes:

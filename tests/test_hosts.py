@@ -1,7 +1,6 @@
 """A quantized model in its host: whatever holds an `Int4Linear` finds a Linear, or is refused by name."""
 
 import copy
-import gc
 import io
 import operator
 import pickle
@@ -666,7 +665,7 @@ class TestDiffusers:
         ).eval()  # fmt: skip
 
     def call(self, batch=2):
-        ids = torch.randint(8, (batch, 16, 16))
+        ids = torch.randint(8, (batch, 8, 8))
         ids[0] = 8
         embeddings = dict(encoder_hidden_states=torch.randn(batch, 5, 32), pooled_text_emb=torch.randn(batch, 32))
         return dict(input_ids=ids, micro_conds=torch.ones(batch, 5), **embeddings)
@@ -708,15 +707,6 @@ class TestDiffusers:
             type(model).from_pretrained(tmp_path / "uvit")
         with pytest.raises(RuntimeError, match="mismatched"):
             type(t5).from_pretrained(tmp_path / "t5")
-
-
-def test_nothing_of_a_model_is_kept_alive(x):
-    model, quantized = pair(x)
-    gc.collect()
-    count = sum(isinstance(thing, nn.Linear) for thing in gc.get_objects())
-    del model, quantized
-    gc.collect()
-    assert sum(isinstance(thing, nn.Linear) for thing in gc.get_objects()) == count - 4
 
 
 def test_layers_compute_what_the_ops_do_in_every_dtype(x):

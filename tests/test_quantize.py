@@ -2,10 +2,15 @@
 
 import copy
 import hashlib
+import importlib.util
 import itertools
 import json
+import os
+import random
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,6 +36,15 @@ from mgt_sampler.quantization import file as quantized_file
 
 # of the kernels in these tests
 BACKEND = "auto"
+
+
+def load_fuzzer():
+    """`fuzz/files.py`, which knows how to break files and how to sign them again."""
+    path = Path(__file__).parents[1] / "fuzz" / "files.py"
+    spec = importlib.util.spec_from_file_location("fuzz_files", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 class Net(nn.Module):
@@ -361,13 +375,13 @@ class TestFile:
         save_quantized(quantized, tmp_path / "a.safetensors")
         assert equal_states(load_quantized(Net(), tmp_path / "a.safetensors", backend=BACKEND), quantized)
 
-    def test_any_flipped_byte_of_the_header_is_caught(self, saved):
+    def test_flipped_bytes_of_the_header_are_caught(self, saved):
         _, path = saved
         data = path.read_bytes()
         header_end = 8 + int.from_bytes(data[:8], "little")
         model = Net()
         before = copy.deepcopy(model)
-        for i in [*range(header_end), header_end + 5, len(data) - 1]:
+        for i in [*range(12), *range(12, header_end, 7), header_end + 5, len(data) - 1]:
             path.write_bytes(data[:i] + bytes([data[i] ^ 4]) + data[i + 1 :])
             with pytest.raises(ValueError, match=r"net\.safetensors: (truncated|damaged)"):
                 load_quantized(model, path)
@@ -420,6 +434,127 @@ class TestFile:
         with pytest.raises(ValueError, match="expected one with quantized layers"):
             save_quantized(Net(), tmp_path / "b.safetensors")
         assert not (tmp_path / "b.safetensors").exists()
+
+    @pytest.mark.parametrize(
+        ("lie", "message"),
+        [
+            (lambda header, facts: header["__metadata__"].update(mgt_quantized="[]"), "has no version"),
+            (lambda header, facts: header["__metadata__"].update(mgt_quantized="[" * 99_999), "has no version"),
+            (lambda header, facts: header["__metadata__"].update(mgt_quantized='{"version":2}'), "expected mgt"),
+            (lambda header, facts: header["__metadata__"].pop("aliases"), "has no aliases"),
+            (lambda header, facts: header["__metadata__"].update(aliases='{"a": "b"}'), "a stands for no tensor"),
+            (lambda header, facts: header.update(deep=json.loads("[" * 900 + "]" * 900)), "deep: expected dtype"),
+            (lambda header, facts: header["norm.weight"].update(dtype="F64", shape=[4]), "norm.weight has shape"),
+            (lambda header, facts: header["norm.weight"].update(dtype="I32"), "norm.weight is in torch.int32"),
+            (lambda header, facts: header["norm.weight"].update(shape=[2**62, 2**62]), "within 0 to 2"),
+            (lambda header, facts: header["norm.weight"].update(shape=[True, 8]), "within 0 to 2"),
+            (lambda header, facts: header["norm.weight"].update(dtype=[]), "unknown dtype"),
+            (lambda header, facts: header["norm.weight"].pop("shape"), "expected dtype, shape and data_offsets"),
+            (lambda header, facts: header["layers.0.bias"].update(shape=[2, 12]), "layers.0: bias: expected 24 values"),
+            (lambda header, facts: header["layers.0.scale"].update(dtype="BF16"), "layers.0: scale: expected dtype"),
+            (lambda header, facts: facts.update(version=True), "version: expected an int"),
+            (lambda header, facts: facts.update(layers=[]), "layers: unexpected list"),
+            (lambda header, facts: facts.update(layers={}), "no quantized layer"),
+            (lambda header, facts: facts.update(mask_token_id="x"), "mask_token_id: unexpected str"),
+            (lambda header, facts: facts.update(mask_token_id=3), "no layer with several scales"),
+            (lambda header, facts: facts["layers"].update({"layers.0": 3}), "expected layers.0 with shape"),
+            (lambda header, facts: facts["layers"].update(nothing=facts["layers"]["layers.0"]), "nothing is no linear"),
+            (lambda header, facts: facts["layers"]["layers.0"].update(group_size=10**30), "layers.0: "),
+            (lambda header, facts: facts["layers"]["layers.0"].update(group_size=64.0), "group_size: unexpected float"),
+            (lambda header, facts: facts["layers"]["layers.0"].update(shape=[24, None]), "no linear layer of shape"),
+            (lambda header, facts: facts["layers"]["layers.1"].update(activation="a8"), "layers.1: activation: 'a8'"),
+        ],
+    )  # fmt: skip
+    def test_lies_with_a_valid_checksum_are_refused_with_the_file_s_name(self, saved, lie, message):
+        _, path = saved
+        fuzz = load_fuzzer()
+        data = path.read_bytes()
+        header = fuzz.header_of(data)
+        facts = json.loads(header["__metadata__"]["mgt_quantized"])
+        before = json.dumps(facts)
+        lie(header, facts)
+        if json.dumps(facts) != before:
+            header["__metadata__"]["mgt_quantized"] = json.dumps(facts)
+        path.write_bytes(fuzz.packed(header, data))
+        with pytest.raises(ValueError, match=rf"net\.safetensors: .*{re.escape(message)}"):
+            load_quantized(Net(), path)
+
+    def test_a_tensor_in_float64_or_alone_in_another_dtype_is_refused_at_loading(self, saved):
+        quantized, path = saved
+        for dtype in (torch.float64, torch.bfloat16):
+            quantized.norm.weight.data = quantized.norm.weight.data.to(dtype)
+            save_quantized(quantized, path)
+            with pytest.raises(ValueError, match=rf"net\.safetensors: .*norm\.weight is in {dtype}"):
+                load_quantized(Net(), path)
+        quantized.norm.weight.data = torch.full((8,), torch.nan)
+        save_quantized(quantized, path)
+        with pytest.raises(ValueError, match=r"net\.safetensors: norm\.weight: expected finite values"):
+            load_quantized(Net(), path)
+
+    def test_broken_files_of_both_formats(self, tmp_path):
+        fuzz = load_fuzzer()
+        valid, outcomes = fuzz.make_files(tmp_path), {"refused": 0, "taken": 0}
+        for number in range(300):
+            source, load = valid[number % len(valid)]
+            data, what = fuzz.broken(source, random.Random(number))
+            (tmp_path / "broken.safetensors").write_bytes(data)
+            assert not fuzz.judge(tmp_path / "broken.safetensors", load, outcomes), (number, what)
+        assert outcomes["refused"] > 200 and outcomes["taken"] > 3
+
+    def test_tied_tensors_are_stored_once_and_come_back_tied(self, tmp_path):
+        class Tied(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.embedding, self.fc = nn.Embedding(99, 64), nn.Linear(64, 64)
+                self.head = nn.Linear(64, 99, bias=False)
+                self.head.weight = self.embedding.weight
+
+            def forward(self, ids):
+                return self.head(self.fc(self.embedding(ids)))
+
+        ids, path = torch.arange(6)[None], tmp_path / "tied.safetensors"
+        quantized, _ = quantize(Tied(), [ids], exclude=("head",))
+        save_quantized(quantized, path)
+        loaded = load_quantized(Tied, path)
+        assert loaded.head.weight is loaded.embedding.weight and torch.equal(loaded(ids), quantized(ids))
+        assert loaded.head.weight.requires_grad
+        assert path.stat().st_size < 1.5 * 99 * 64 * 4
+
+    def test_saving_keeps_the_mode_and_the_old_file_where_it_fails(self, saved, monkeypatch):
+        quantized, path = saved
+        path.chmod(0o600)
+        save_quantized(quantized, path)
+        assert path.stat().st_mode & 0o777 == 0o600
+        before = path.read_bytes()
+
+        def full(_):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("os.fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            save_quantized(quantized, path)
+        assert path.read_bytes() == before and os.listdir(path.parent) == [path.name]
+
+    def test_saving_and_loading_need_the_memory_of_the_file(self, tmp_path):
+        # of the layer's 64 MiB: in a process of its own, whose peak is its own
+        code = (
+            "import sys, torch; from torch import nn; from mgt_kernels import PackedInt4\n"
+            "from mgt_sampler import Int4Linear, load_quantized, save_quantized\n"
+            "def status(name):\n"
+            "    return int(next(l for l in open('/proc/self/status') if l.startswith(name)).split()[1]) * 1024\n"
+            "n, k, path = 8192, 16384, sys.argv[1]\n"
+            "small = torch.full((n, k // 128), 7, dtype=torch.uint8)\n"
+            "packed = PackedInt4(torch.full((n, k // 2), 7, dtype=torch.uint8), small.half(), small, (n, k), 128)\n"
+            "model = nn.Sequential(Int4Linear(packed))\n"
+            "before = status('VmRSS'); save_quantized(model, path); print(status('VmHWM') - before)\n"
+            "del model, packed\n"
+            "with torch.device('meta'): model = nn.Sequential(nn.Linear(k, n, bias=False))\n"
+            "before = status('VmRSS'); load_quantized(model, path); print(status('VmHWM') - before)\n"
+        )
+        path = tmp_path / "big.safetensors"
+        done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
+        save, load = (int(line) / path.stat().st_size for line in done.stdout.split())
+        assert save < 0.2 and load < 1.8, (save, load)
 
     def test_a_file_with_a_forged_checksum_is_still_checked(self, saved):
         quantized, path = saved
@@ -570,10 +705,14 @@ class TestCommand:
             (("quantize", "--out", "q.safetensors", "--share", "2"), "share: expected a number in [0, 1], got 2.0"),
             (("quantize", "--out", "q.safetensors", "--rank-by", "size"), "rank_by: expected one of"),
             (("quantize", "--out", "q.safetensors", "--group-size", "20"), "group_size: expected a multiple of 32"),
-            (("quantize", "--out", "no/folder/q.safetensors"), "no/folder"),
+            (("quantize", "--out", "no/folder/q.safetensors"), "--out: expected a path in a folder that exists"),
+            (("quantize", "--out", "q.safetensors", "--report", "no/r.png"), "--report: expected a path in a folder"),
             (("sample", "--quantized", "none.safetensors"), "none.safetensors"),
         ],
     )
-    def test_errors_are_one_line(self, model, args, message):
+    def test_errors_are_one_line(self, model, args, message, monkeypatch):
+        if "no/" in str(args):
+            # refused before any work
+            monkeypatch.setattr(cli, "sampler_trajectories", None)
         result = self.mgt(*args, "-n", "1")
         assert result.exit_code == 2 and message in result.stderr and "Traceback" not in result.stderr
