@@ -234,6 +234,18 @@ class TestWhatALinearHas:
         buffer.seek(0)
         assert torch.equal(torch.load(buffer), quantized.a.packed.dequantize())
 
+    def test_what_is_made_in_inference_mode_works_outside(self, x, tmp_path):
+        with torch.inference_mode():
+            model, quantized = pair(x)
+            save_quantized(quantized, tmp_path / "q.safetensors")
+            made = quantized, load_quantized(model, tmp_path / "q.safetensors")
+            weight = quantized.a.weight.abs()
+        assert torch.equal(quantized.a.weight.abs(), weight)
+        for other in made:
+            other.load_state_dict({name: tensor.clone() for name, tensor in other.state_dict().items()})
+            with torch.enable_grad():
+                other(torch.ones(2, 64, requires_grad=True)).sum().backward()
+
     def test_a_choice_is_not_copied(self):
         quantized = bucketed()
         with activation_scales(quantized, masked=0.5):

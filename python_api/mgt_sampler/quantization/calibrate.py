@@ -183,18 +183,20 @@ def quantize(
         return observers
 
     fallbacks: dict[str, str] = {}
-    layers = {name: packed(linear, name) for name, linear in linears.items()}
-    quantized = with_layers(model, {linear: layers[name] for name, linear in linears.items()}).eval()
+    # what is made here may be changed and trained later, whatever mode the caller is in
+    with torch.inference_mode(False):
+        layers = {name: packed(linear, name) for name, linear in linears.items()}
+        quantized = with_layers(model, {linear: layers[name] for name, linear in linears.items()}).eval()
     if chooser is not None:
         chooser.attach(quantized)
     first = last = calibrated("calibration")
     if fine_tune is not None:
-        fakes = {name: _FakeInt4Linear(*floats[name], layer) for name, layer in layers.items()}
-        replace(quantized, {layer: fakes[name] for name, layer in layers.items()})
-        with torch.enable_grad():
-            fine_tune(quantized)
         fallbacks = {}
-        layers = {name: packed(fake, name) for name, fake in fakes.items()}
+        with torch.inference_mode(False), torch.enable_grad():
+            fakes = {name: _FakeInt4Linear(*floats[name], layer) for name, layer in layers.items()}
+            replace(quantized, {layer: fakes[name] for name, layer in layers.items()})
+            fine_tune(quantized)
+            layers = {name: packed(fake, name) for name, fake in fakes.items()}
         for name, fake in fakes.items():
             inherit(fake, layers[name])
         replace(quantized, {fake: layers[name] for name, fake in fakes.items()})

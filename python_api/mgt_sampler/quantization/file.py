@@ -69,6 +69,7 @@ def save_quantized(model: nn.Module, path: str | Path) -> None:
     write_tensor_file(path, state, {"mgt_quantized": json.dumps(facts)})
 
 
+@torch.inference_mode(False)
 def load_quantized(
     model_or_factory: nn.Module | Callable[[], nn.Module], path: str | Path, *, backend: str = "auto"
 ) -> nn.Module:
