@@ -6,6 +6,7 @@ import operator
 import pickle
 import threading
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -415,6 +416,14 @@ class TestCalibration:
         with pytest.raises(ValueError, match="not reached by the calibration, and no other"):
             quantize(model, [x], include=("closed",))
 
+    def test_float16_models_and_numpy_scalars(self, x):
+        model, numbers = Pair().half(), dict(share=np.float32(0.5), num_timestep_buckets=np.int64(1))
+        quantized, _ = quantize(model, [x.half()], group_size=32, mask_token_id=np.int32(3), **numbers)
+        assert (
+            quantized(x.half()).dtype == torch.float16
+            and error(quantized(x.half()).float(), model(x.half()).float()) < 0.1
+        )
+
     def test_zeros_first_do_not_make_a_scale_small(self, x):
         _, once = quantize(Pair(), [x], share=1)
         torch.manual_seed(0)
@@ -524,6 +533,23 @@ class TestSeveralScales:
             with torch.no_grad():
                 for _ in range(5):
                     found[i] = model.predict_logits(tokens[i], None if i % 2 else tokens[i][:, 0])
+
+        threads = [threading.Thread(target=call, args=(i,)) for i in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert all(torch.equal(found[i], expected[i]) for i in range(8))
+
+    def test_threads_that_share_a_model_that_reads_its_tokens_take_turns(self):
+        quantized = bucketed()
+        tokens = [tokens_of(0.12 * i, 1 - 0.1 * i) for i in range(8)]
+        expected, found = [quantized(row) for row in tokens], {}
+
+        def call(i):
+            with torch.no_grad():
+                for _ in range(5):
+                    found[i] = quantized(tokens[i])
 
         threads = [threading.Thread(target=call, args=(i,)) for i in range(8)]
         for thread in threads:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -130,15 +131,15 @@ def quantize(
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, torch._dynamo.OptimizedModule):
         raise TypeError("model: is compiled by torch.compile; quantize the module first, then compile what comes back")
-    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+    if isinstance(share, bool) or not isinstance(share, Real) or not 0 <= share <= 1:
         raise ValueError(f"share: expected a number in [0, 1], got {share!r}")
     if rank_by not in RANKINGS:
         raise ValueError(f"rank_by: expected one of {', '.join(RANKINGS)}, got {rank_by!r}")
     if not 0 <= momentum < 1:
         raise ValueError(f"momentum: expected a number in [0, 1), got {momentum}")
-    if isinstance(num_timestep_buckets, bool) or not isinstance(num_timestep_buckets, int) or num_timestep_buckets < 1:
+    if not _is_int(num_timestep_buckets) or num_timestep_buckets < 1:
         raise ValueError(f"num_timestep_buckets: expected an int of at least 1, got {num_timestep_buckets!r}")
-    if mask_token_id is not None and (isinstance(mask_token_id, bool) or not isinstance(mask_token_id, int)):
+    if mask_token_id is not None and not _is_int(mask_token_id):
         raise TypeError(f"mask_token_id: expected an int or None, got {mask_token_id!r}")
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
@@ -149,7 +150,7 @@ def quantize(
     if not inputs:
         raise ValueError("calibration: expected one input at least, got none")
     has_several = guidance_halves or num_timestep_buckets > 1
-    chooser = ScalesByTokens(mask_token_id) if has_several and mask_token_id is not None else None
+    chooser = ScalesByTokens(int(mask_token_id)) if has_several and mask_token_id is not None else None
     floats: dict[str, tuple[Tensor, Tensor | None]] = {}
 
     def packed(linear: nn.Linear, name: str) -> Int4Linear:
@@ -228,6 +229,10 @@ def quantize(
             for name, layer in layers.items()
         )
     )
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 class _Observer:

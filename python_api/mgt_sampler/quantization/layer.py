@@ -177,11 +177,11 @@ class Int4Linear(nn.Linear):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int4Linear:
-        follows = {id(self.weight_like), id(self.bias)}
+        frozen = {id(tensor) for tensor in (self.w_q, self.scale, self.zero_point, self.x_scale)}
 
         def moved(tensor: Tensor) -> Tensor:
             result = fn(tensor)
-            if id(tensor) in follows or result.dtype == tensor.dtype:
+            if id(tensor) not in frozen or result.dtype == tensor.dtype:
                 return result
             # a model's dtype is that of its activations: rounded scales would be other weights
             return tensor.to(result.device)

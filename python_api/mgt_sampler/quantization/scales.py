@@ -129,12 +129,15 @@ class ScalesByTokens:
 
     Each sample's share of masked tokens is that of the first argument of the model that holds integers of two or more
     dimensions; its batch holds both guidance halves, the first one first. A choice by `activation_scales` goes before.
+    Threads that call the model take turns.
     """
 
     def __init__(self, mask_token_id: int) -> None:
         """Remember the id of the mask token."""
         self.mask_token_id = mask_token_id
-        self._has_chosen = False
+        # the thread whose call these hooks chose for
+        self._caller: int | None = None
+        self._turn = threading.Lock()
 
     def attach(self, model: nn.Module) -> None:
         """Register the hooks."""
@@ -144,28 +147,48 @@ class ScalesByTokens:
     def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Choose."""
         layers = layers_to_choose_for(model)
-        if any(layer._scale_index is None for layer in layers):
-            tokens = self.tokens(model, args, kwargs)
-            has_halves = any(layer.x_scale is not None and layer.x_scale.shape[1] == 2 for layer in layers)
-            if has_halves and not torch.compiler.is_compiling() and tokens.device.type == "cpu":
-                first, second = tokens[: len(tokens) // 2], tokens[len(tokens) // 2 :]
-                if not torch.equal(first, second):
-                    raise ValueError(
-                        "model: has activation scales for guidance halves; expected both halves of the batch with the "
-                        f"same tokens, got others (shape {tuple(tokens.shape)}); call it inside "
-                        "mgt_sampler.activation_scales(model, guidance_half=...) where a batch is one half"
-                    )
-            choose(layers, masked_share(tokens, self.mask_token_id), None)
-            self._has_chosen = True
+        if torch.compiler.is_compiling():
+            if any(layer._scale_index is None for layer in layers):
+                choose(layers, masked_share(self.tokens(model, args, kwargs), self.mask_token_id), None)
+                self._caller = 0
+            return
+        if self._caller is None and all(layer._scale_index is not None for layer in layers):
+            return
+        self._turn.acquire()
+        self._caller = threading.get_ident()
+        tokens = self.tokens(model, args, kwargs)
+        has_halves = any(layer.x_scale is not None and layer.x_scale.shape[1] == 2 for layer in layers)
+        if has_halves and tokens.device.type == "cpu":
+            first, second = tokens[: len(tokens) // 2], tokens[len(tokens) // 2 :]
+            if not torch.equal(first, second):
+                raise ValueError(
+                    "model: has activation scales for guidance halves; expected both halves of the batch with the "
+                    f"same tokens, got others (shape {tuple(tokens.shape)}); call it inside "
+                    "mgt_sampler.activation_scales(model, guidance_half=...) where a batch is one half"
+                )
+        choose(layers, masked_share(tokens, self.mask_token_id), None)
 
     def after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Forget the choice."""
-        layers = layers_to_choose_for(model)
-        if not self._has_chosen:
+        """Forget the choice; called where `before` or the model raised, too."""
+        if torch.compiler.is_compiling():
+            is_ours = self._caller is not None
+        else:
+            is_ours = self._caller == threading.get_ident()
+        if not is_ours:
             return
-        self._has_chosen = False
-        for layer in layers:
+        for layer in layers_to_choose_for(model):
             layer._scale_index = layer._chooser = None
+        self._caller = None
+        if not torch.compiler.is_compiling():
+            self._turn.release()
+
+    def __getstate__(self) -> int:
+        """What is copied and pickled."""
+        return self.mask_token_id
+
+    def __setstate__(self, mask_token_id: int) -> None:
+        """Start afresh."""
+        self.__init__(mask_token_id)  # type: ignore[misc]
 
     def tokens(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The token ids among a model's arguments."""
