@@ -230,6 +230,7 @@ class TestWhatALinearHas:
             quantized.share_memory(),
         ):
             assert torch.equal(other(x), y)
+        assert copy.deepcopy(quantized).to("meta")(x.to("meta")).shape == y.shape
         buffer = io.BytesIO()
         torch.save(quantized.a.weight, buffer)
         buffer.seek(0)
@@ -302,13 +303,20 @@ class TestWhatHostsHangOnALinear:
 
     def test_attributes_buffers_and_modules_come_along(self, x):
         model = Pair()
-        model.a.scale_attr = 3
+        model.a.scale_attr, model.a.name = 3, "up"
         model.a.register_buffer("mask", torch.ones(64), persistent=False)
         model.a.probe = nn.LayerNorm(64)
         quantized, _ = quantize(model, [x])
-        assert quantized.a.scale_attr == 3 and quantized.a.mask.shape == (64,)
+        assert quantized.a.scale_attr == 3 and quantized.a.name == "up" and quantized.a.mask.shape == (64,)
         assert isinstance(quantized.a.probe, nn.LayerNorm) and quantized.a.probe is not model.a.probe
         assert "a.mask" not in quantized.state_dict()
+
+    @pytest.mark.parametrize("name", ["scale", "x_scale", "group_size", "packed"])
+    def test_an_attribute_of_a_quantized_layer_s_own_is_refused_by_name(self, x, name):
+        model = Pair()
+        setattr(model.b, name, 3)
+        with pytest.raises(ValueError, match=rf"^b: has an attribute {name}, which a quantized layer needs"):
+            quantize(model, [x])
 
     @pytest.mark.parametrize(
         "register",

@@ -111,7 +111,7 @@ def test_a_layer_runs_the_op_that_it_names():
 def test_scales_of_halves_and_buckets():
     packed, x = quantize_int4(torch.randn(6, 40), 32), torch.randn(4, 40)
     scales = torch.tensor([[0.01, 0.02], [0.03, 0.04], [0.05, 0.06]])
-    layer = Int4Linear(packed, None, scales, backend=BACKEND, name="fc")
+    layer = Int4Linear(packed, None, scales, backend=BACKEND, layer_name="fc")
 
     def expected(*x_scale):
         return w4a8_linear(x, packed, torch.tensor(x_scale), backend=BACKEND)

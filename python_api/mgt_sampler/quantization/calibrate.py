@@ -164,7 +164,7 @@ def quantize(
         # overwritten before it is read
         x_scale = torch.ones(num_timestep_buckets, 1 + guidance_halves, dtype=torch.float32, device=weight.device)
         bias = None if bias is None else bias.clone()
-        return Int4Linear(weight_q, bias, x_scale, backend=backend, dtype=weight.dtype, name=name)
+        return Int4Linear(weight_q, bias, x_scale, backend=backend, dtype=weight.dtype, layer_name=name)
 
     def calibrated(label: str) -> dict[str, _Observer]:
         observers = {name: _Observer(name, layer, *floats[name], momentum) for name, layer in layers.items()}

@@ -173,7 +173,9 @@ def _layers_of(
             _check_own(own, linear, layer["activation"])
             like = own["weight_like"]
             assert like is not None
-            quantized = Int4Linear(packed, own["bias"], own["x_scale"], backend=backend, dtype=like.dtype, name=name)
+            quantized = Int4Linear(
+                packed, own["bias"], own["x_scale"], backend=backend, dtype=like.dtype, layer_name=name
+            )
         except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
             file.refuse(f"{name}: {' '.join(str(error).split())}")
         replacements[linear] = quantized

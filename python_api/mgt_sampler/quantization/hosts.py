@@ -117,7 +117,7 @@ def prepare(model: nn.Module, layers: Mapping[str, Any], mask_token_id: int | No
                 )
                 scales = None if facts["x_scale"] is None else torch.empty(facts["x_scale"], dtype=torch.float32)
                 bias = None if linear.bias is None else torch.empty_like(linear.bias)
-                layer = Int4Linear(packed, bias, scales, dtype=linear.weight.dtype, name=name)
+                layer = Int4Linear(packed, bias, scales, dtype=linear.weight.dtype, layer_name=name)
         except (KeyError, TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:
             raise ValueError(f"quantization_config: layers: {name}: {error}") from error
         inherit(linear, layer)

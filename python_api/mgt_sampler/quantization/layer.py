@@ -33,7 +33,7 @@ class Int4Linear(nn.Linear):
             guidance half, one or two halves. Where there are several, `activation_scales` chooses for each sample.
             None: activations are rounded to bfloat16.
         backend: of the kernels.
-        name: of the layer in its model, for messages.
+        layer_name: in its model, for messages.
     """
 
     w_q: Tensor
@@ -49,14 +49,14 @@ class Int4Linear(nn.Linear):
         *,
         backend: str = "auto",
         dtype: torch.dtype = torch.float32,
-        name: str = "",
+        layer_name: str = "",
     ) -> None:
         """Hold the tensors; `dtype` is the one that `weight` reports."""
         nn.Module.__init__(self)
         self.out_features, self.in_features = weight.shape
         self.group_size = weight.group_size
         self.backend = backend
-        self.name = name
+        self.layer_name = layer_name
         if x_scale is not None and (x_scale.ndim != 2 or x_scale.shape[1] not in (1, 2) or not len(x_scale)):
             raise ValueError(f"x_scale: expected shape (buckets, 1 or 2), got {tuple(x_scale.shape)}")
         # hosts ask a layer's first parameter for dtype and device; it has one value, for it is no weight
@@ -117,7 +117,7 @@ class Int4Linear(nn.Linear):
             return self.x_scale.view(1)
         if self._scale_index is None:
             raise RuntimeError(
-                f"{self.name or 'layer'}: has scales for {len(self.x_scale)} timestep buckets and "
+                f"{self.layer_name or 'layer'}: has scales for {len(self.x_scale)} timestep buckets and "
                 f"{self.x_scale.shape[1]} guidance halves, and nobody chose among them; call the model inside "
                 "mgt_sampler.activation_scales(model, ...), or quantize it with mask_token_id"
             )
@@ -127,9 +127,8 @@ class Int4Linear(nn.Linear):
             return self.x_scale.view(-1)[:1]
         if num_rows % len(index):
             raise ValueError(
-                f"{self.name or 'layer'}: expected as many rows for each of {len(index)} samples or guidance halves, "
-                f"got {num_rows} rows; a layer whose rows are no samples can have no scales of its own for them: "
-                "exclude it"
+                f"{self.layer_name or 'layer'}: expected as many rows for each of {len(index)} samples or guidance "
+                f"halves, got {num_rows} rows; a layer whose rows are no samples cannot have scales by sample: exclude it"
             )
         return self.x_scale.flatten()[index]
 
@@ -140,12 +139,12 @@ class Int4Linear(nn.Linear):
             TypeError: no tensor, or of another dtype than the layer takes.
         """
         if not isinstance(x, Tensor):
-            raise TypeError(f"{self.name or 'layer'}: expected a tensor of activations, got {type(x).__name__}")
-        if torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"{self.layer_name or 'layer'}: expected a tensor of activations, got {type(x).__name__}")
+        if x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if x.dtype not in ACTIVATION_DTYPES:
             raise TypeError(
-                f"{self.name or 'layer'}: expected activations in float32, bfloat16 or float16, got {x.dtype}"
+                f"{self.layer_name or 'layer'}: expected activations in float32, bfloat16 or float16, got {x.dtype}"
             )
         return x
 
@@ -172,7 +171,7 @@ class Int4Linear(nn.Linear):
     def _refuse(self, what: str) -> NoReturn:
         # no TypeError: += would take it for a sign to try + instead
         raise RuntimeError(
-            f"{self.name or 'layer'}: {what}: its weights have 4 bits and cannot be written; write to the float "
+            f"{self.layer_name or 'layer'}: {what}: its weights have 4 bits and cannot be written; write to the float "
             "model's (merge adapters there, too) and quantize that, or keep this layer in float by `exclude`"
         )
 

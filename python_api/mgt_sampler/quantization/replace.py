@@ -167,18 +167,24 @@ def _move_in(linear: nn.Module, layer: nn.Module, memo: dict[int, Any]) -> None:
         if kind == "_forward_pre_hooks":
             hooks = type(hooks)((key, hook) for key, hook in hooks.items() if id(hook) not in maker_ids)
         setattr(layer, kind, copy.deepcopy(hooks, memo))
-    plain = {*vars(nn.Module()), "in_features", "out_features", "forward"}
+    plain = {*vars(nn.Module()), "in_features", "out_features"}
     for name, value in vars(linear).items():
-        if name not in plain and name not in vars(layer) and name not in made:
+        if name not in plain and name not in made:
+            _check_free(layer, name)
             vars(layer)[name] = copy.deepcopy(value, memo)
     for kind in ("_parameters", "_buffers", "_modules"):
         for name, value in vars(linear)[kind].items():
             if name not in ("weight", "bias", "parametrizations") and name not in of_makers:
-                if hasattr(layer, name):
-                    raise ValueError(
-                        f"{name}: a linear layer has a tensor or module of this name; expected another name"
-                    )
+                _check_free(layer, name)
                 vars(layer)[kind][name] = copy.deepcopy(value, memo)
+
+
+def _check_free(layer: nn.Module, name: str) -> None:
+    if hasattr(layer, name):
+        raise ValueError(
+            f"{layer.layer_name}: has an attribute {name}, which a quantized layer needs for itself; rename it, or "
+            "exclude the layer"
+        )
 
 
 def _makers(linear: nn.Module) -> list[Any]:

@@ -81,7 +81,7 @@ def choose(layers: Sequence[Int4Linear], masked: float | Tensor | None, guidance
         assert layer.x_scale is not None
         shape = tuple(layer.x_scale.shape)
         if shape not in indices:
-            indices[shape] = scale_index(shape, masked, guidance_half, layer.x_scale.device, layer.name)
+            indices[shape] = scale_index(shape, masked, guidance_half, layer.x_scale.device, layer.layer_name)
     if torch.compiler.is_compiling():
         # compiled code sets what this thread chose when it was traced into
         for layer in layers:
@@ -93,8 +93,8 @@ def choose(layers: Sequence[Int4Linear], masked: float | Tensor | None, guidance
         for layer in layers:
             if layer._chooser not in (None, me):
                 raise RuntimeError(
-                    f"model: another thread is choosing its activation scales ({layer.name or 'a layer'}); give each "
-                    "thread a copy of the model"
+                    "model: another thread is choosing its activation scales "
+                    f"({layer.layer_name or 'a layer'}); give each thread a copy of the model"
                 )
         for layer in layers:
             assert layer.x_scale is not None
