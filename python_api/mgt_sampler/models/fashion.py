@@ -42,6 +42,11 @@ class TokenizerConfig:
         if self.image_size < 2 or self.image_size % 2:
             raise ValueError(f"image_size: expected an even number of pixels, got {self.image_size}")
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the tensors that the other sizes follow from."""
+        return {"codebook": (self.codebook_size, self.code_dim), "encoder.0.weight": (self.width, 1, 4, 4)}
+
 
 @dataclass(frozen=True)
 class TransformerConfig:
@@ -60,6 +65,16 @@ class TransformerConfig:
         if self.num_heads < 1 or self.width % self.num_heads:
             raise ValueError(f"num_heads: expected a divisor of the width {self.width}, got {self.num_heads}")
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the tensors that the other sizes follow from."""
+        return {
+            "token_embedding.weight": (self.codebook_size + 1, self.width),
+            "position_embedding": (self.grid_size**2, self.width),
+            "blocks.0.mlp_in.weight": (self.mlp_ratio * self.width, self.width),
+            "blocks.0.modulation.weight": (self.num_classes + 1, 4 * self.width),
+        }
+
 
 @dataclass(frozen=True)
 class ClassifierConfig:
@@ -68,6 +83,11 @@ class ClassifierConfig:
     num_classes: int = 10
     width: int = 32
     num_features: int = 64
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the tensors that the other sizes follow from."""
+        return {"body.0.weight": (self.width, 1, 3, 3), "head.weight": (self.num_classes, self.num_features)}
 
 
 class _ResidualConv(nn.Module):
@@ -287,16 +307,20 @@ def load_network(kind: type[_Network], path: str | Path) -> _Network:
     if file.metadata.get("network") != kind.__name__:
         file.refuse(f"expected the weights of a {kind.__name__}, got {file.metadata.get('network')!r:.100}")
     config_type = _CONFIGS[kind]
-    config = file.facts("config", {field.name: int for field in fields(config_type)})
-    for name, value in config.items():
-        # none is larger than the tensors that it sizes, or than their number
-        if not 1 <= value <= 1 << 12 or (name == "num_layers" and value > len(file.tensors)):
+    sizes = file.facts("config", {field.name: int for field in fields(config_type)})
+    for name, value in sizes.items():
+        if value < 1 or (name == "num_layers" and value > len(file.tensors)):
             file.refuse(f"damaged: config: {name}: {value} is out of range")
     try:
-        with torch.device("meta"):
-            network = kind(config_type(**config))
+        config = config_type(**sizes)
     except ValueError as error:
         file.refuse(f"damaged: config: {error}")
+    # before a network of that size is made
+    for name, shape in config.shapes.items():
+        if name not in file.tensors or file.tensors[name].shape != shape:
+            found = tuple(file.tensors[name].shape) if name in file.tensors else "none"
+            file.refuse(f"damaged: {name}: expected shape {shape} by its config, got {found}")
+    network = kind(config)
     expected = network.state_dict()
     if file.tensors.keys() != expected.keys():
         names = ", ".join(sorted(file.tensors.keys() ^ expected.keys()))
@@ -308,8 +332,6 @@ def load_network(kind: type[_Network], path: str | Path) -> _Network:
         if tensor.dtype != dtype or tensor.shape != shape:
             found = f"{tensor.dtype} {tuple(tensor.shape)}"
             file.refuse(f"damaged: {name}: expected {dtype} {tuple(shape)}, got {found}")
-        if not tensor.isfinite().all():
-            file.refuse(f"damaged: {name}: expected finite values")
         state[name] = tensor.float() if is_float else tensor
     network.load_state_dict(state, assign=True)
     return network.eval().requires_grad_(False)

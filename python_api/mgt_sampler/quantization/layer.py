@@ -112,25 +112,26 @@ class Int4Linear(nn.Linear):
             RuntimeError: there are several, and nobody chose.
             ValueError: the rows are not as many for every sample.
         """
-        assert self.x_scale is not None
-        if self.x_scale.numel() == 1:
-            return self.x_scale.view(1)
+        x_scale = self.x_scale
+        assert x_scale is not None
+        if x_scale.numel() == 1:
+            return x_scale.view(1)
         if self._scale_index is None:
             raise RuntimeError(
-                f"{self.layer_name or 'layer'}: has scales for {len(self.x_scale)} timestep buckets and "
-                f"{self.x_scale.shape[1]} guidance halves, and nobody chose among them; call the model inside "
+                f"{self.layer_name or 'layer'}: has scales for {len(x_scale)} timestep buckets and "
+                f"{x_scale.shape[1]} guidance halves, and nobody chose among them; call the model inside "
                 "mgt_sampler.activation_scales(model, ...), or quantize it with mask_token_id"
             )
-        index = self._scale_index.to(self.x_scale.device)
+        index = self._scale_index.to(x_scale.device)
         if not len(index):
             # a batch without samples
-            return self.x_scale.view(-1)[:1]
+            return x_scale.view(-1)[:1]
         if num_rows % len(index):
             raise ValueError(
                 f"{self.layer_name or 'layer'}: expected as many rows for each of {len(index)} samples or guidance "
-                f"halves, got {num_rows} rows; a layer whose rows are no samples cannot have scales by sample: exclude it"
+                f"halves, got {num_rows} rows; exclude a layer whose rows are no samples"
             )
-        return self.x_scale.flatten()[index]
+        return x_scale.flatten()[index]
 
     def activations(self, x: Tensor) -> Tensor:
         """What the layer computes with: its input in the dtype of autocast where that is on.
@@ -140,8 +141,9 @@ class Int4Linear(nn.Linear):
         """
         if not isinstance(x, Tensor):
             raise TypeError(f"{self.layer_name or 'layer'}: expected a tensor of activations, got {type(x).__name__}")
-        if x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        device_type = x.device.type
+        if device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type):
+            x = x.to(torch.get_autocast_dtype(device_type))
         if x.dtype not in ACTIVATION_DTYPES:
             raise TypeError(
                 f"{self.layer_name or 'layer'}: expected activations in float32, bfloat16 or float16, got {x.dtype}"
@@ -151,13 +153,16 @@ class Int4Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Map x (..., K) to (..., N)."""
         x = self.activations(input)
-        scales = None if self.x_scale is None else self.chosen_scales(x.numel() // max(1, x.shape[-1]))
-        y = x.float() if x.dtype == torch.float16 else x
-        if torch.is_grad_enabled() and (y.requires_grad or (self.bias is not None and self.bias.requires_grad)):
-            y = _Int4Function.apply(y, self.bias, self.packed, scales, self.backend)
+        bias, x_scale = self.bias, self.x_scale
+        scales = None if x_scale is None else self.chosen_scales(x.numel() // max(1, x.shape[-1]))
+        is_half = x.dtype == torch.float16
+        if is_half:
+            x = x.float()
+        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+            y = _Int4Function.apply(x, bias, self.packed, scales, self.backend)
         else:
-            y = _multiply(y, self.bias, self.packed, scales, self.backend)
-        return y.to(x.dtype)
+            y = _multiply(x, bias, self.packed, scales, self.backend)
+        return y.half() if is_half else y
 
     def extra_repr(self) -> str:
         """Sizes, path and kernel."""
