@@ -24,6 +24,9 @@ _DTYPES = {
     "I16": torch.int16,
     "I32": torch.int32,
     "I64": torch.int64,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F32": torch.float32,
@@ -97,15 +100,19 @@ def write_tensor_file(path: str | Path, tensors: Mapping[str, Tensor], metadata:
         metadata: further strings for the header.
 
     Raises:
-        TypeError: a dtype that the format does not have.
+        TypeError: no tensor, or one of a dtype that the format does not have.
+        ValueError: a tensor is on the meta device.
         OSError: the file cannot be written; the old one is then as before.
     """
     stored: dict[str, Tensor] = {}
     names: dict[tuple[Any, ...], str] = {}
     aliases: dict[str, str] = {}
     for name, tensor in tensors.items():
-        if tensor.dtype not in _NAMES:
-            raise TypeError(f"{name}: expected a dtype that safetensors files have, got {tensor.dtype}")
+        if not isinstance(tensor, Tensor) or tensor.dtype not in _NAMES:
+            found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{name}: expected a tensor of a dtype that safetensors files have, got {found}")
+        if tensor.is_meta:
+            raise ValueError(f"{name}: is on the meta device (offloaded?); bring it back first")
         tensor = tensor.detach()
         place = (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
         first = names.setdefault(place, name) if tensor.numel() else name

@@ -46,16 +46,13 @@ def save_quantized(model: nn.Module, path: str | Path) -> None:
         path: the file, replaced at once when it is whole.
 
     Raises:
-        ValueError: the model has no quantized layer, or one whose tensors are elsewhere (accelerate's offload).
+        TypeError: the model has a tensor that safetensors files cannot hold, or a state that is no tensor.
+        ValueError: the model has no quantized layer, or tensors on the meta device (accelerate's offload).
         OSError: the file cannot be written; an older one is then as before.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Int4Linear)}
     if not layers:
         raise ValueError("model: expected one with quantized layers, got none")
-    state = model.state_dict()
-    for name, tensor in state.items():
-        if tensor.is_meta:
-            raise ValueError(f"model: {name} is on the meta device; bring it back first")
     facts = {
         "version": FORMAT_VERSION,
         "model": type(model).__name__,
@@ -66,7 +63,7 @@ def save_quantized(model: nn.Module, path: str | Path) -> None:
         },
         "mask_token_id": next((hooks.mask_token_id for hooks in choosers_of(model)), None),
     }
-    write_tensor_file(path, state, {"mgt_quantized": json.dumps(facts)})
+    write_tensor_file(path, model.state_dict(), {"mgt_quantized": json.dumps(facts)})
 
 
 @torch.inference_mode(False)

@@ -120,7 +120,8 @@ class Int4Linear(nn.Linear):
             raise RuntimeError(
                 f"{self.layer_name or 'layer'}: has scales for {len(x_scale)} timestep buckets and "
                 f"{x_scale.shape[1]} guidance halves, and nobody chose among them; call the model inside "
-                "mgt_sampler.activation_scales(model, ...), or quantize it with mask_token_id"
+                "mgt_sampler.activation_scales(model, ...) or, for generate, in a ScaledModel, or quantize it with "
+                "mask_token_id"
             )
         index = self._scale_index.to(x_scale.device)
         if not len(index):
