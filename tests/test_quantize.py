@@ -141,8 +141,9 @@ def test_scales_of_halves_and_buckets():
     ):
         with pytest.raises(ValueError, match=message), activation_scales(layer, **wrong):
             pass
-    with pytest.raises(TypeError, match="masked"), activation_scales(layer, masked=torch.zeros(2, 2)):
-        pass
+    for wrong in (torch.zeros(2, 2), torch.ones(2, dtype=int), "all", [0.5]):
+        with pytest.raises(TypeError, match="masked"), activation_scales(layer, masked=wrong):
+            pass
 
 
 def test_moving_a_model_to_a_dtype_leaves_the_scales():

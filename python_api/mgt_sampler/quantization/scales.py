@@ -6,6 +6,8 @@ import inspect
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Real
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -66,8 +68,12 @@ def check_choice(masked: float | Tensor | None, guidance_half: int | None) -> No
     if isinstance(masked, Tensor) and masked.ndim:
         if masked.ndim != 1 or not masked.is_floating_point():
             raise TypeError(f"masked: expected a number or floats (B,), got {masked.dtype} {tuple(masked.shape)}")
-        if masked.device.type == "cpu" and not ((masked >= 0) & (masked <= 1)).all():
+        # elsewhere, and in compiled code, looking at values would wait for them
+        is_here = masked.device.type == "cpu" and not torch.compiler.is_compiling()
+        if is_here and not ((masked >= 0) & (masked <= 1)).all():
             raise ValueError(f"masked: expected numbers in [0, 1], got {masked.tolist()}")
+    elif not isinstance(masked, (Real, Tensor, NoneType)):
+        raise TypeError(f"masked: expected a number or floats (B,), got {masked!r}")
     elif masked is not None and not 0 <= masked <= 1:
         raise ValueError(f"masked: expected a number in [0, 1], got {masked}")
     if guidance_half not in (None, 0, 1) or isinstance(guidance_half, bool):
