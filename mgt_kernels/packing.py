@@ -166,7 +166,7 @@ def quantize_int4(weight: Tensor, group_size: int = 128, *, scale_dtype: torch.d
 
     # inputs past K are zeros, which every group's range holds anyway
     num_groups = -(-num_inputs // group_size)
-    padded = torch.zeros(num_outputs, num_groups * group_size, device=weight.device)
+    padded = torch.zeros(num_outputs, num_groups * group_size, dtype=torch.float32, device=weight.device)
     padded[:, :num_inputs] = weight.detach()
     grouped = padded.view(num_outputs, num_groups, group_size)
     low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)

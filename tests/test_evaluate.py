@@ -523,7 +523,7 @@ class TestRun:
         results = evaluate(pair, num_images=20, num_groups=2)
         plain, quantized = (float(result.estimates["weight_bytes"].value) for result in results)
         # 192 x 128 weights: 4 bytes each before, half a byte, and scale and zero point of groups of 64, after
-        assert plain - quantized == 192 * 128 * 4 - 192 * 128 // 2 - 3 * 3 * 128 - 4
+        assert plain - quantized == 192 * 128 * 4 - 192 * 128 // 2 - 3 * 3 * 128 - 4 - 4
         heads = [type(model.transformer.head).__name__ for model in drawers[2:]]
         assert heads == ["Linear", "Int4Linear"] * 2
         assert "weights, MB" in run.results_table(results)

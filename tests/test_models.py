@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
+import json
 import struct
 from pathlib import Path
 
@@ -14,8 +16,17 @@ from safetensors.torch import load_file
 
 from mgt_sampler.models import FashionModel, MaskedModel, load_classifier, load_model, train_fashion
 from mgt_sampler.models.data import load_fashion_mnist, read_idx, to_float_images
-from mgt_sampler.models.fashion import WEIGHTS_DIR, Classifier, Tokenizer, load_network
+from mgt_sampler.models.fashion import (
+    WEIGHTS_DIR,
+    Classifier,
+    Tokenizer,
+    TokenizerConfig,
+    Transformer,
+    load_network,
+    save_network,
+)
 from mgt_sampler.models.train_fashion import RECIPES, STAGES, Recipe, batch_indices, main
+from mgt_sampler.tensor_file import write_tensor_file
 
 DATA_DIR = Path("/usr/share/datasets/fashion-mnist")
 
@@ -124,6 +135,52 @@ class TestFiles:
     def test_wrong_kind(self) -> None:
         with pytest.raises(ValueError, match="expected the weights of a Classifier, got 'Tokenizer'"):
             load_network(Classifier, WEIGHTS_DIR / "tokenizer.safetensors")
+
+    @pytest.mark.parametrize("name", STAGES)
+    def test_flipped_and_cut_files_are_refused_with_their_name(self, name: str, tmp_path: Path) -> None:
+        data = (WEIGHTS_DIR / f"{name}.safetensors").read_bytes()
+        kind = {"tokenizer": Tokenizer, "classifier": Classifier, "transformer": Transformer}[name]
+        path = tmp_path / "broken.safetensors"
+        header_end = 8 + int.from_bytes(data[:8], "little")
+        chance = np.random.default_rng(0)
+        for place in (*chance.integers(header_end, size=10), *chance.integers(header_end, len(data), size=2)):
+            changed = bytearray(data)
+            changed[place] ^= 1 << int(chance.integers(8))
+            path.write_bytes(changed)
+            with pytest.raises(ValueError, match=r"broken\.safetensors: (truncated|damaged)"):
+                load_network(kind, path)
+        for size in (0, 7, 100, len(data) - 1):
+            path.write_bytes(data[:size])
+            with pytest.raises(ValueError, match=r"broken\.safetensors: truncated"):
+                load_network(kind, path)
+
+    @pytest.mark.parametrize(
+        "field, value",
+        [("num_heads", 0), ("num_heads", 5), ("width", 2**40), ("width", -32), ("num_layers", 10**6),
+         ("grid_size", 3.0), ("codebook_size", True), ("num_classes", "ten"), ("mlp_ratio", None), ("depth", 3),
+         ("grid_size", 5)],
+    )  # fmt: skip
+    def test_a_config_that_cannot_be_is_refused(self, tmp_path: Path, field: str, value: object) -> None:
+        network = Transformer(train_fashion.TransformerConfig(4, 8, 3, 32, 1, 2))
+        lie = {**dataclasses.asdict(network.config), field: value}
+        metadata = {"network": "Transformer", "config": json.dumps(lie), "class_names": "[]"}
+        tensors = {name: t.half() if t.is_floating_point() else t for name, t in network.state_dict().items()}
+        write_tensor_file(tmp_path / "lie.safetensors", tensors, metadata)
+        with pytest.raises(ValueError, match=rf"lie\.safetensors: damaged: .*({field}|shape|expected)"):
+            load_network(Transformer, tmp_path / "lie.safetensors")
+
+    def test_a_saved_network_comes_back(self, tmp_path: Path) -> None:
+        network = load_network(Classifier, WEIGHTS_DIR / "classifier.safetensors")
+        save_network(network, tmp_path / "again.safetensors")
+        assert (tmp_path / "again.safetensors").read_bytes() == (WEIGHTS_DIR / "classifier.safetensors").read_bytes()
+        for name, tensor in load_file(tmp_path / "again.safetensors").items():
+            assert torch.equal(tensor.to(network.state_dict()[name].dtype), network.state_dict()[name])
+
+    def test_tokenizer_and_transformer_of_other_sizes(self) -> None:
+        tokenizer = Tokenizer(TokenizerConfig(image_size=12, codebook_size=8, width=8))
+        transformer = Transformer(train_fashion.TransformerConfig(4, 8, 3, 32, 1, 2))
+        with pytest.raises(ValueError, match="the tokenizer makes images of 12 pixels a side"):
+            FashionModel(tokenizer, transformer)
 
     def test_missing(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match="train_fashion makes them"):

@@ -12,8 +12,7 @@ diffusers = pytest.importorskip("diffusers")
 
 from diffusers import AmusedScheduler  # noqa: E402
 
-from mgt_sampler import MGTScheduler, ZSampling, z_sample  # noqa: E402
-from mgt_sampler.quantize import CalibrationInput, quantize  # noqa: E402
+from mgt_sampler import CalibrationInput, MGTScheduler, ZSampling, quantize, z_sample  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -412,12 +411,24 @@ def test_a_quantized_transformer_draws(parts):
         calls.append(CalibrationInput(args, kwargs))
 
     scheduler = MGTScheduler(mask_token_id=31)
-    settings = {**SIZE, "num_inference_steps": 2}
+    settings = {**SIZE, "num_inference_steps": 4}
     handle = parts["transformer"].register_forward_pre_hook(record, with_kwargs=True)
     before = call(pipeline("AmusedPipeline", parts, scheduler), seeded(0), **settings)
     handle.remove()
-    transformer, report = quantize(parts["transformer"], calls, share=0.5, guidance_halves=True, group_size=32)
+    several = dict(guidance_halves=True, num_timestep_buckets=2)
+    transformer, report = quantize(parts["transformer"], calls, share=0.5, group_size=32, mask_token_id=31, **several)
     assert {layer.activation for layer in report.layers} == {"a8", "a16"}
+    assert {layer.x_scale.shape for layer in report.layers if layer.x_scale is not None} == {(2, 2)}
     pipe = pipeline("AmusedPipeline", {**parts, "transformer": transformer}, scheduler)
     after = call(pipe, seeded(0), **settings)
     assert after.shape == before.shape and ((after >= 0) & (after < 8)).all()
+    # the scales that it chose are those of its tokens
+    chosen = []
+    layer = next(module for module in transformer.modules() if getattr(module, "num_scales", 0) > 1)
+    layer.register_forward_pre_hook(lambda layer, _: chosen.append(layer._scale_index.tolist()))
+    call(pipe, seeded(0), **settings)
+    assert chosen[0] == [2, 2, 3, 3] and chosen[-1] == [0, 0, 1, 1] and layer._scale_index is None
+    assert call(functools.partial(z_sample, pipe), seeded(0), **settings).max() < 8
+    nobody, _ = quantize(parts["transformer"], calls, share=0.5, group_size=32, guidance_halves=True)
+    with pytest.raises(RuntimeError, match="nobody chose"):
+        call(pipeline("AmusedPipeline", {**parts, "transformer": nobody}, scheduler), seeded(0), **settings)

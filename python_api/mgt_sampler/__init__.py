@@ -1,8 +1,7 @@
 """Sampling from masked generative transformers, on the fused kernels of `mgt_kernels`.
 
 `generate` is the decoding loop over any model, `MGTScheduler` the drop-in for diffusers' aMUSEd scheduler and
-for Meissonic's (needs diffusers), `load_model` the bundled model; `mgt_sampler.quantize.quantize` makes a model's
-linear layers 4-bit ones.
+for Meissonic's (needs diffusers), `load_model` the bundled model; `quantize` makes a model's linear layers 4-bit ones.
 """
 
 from __future__ import annotations
@@ -16,26 +15,38 @@ from .techniques import Differential, ZSampling
 if TYPE_CHECKING:
     from .models import load_model as load_model
     from .pipelines import z_sample as z_sample
-    from .quantize import Int4Linear as Int4Linear
-    from .quantize import QuantizationReport as QuantizationReport
-    from .quantize import load_quantized as load_quantized
-    from .quantize import sampler_trajectories as sampler_trajectories
-    from .quantize import save_quantized as save_quantized
+    from .quantization import CalibrationInput as CalibrationInput
+    from .quantization import Int4Linear as Int4Linear
+    from .quantization import LayerReport as LayerReport
+    from .quantization import QuantizationReport as QuantizationReport
+    from .quantization import ScaledModel as ScaledModel
+    from .quantization import activation_scales as activation_scales
+    from .quantization import load_quantized as load_quantized
+    from .quantization import quantize as quantize
+    from .quantization import register_quantizers as register_quantizers
+    from .quantization import sampler_trajectories as sampler_trajectories
+    from .quantization import save_quantized as save_quantized
     from .scheduler import MGTScheduler as MGTScheduler
     from .scheduler import MGTSchedulerOutput as MGTSchedulerOutput
 
 __all__ = [
+    "CalibrationInput",
     "Differential",
     "GenerateOutput",
     "Int4Linear",
+    "LayerReport",
     "MGTScheduler",
     "MGTSchedulerOutput",
     "QuantizationReport",
     "SamplerStep",
+    "ScaledModel",
     "ZSampling",
+    "activation_scales",
     "generate",
     "load_model",
     "load_quantized",
+    "quantize",
+    "register_quantizers",
     "sampler_trajectories",
     "save_quantized",
     "z_sample",
@@ -43,14 +54,20 @@ __all__ = [
 
 # imported when first asked for: diffusers is optional and slow to import
 _LAZY = {
-    "Int4Linear": ".quantize",
+    "CalibrationInput": ".quantization",
+    "Int4Linear": ".quantization",
+    "LayerReport": ".quantization",
     "MGTScheduler": ".scheduler",
     "MGTSchedulerOutput": ".scheduler",
-    "QuantizationReport": ".quantize",
+    "QuantizationReport": ".quantization",
+    "ScaledModel": ".quantization",
+    "activation_scales": ".quantization",
     "load_model": ".models",
-    "load_quantized": ".quantize",
-    "sampler_trajectories": ".quantize",
-    "save_quantized": ".quantize",
+    "load_quantized": ".quantization",
+    "quantize": ".quantization",
+    "register_quantizers": ".quantization",
+    "sampler_trajectories": ".quantization",
+    "save_quantized": ".quantization",
     "z_sample": ".pipelines",
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +20,7 @@ from .files import check_writable, make_folder
 from .images import ANIMATIONS, STILLS, check_suffix, save_grid, save_trajectory, trajectory_images
 from .models import load_model
 from .models.data import load_fashion_mnist, to_float_images
-from .quantize import ScaledModel, load_quantized, quantize, sampler_trajectories, save_quantized
+from .quantization import ScaledModel, load_quantized, quantize, sampler_trajectories, save_quantized
 from .sampling import SamplerStep, generate
 from .schedules import MASK_SCHEDULES, VALUE_SCHEDULES
 from .techniques import Differential, ZSampling
@@ -198,8 +199,11 @@ def quantize_(
     """Quantize a model's transformer to 4-bit weights by secondary calibration, and print what became of its layers."""
     with _errors_of_users(), _extra():
         check_suffix("--out", out, (".safetensors",))
+        check_writable("--out", out)
         if report is not None:
             check_suffix("--report", report, (".png",))
+            check_writable("--report", report)
+            import_module("matplotlib")
         network = load_model(model, device=_device(device, backend))
         num_classes = len(network.class_names)
         calibration = sampler_trajectories(

@@ -45,7 +45,7 @@ QUANTIZATION = (
 class Configuration:
     """Arguments of `generate` under a name, whose first word is the family that plots show together.
 
-    Beside them a table `quantization` of arguments of `quantize.quantize`, for the model's transformer.
+    Beside them a table `quantization` of arguments of `quantize`, for the model's transformer.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -75,7 +75,7 @@ class Configuration:
 
     @property
     def quantization(self) -> Mapping[str, Any] | None:
-        """The keyword arguments of `quantize.quantize`; None: the model stays as it is."""
+        """The keyword arguments of `quantize`; None: the model stays as it is."""
         return self.arguments.get("quantization")
 
     def generate_arguments(self) -> dict[str, Any]:

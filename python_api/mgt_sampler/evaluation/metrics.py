@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ..models import FashionClassifier, FashionModel
 from ..models.fashion import WEIGHTS_DIR
+from ..tensor_file import read_tensor_file
 
 _BATCH_SIZE = 500
 
@@ -51,12 +50,10 @@ def load_real_statistics(path: str | Path = WEIGHTS_DIR / "statistics.safetensor
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, or holds something else.
+        ValueError: it is truncated, damaged, or holds something else.
     """
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: expected statistics of real images, got {error}") from error
+    file = read_tensor_file(path)
+    tensors = file.tensors
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     (size,), (num_classes,) = (shapes.get(name, ())[:1] or (0,) for name in ("feature_mean", "pixel_spread"))
     expected = {
@@ -68,7 +65,7 @@ def load_real_statistics(path: str | Path = WEIGHTS_DIR / "statistics.safetensor
     }
     floating = all(tensor.is_floating_point() and tensor.isfinite().all() for tensor in tensors.values())
     if shapes != expected or not floating:
-        raise ValueError(f"{path}: expected finite statistics of shapes {expected}, got {shapes}")
+        file.refuse(f"expected finite statistics of real images, of shapes {expected}, got {shapes}")
     return RealStatistics(**{**tensors, "features": tensors["features"].float()})
 
 

@@ -25,7 +25,7 @@ from .. import sampling
 from ..arguments import integer, kind
 from ..files import make_folder, whole_file, write_csv
 from ..models import FashionClassifier, FashionModel, load_classifier
-from ..quantize import ScaledModel, quantize, sampler_trajectories
+from ..quantization import ScaledModel, quantize, sampler_trajectories
 from ..tables import aligned
 from ..techniques import Differential
 from .configurations import Configuration

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from ..tensor_file import read_tensor_file, write_tensor_file
 
 CLASS_NAMES = (
     "t-shirt",
@@ -37,6 +37,16 @@ class TokenizerConfig:
     code_dim: int = 8
     width: int = 64
 
+    def __post_init__(self) -> None:
+        """Check that codes of 2 x 2 pixels fill an image."""
+        if self.image_size < 2 or self.image_size % 2:
+            raise ValueError(f"image_size: expected an even number of pixels, got {self.image_size}")
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the tensors that the other sizes follow from."""
+        return {"codebook": (self.codebook_size, self.code_dim), "encoder.0.weight": (self.width, 1, 4, 4)}
+
 
 @dataclass(frozen=True)
 class TransformerConfig:
@@ -50,6 +60,21 @@ class TransformerConfig:
     num_heads: int = 3
     mlp_ratio: int = 4
 
+    def __post_init__(self) -> None:
+        """Check that the heads share the width evenly."""
+        if self.num_heads < 1 or self.width % self.num_heads:
+            raise ValueError(f"num_heads: expected a divisor of the width {self.width}, got {self.num_heads}")
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the tensors that the other sizes follow from."""
+        return {
+            "token_embedding.weight": (self.codebook_size + 1, self.width),
+            "position_embedding": (self.grid_size**2, self.width),
+            "blocks.0.mlp_in.weight": (self.mlp_ratio * self.width, self.width),
+            "blocks.0.modulation.weight": (self.num_classes + 1, 4 * self.width),
+        }
+
 
 @dataclass(frozen=True)
 class ClassifierConfig:
@@ -58,6 +83,11 @@ class ClassifierConfig:
     num_classes: int = 10
     width: int = 32
     num_features: int = 64
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the tensors that the other sizes follow from."""
+        return {"body.0.weight": (self.width, 1, 3, 3), "head.weight": (self.num_classes, self.num_features)}
 
 
 class _ResidualConv(nn.Module):
@@ -245,18 +275,16 @@ _CONFIGS: dict[type[nn.Module], type] = {
 
 
 def save_network(network: nn.Module, path: str | Path) -> None:
-    """Write a network to a safetensors file: weights as float16, sizes and class names in the header."""
+    """Write a network to a safetensors file: weights as float16, sizes, class names and a checksum in the header."""
     tensors = {
-        name: (tensor.half() if tensor.is_floating_point() else tensor).contiguous()
-        for name, tensor in network.state_dict().items()
+        name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in network.state_dict().items()
     }
     metadata = {
-        "format": "pt",
         "network": type(network).__name__,
         "config": json.dumps(asdict(network.config)),  # type: ignore[call-overload]
         "class_names": json.dumps(CLASS_NAMES),
     }
-    save_file(tensors, path, metadata)
+    write_tensor_file(path, tensors, metadata)
 
 
 def load_network(kind: type[_Network], path: str | Path) -> _Network:
@@ -271,18 +299,41 @@ def load_network(kind: type[_Network], path: str | Path) -> _Network:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file holds another kind of network.
+        ValueError: the file is truncated or damaged, or holds another kind of network; the message names it.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no weights at {path}; mgt_sampler.models.train_fashion makes them")
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
-        if metadata.get("network") != kind.__name__:
-            found = metadata.get("network")
-            raise ValueError(f"{path}: expected the weights of a {kind.__name__}, got {found!r}")
-        state = {name: file.get_tensor(name) for name in file.keys()}
-    network = kind(_CONFIGS[kind](**json.loads(metadata["config"])))
-    network.load_state_dict(state)
+    file = read_tensor_file(path)
+    if file.metadata.get("network") != kind.__name__:
+        file.refuse(f"expected the weights of a {kind.__name__}, got {file.metadata.get('network')!r:.100}")
+    config_type = _CONFIGS[kind]
+    sizes = file.facts("config", {field.name: int for field in fields(config_type)})
+    for name, value in sizes.items():
+        if value < 1 or (name == "num_layers" and value > len(file.tensors)):
+            file.refuse(f"damaged: config: {name}: {value} is out of range")
+    try:
+        config = config_type(**sizes)
+    except ValueError as error:
+        file.refuse(f"damaged: config: {error}")
+    # before a network of that size is made
+    for name, shape in config.shapes.items():
+        if name not in file.tensors or file.tensors[name].shape != shape:
+            found = tuple(file.tensors[name].shape) if name in file.tensors else "none"
+            file.refuse(f"damaged: {name}: expected shape {shape} by its config, got {found}")
+    network = kind(config)
+    expected = network.state_dict()
+    if file.tensors.keys() != expected.keys():
+        names = ", ".join(sorted(file.tensors.keys() ^ expected.keys()))
+        file.refuse(f"damaged: it lacks {names[:1000]}, or should not have them")
+    state = {}
+    for name, tensor in file.tensors.items():
+        is_float = expected[name].is_floating_point()
+        dtype, shape = torch.float16 if is_float else expected[name].dtype, expected[name].shape
+        if tensor.dtype != dtype or tensor.shape != shape:
+            found = f"{tensor.dtype} {tuple(tensor.shape)}"
+            file.refuse(f"damaged: {name}: expected {dtype} {tuple(shape)}, got {found}")
+        state[name] = tensor.float() if is_float else tensor
+    network.load_state_dict(state, assign=True)
     return network.eval().requires_grad_(False)
 
 
@@ -303,6 +354,11 @@ class FashionModel:
             raise ValueError(
                 f"the tokenizer has {tokenizer.config.codebook_size} codes, "
                 f"but the transformer predicts {config.codebook_size}"
+            )
+        if tokenizer.config.image_size != 2 * config.grid_size:
+            raise ValueError(
+                f"the tokenizer makes images of {tokenizer.config.image_size} pixels a side, expected two for each of "
+                f"the transformer's {config.grid_size} tokens"
             )
         self.tokenizer = tokenizer.to(device)
         self.transformer = transformer.to(device, dtype)

@@ -24,11 +24,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..files import check_writable, whole_file
+from ..tensor_file import write_tensor_file
 from .data import load_fashion_mnist, to_float_images
 from .fashion import (
     CLASS_NAMES,
@@ -434,9 +434,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _save_statistics(data: Path, out: Path) -> None:
     judge = FashionClassifier(load_network(Classifier, out / "classifier.safetensors"))
-    statistics = real_statistics(judge, *load_fashion_mnist(data, "test"))
-    with whole_file(out / "statistics.safetensors") as file:
-        file.write(save({name: tensor.contiguous() for name, tensor in statistics.items()}))
+    write_tensor_file(out / "statistics.safetensors", real_statistics(judge, *load_fashion_mnist(data, "test")), {})
 
 
 if __name__ == "__main__":
