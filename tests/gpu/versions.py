@@ -57,7 +57,8 @@ def compile_in_a_process(version: str, capability: int) -> Outcome:
     seconds = time.monotonic() - started
     lines = process.stdout.splitlines()
     if process.returncode:
-        return Outcome(version, capability, 0, (*lines, *process.stderr.splitlines()[-1:]), seconds)
+        ended = f"ended with {process.returncode}"
+        return Outcome(version, capability, 0, (*lines, *process.stderr.splitlines()[-1:], ended), seconds)
     return Outcome(version, capability, int(lines[-1]), tuple(lines[:-1]), seconds)
 
 
