@@ -87,7 +87,7 @@ class PackedInt4:
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Return what a safetensors file holds of it: w_q, scale, zero_point, and layout (N, K, group_size) int64."""
-        layout = torch.tensor([*self.shape, self.group_size], device=self.device)
+        layout = torch.tensor([*self.shape, self.group_size], dtype=torch.int64, device=self.device)
         return dict(w_q=self.w_q, scale=self.scale, zero_point=self.zero_point, layout=layout)
 
     @classmethod
@@ -166,7 +166,7 @@ def quantize_int4(weight: Tensor, group_size: int = 128, *, scale_dtype: torch.d
 
     # inputs past K are zeros, which every group's range holds anyway
     num_groups = -(-num_inputs // group_size)
-    padded = torch.zeros(num_outputs, num_groups * group_size, device=weight.device)
+    padded = torch.zeros(num_outputs, num_groups * group_size, dtype=torch.float32, device=weight.device)
     padded[:, :num_inputs] = weight.detach()
     grouped = padded.view(num_outputs, num_groups, group_size)
     low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
