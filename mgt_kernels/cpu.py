@@ -36,7 +36,7 @@ def torch_thread_pool() -> tuple[int, str]:
 
     Lending it to the kernels gives both one thread pool, so neither waits while the other's idle threads spin.
     """
-    if not torch.backends.openmp.is_available():
+    if _forked or not torch.backends.openmp.is_available():
         return 0, ""
     # as the dynamic linker bound it for PyTorch: first what all libraries see, which a preloaded runtime leads, then
     # what PyTorch's library brings
@@ -62,6 +62,7 @@ def _after_fork_in_child() -> None:
     # the pool's threads stayed with the parent, and libgomp would wait for them for ever
     _forked = True
     if torch_thread_pool.cache_info().currsize:
+        torch_thread_pool.cache_clear()
         # so would PyTorch's own ops, which the ops use beside the kernels
         torch.set_num_threads(1)
 
@@ -99,7 +100,7 @@ def _raise_unavailable(name: str) -> None:
 
 
 def _threads() -> tuple[int, int]:
-    return num_threads(), 0 if _forked else torch_thread_pool()[0]
+    return num_threads(), torch_thread_pool()[0]
 
 
 def _half(logits: Tensor | None) -> tuple[int, int, int, int]:
