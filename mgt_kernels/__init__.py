@@ -1,17 +1,30 @@
 """Kernels for masked generative transformers, exact and independent of the batch: seeded sampling, int4 layers."""
 
+from mgt_kernels.checks import BACKENDS
+from mgt_kernels.cpu import DIFFERENTIAL_VARIANTS, kernel_isa
 from mgt_kernels.info import __version__, include_dir, info, library_path
 from mgt_kernels.linear import w4a8_linear, w4a16_linear
-from mgt_kernels.ops import DifferentialState, differential_sample, mask_by_confidence, remask_tokens, sample_tokens
+from mgt_kernels.ops import (
+    REMASK_VARIANTS,
+    DifferentialState,
+    differential_sample,
+    mask_by_confidence,
+    remask_tokens,
+    sample_tokens,
+)
 from mgt_kernels.packing import PackedInt4, quantize_int4
 
 __all__ = [
+    "BACKENDS",
+    "DIFFERENTIAL_VARIANTS",
+    "REMASK_VARIANTS",
     "DifferentialState",
     "PackedInt4",
     "__version__",
     "differential_sample",
     "include_dir",
     "info",
+    "kernel_isa",
     "library_path",
     "mask_by_confidence",
     "quantize_int4",

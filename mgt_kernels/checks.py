@@ -1,7 +1,11 @@
 """Checks of the ops' arguments: each names the argument, what was expected and what came."""
 
 import math
+import numbers
+import operator
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -10,112 +14,191 @@ from mgt_kernels import cpu
 BACKENDS = ("auto", "reference", *cpu.ISAS[1:], "triton")
 
 _LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# all that fit into int64
+_INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32)
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 # its inverse is still far from the largest float32
 _SMALLEST_TEMPERATURE = 1e-30
 
 
-def check_draw(
-    logits: Tensor,
-    tokens: Tensor,
-    uncond_logits: Tensor | None,
-    guidance_scale: float,
-    noise_scale: float,
-    temperature: float,
-) -> None:
-    """Check what every op that reads logits takes."""
+def check_draw(logits: Tensor, tokens: Tensor, uncond_logits: Tensor | None) -> None:
+    """Check the tensors of every op that reads logits."""
     check_tensor("logits", logits, 3, _LOGITS_DTYPES)
     check_tensor("tokens", tokens, 2, (torch.int64,), logits.device)
-    batch, num_positions, num_tokens = logits.shape
-    check_shape("tokens", tokens, (batch, num_positions))
-    if num_tokens < 1:
-        raise ValueError(f"logits: expected at least one token in the last dimension, got shape {tuple(logits.shape)}")
+    shape = logits.shape
+    check_shape("tokens", tokens, shape[:2])
+    if shape[2] < 1:
+        raise ValueError(f"logits: expected at least one token in the last dimension, got shape {tuple(shape)}")
     if uncond_logits is not None:
         check_tensor("uncond_logits", uncond_logits, 3, (logits.dtype,), logits.device)
-        check_shape("uncond_logits", uncond_logits, tuple(logits.shape))
+        check_shape("uncond_logits", uncond_logits, shape)
     check_strides(logits, uncond_logits)
-    check_range("guidance_scale", guidance_scale, -math.inf)
-    check_range("noise_scale", noise_scale, 0)
-    check_temperature(temperature)
 
 
 def check_tensor(
     name: str, value: Tensor, ndim: int, dtypes: tuple[torch.dtype, ...], device: torch.device | None = None
 ) -> None:
-    """Check type, dtype, number of dimensions and, if it matters, device."""
+    """Check type, layout, dtype, number of dimensions and, if it matters, device."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
     if value.dtype not in dtypes:
         raise TypeError(f"{name}: expected dtype {' or '.join(map(str, dtypes))}, got {value.dtype}")
+    check_layout(name, value)
     if value.ndim != ndim:
         raise ValueError(f"{name}: expected {ndim} dimensions, got shape {tuple(value.shape)}")
     if device is not None and value.device != device:
         raise ValueError(f"{name}: expected device {device} like the first argument, got {value.device}")
 
 
+def check_layout(name: str, value: Tensor) -> None:
+    """Check that a tensor is dense: neither sparse nor nested."""
+    if value.is_nested or value.layout != torch.strided:
+        layout = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+        raise TypeError(f"{name}: expected a dense tensor (layout torch.strided), got {layout}")
+
+
 def check_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
     """Check the sizes."""
-    if tuple(value.shape) != shape:
-        raise ValueError(f"{name}: expected shape {shape}, got {tuple(value.shape)}")
+    if value.shape != shape:
+        raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(value.shape)}")
 
 
 def check_strides(logits: Tensor, uncond_logits: Tensor | None) -> None:
     """Check that tokens, or else positions, lie side by side in memory, in both halves alike."""
-    halves = [logits] if uncond_logits is None else [logits, uncond_logits]
+    _, num_positions, num_tokens = logits.shape
+    _, by_position, by_token = logits.stride()
+    if uncond_logits is None:
+        _, uncond_by_position, uncond_by_token = 0, by_position, by_token
+    else:
+        _, uncond_by_position, uncond_by_token = uncond_logits.stride()
     # a dimension of size 1 is never stepped along, so any stride of it will do
-    by_token = all(half.shape[2] == 1 or half.stride(2) == 1 for half in halves)
-    by_position = all(half.shape[1] == 1 or half.stride(1) == 1 for half in halves)
-    if not (by_token or by_position or logits.numel() == 0):
-        strides = " and ".join(str(tuple(half.stride())) for half in halves)
-        raise ValueError(
-            "logits and uncond_logits: expected unit stride over tokens (last dimension) or over positions (middle "
-            f"dimension), the same for both, got strides {strides}"
-        )
+    if num_tokens == 1 or by_token == uncond_by_token == 1:
+        return
+    if num_positions == 1 or by_position == uncond_by_position == 1 or logits.numel() == 0:
+        return
+    strides = " and ".join(str(half.stride()) for half in (logits, uncond_logits) if half is not None)
+    raise ValueError(
+        "logits and uncond_logits: expected unit stride over tokens (last dimension) or over positions (middle "
+        f"dimension), the same for both, got strides {strides}; .contiguous() makes a copy that has it"
+    )
+
+
+def integer(name: str, value: Any) -> int:
+    """Return an integer of any kind (int, NumPy's, a 0-dimensional array) as an int of 64 bits."""
+    if type(value) is not int:
+        if isinstance(value, (bool, np.bool_)) or getattr(value, "dtype", None) in (torch.bool, np.bool_):
+            raise TypeError(f"{name}: expected an integer, got a bool")
+        try:
+            value = operator.index(value)
+        except TypeError:
+            raise TypeError(f"{name}: expected an integer, got {_kind(value)}") from None
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name}: expected a 64-bit signed integer, got {value}")
+    return value
+
+
+def number(name: str, value: Any, device: torch.device) -> float | Tensor:
+    """Return a number of any kind (Python's, NumPy's, a 0-dimensional array) as a float; a 0-dimensional tensor as is.
+
+    To look at a tensor's value here might wait for its device: `check_range` checks it once it is known.
+    """
+    if type(value) is float:
+        return value
+    if isinstance(value, Tensor):
+        check_layout(name, value)
+        if value.ndim:
+            raise ValueError(f"{name}: expected a number or a 0-dimensional tensor, got shape {tuple(value.shape)}")
+        if not (value.dtype.is_floating_point or value.dtype in _INTEGER_DTYPES):
+            raise TypeError(f"{name}: expected a floating-point or integer dtype, got {value.dtype}")
+        if value.device != device and value.device.type != "cpu":
+            raise ValueError(f"{name}: expected device {device} like the first argument, or cpu, got {value.device}")
+        return value if value.dtype.is_floating_point else value.double()
+    is_array = isinstance(value, np.ndarray) and value.ndim == 0 and value.dtype.kind in "iuf"
+    if isinstance(value, bool) or not (is_array or isinstance(value, numbers.Real)):
+        raise TypeError(f"{name}: expected a number or a 0-dimensional tensor, got {_kind(value)}")
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
+def is_a(value: object, expected: type) -> bool:
+    """Tell whether a value is of a class of ours."""
+    # a notebook that imports the class's module again still holds values of before
+    kind = type(value)
+    return kind is expected or (kind.__module__, kind.__qualname__) == (expected.__module__, expected.__qualname__)
+
+
+def _kind(value: object) -> str:
+    shape = getattr(value, "shape", ())
+    return f"{type(value).__name__} of shape {tuple(shape)}" if shape else type(value).__name__
 
 
 def check_range(name: str, value: float, low: float) -> None:
     """Check that a number is finite, in float32 too, and at least `low`."""
-    if not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     # the kernels compute in float32; comparisons, unlike math.isfinite, are traced by torch.compile
     if not (low <= value <= _FLOAT32_MAX and value >= -_FLOAT32_MAX):
         wanted = "a finite number" if low == -math.inf else f"a finite number >= {low:g}"
         raise ValueError(f"{name}: expected {wanted}, got {value}")
 
 
-def check_temperature(temperature: float) -> None:
-    """Check that a temperature is 0 or has a finite inverse."""
-    check_range("temperature", temperature, 0)
-    if 0 < temperature < _SMALLEST_TEMPERATURE:
-        raise ValueError(f"temperature: expected 0 or at least {_SMALLEST_TEMPERATURE}, got {temperature}")
+def check_guidance_scale(value: float) -> None:
+    """Check that a guidance scale is finite."""
+    check_range("guidance_scale", value, -math.inf)
 
 
-def per_sample(name: str, value: int | Tensor, batch: int, device: torch.device) -> Tensor:
-    """Return an int for all samples, or one for each, as (B,) int64."""
-    if isinstance(value, int):
-        return torch.full((batch,), value, dtype=torch.int64, device=device)
-    check_tensor(name, value, 1, (torch.int64,), device)
+def check_noise_scale(value: float) -> None:
+    """Check that a noise scale is finite and not negative."""
+    check_range("noise_scale", value, 0)
+
+
+def check_temperature(value: float) -> None:
+    """Check that a temperature of the draw is 0 or has a finite inverse."""
+    check_range("temperature", value, 0)
+    if 0 < value < _SMALLEST_TEMPERATURE:
+        raise ValueError(f"temperature: expected 0 or at least {_SMALLEST_TEMPERATURE}, got {value}")
+
+
+def check_confidence_temperature(value: float) -> None:
+    """Check that a temperature of the confidences is finite and not negative."""
+    check_range("temperature", value, 0)
+
+
+def per_sample(name: str, value: Any, batch: int, device: torch.device) -> int | Tensor:
+    """Return an integer of any kind as an int for all samples, and a tensor or array of one for each as (B,) int64."""
+    if isinstance(value, np.ndarray) and value.ndim:
+        value = torch.tensor(value, device=device)
+    if not isinstance(value, Tensor):
+        return integer(name, value)
+    if value.dtype == torch.int64 and value.shape == (batch,) and value.device == device:
+        check_layout(name, value)
+        return value
+    _check_integers(name, value, device)
+    if value.ndim == 0:
+        value = value.expand(batch)
     check_shape(name, value, (batch,))
-    return value
+    return value.to(device, torch.int64)
 
 
-def check_seed(seed: int | Tensor, batch: int, device: torch.device) -> Tensor:
-    """Return the seeds as (B,) int64."""
-    if isinstance(seed, int) and not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed: expected a 64-bit signed integer, got {seed}")
-    return per_sample("seed", seed, batch, device)
-
-
-def check_step(step: int | Tensor, device: torch.device) -> Tensor:
-    """Return the step as a 0-dimensional int64 tensor."""
-    if isinstance(step, Tensor):
-        check_tensor("step", step, 0, (torch.int64,), device)
-        # to look at its value here would wait for the device
+def check_step(step: Any, device: torch.device) -> int | Tensor:
+    """Return an integer of any kind as an int, and a 0-dimensional tensor as one of int64 on the device."""
+    if not isinstance(step, Tensor):
+        step = integer("step", step)
+        check_step_range(step)
         return step
-    if not isinstance(step, int):
-        raise TypeError(f"step: expected an int or a tensor, got {type(step).__name__}")
-    check_step_range(step)
-    return torch.full((), step, dtype=torch.int64, device=device)
+    _check_integers("step", step, device)
+    if step.ndim:
+        raise ValueError(f"step: expected 0 dimensions, got shape {tuple(step.shape)}")
+    # to look at its value here would wait for the device
+    return step.to(device, torch.int64)
+
+
+def _check_integers(name: str, value: Tensor, device: torch.device) -> None:
+    if value.dtype not in _INTEGER_DTYPES:
+        raise TypeError(f"{name}: expected an integer dtype that fits into torch.int64, got {value.dtype}")
+    check_layout(name, value)
+    if value.device != device and (value.ndim or value.device.type != "cpu"):
+        raise ValueError(f"{name}: expected device {device} like the first argument, got {value.device}")
 
 
 def check_step_range(step: int) -> None:
@@ -124,15 +207,10 @@ def check_step_range(step: int) -> None:
         raise ValueError(f"step: expected a value within [0, 2^32), got {step}")
 
 
-def step_value(step: Tensor) -> int:
-    """Return the step as an int; waits for its device."""
-    value = int(step)
-    check_step_range(value)
-    return value
-
-
 def check_backend(backend: str, device: torch.device) -> str:
     """Check that the backend exists and runs on the device."""
+    if backend == "auto" and device.type == "cpu":
+        return backend
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
     if backend == "auto" and device.type not in ("cpu", "cuda", "meta"):
@@ -141,4 +219,9 @@ def check_backend(backend: str, device: torch.device) -> str:
         raise RuntimeError(f"backend: {backend!r} runs on CPU tensors, got tensors on {device}")
     if backend == "triton" and device.type not in ("cuda", "meta"):
         raise RuntimeError(f"backend: 'triton' runs on CUDA tensors, got tensors on {device}")
+    if torch.version.hip is not None and device.type == "cuda" and backend != "reference":
+        raise RuntimeError(
+            f"backend: {backend!r} asks for kernels for NVIDIA GPUs, and this PyTorch is built for AMD's (ROCm "
+            f"{torch.version.hip}); use backend='reference'"
+        )
     return backend

@@ -1,9 +1,12 @@
 """The CPU backend: tensors to addresses for the C ABI, its statuses to exceptions."""
 
+from __future__ import annotations
+
 import ctypes
 import functools
 import os
-import re
+from array import array
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,25 +19,60 @@ DIFFERENTIAL_VARIANTS = ("paper", "official")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
+class _DlInfo(ctypes.Structure):
+    """Dl_info of dlfcn.h."""
+
+    _fields_ = (
+        ("dli_fname", ctypes.c_char_p),
+        ("dli_fbase", ctypes.c_void_p),
+        ("dli_sname", ctypes.c_char_p),
+        ("dli_saddr", ctypes.c_void_p),
+    )
+
+
 @functools.cache
 def torch_thread_pool() -> tuple[int, str]:
     """Find the OpenMP runtime that PyTorch runs on: the address of its GOMP_parallel and its file, or (0, "").
 
     Lending it to the kernels gives both one thread pool, so neither waits while the other's idle threads spin.
     """
-    try:
-        maps = Path("/proc/self/maps").read_text()
-    except OSError:
+    if _forked or not torch.backends.openmp.is_available():
         return 0, ""
-    runtimes = set(re.findall(r"(/\S*/lib(?:gomp|omp|iomp5)[^/\s]*\.so[^/\s]*)", maps))
-    # other packages may bring a runtime of their own: PyTorch's lies beside its libraries, or is the system's
-    home = str(Path(torch.__file__).parent)
-    for path in sorted(runtimes, key=lambda path: (not path.startswith(home), "site-packages" in path, path)):
+    # as the dynamic linker bound it for PyTorch: first what all libraries see, which a preloaded runtime leads, then
+    # what PyTorch's library brings
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    for handle in (lambda: ctypes.CDLL(None), lambda: ctypes.CDLL(str(library), mode=os.RTLD_NOLOAD)):
         try:
-            return ctypes.cast(ctypes.CDLL(path).GOMP_parallel, ctypes.c_void_p).value or 0, path
+            parallel = ctypes.cast(handle().GOMP_parallel, ctypes.c_void_p)
         except (OSError, AttributeError):
             continue
+        found = _DlInfo()
+        named = ctypes.CDLL(None).dladdr(parallel, ctypes.byref(found)) and found.dli_fname
+        return parallel.value or 0, os.fsdecode(named) if named else "a file without a name"
     return 0, ""
+
+
+# more threads than this, and than there are processors, only wait for each other, and libgomp dies of many thousands
+_MOST_THREADS = max(64, os.cpu_count() or 1)
+_forked = False
+
+
+def _after_fork_in_child() -> None:
+    global _forked
+    # the pool's threads stayed with the parent, and libgomp would wait for them for ever
+    _forked = True
+    if torch_thread_pool.cache_info().currsize:
+        torch_thread_pool.cache_clear()
+        # so would PyTorch's own ops, which the ops use beside the kernels
+        torch.set_num_threads(1)
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def num_threads() -> int:
+    """Return how many threads a kernel runs on: PyTorch's number, but no absurd one."""
+    return min(torch.get_num_threads(), _MOST_THREADS)
 
 
 def resolve_isa(name: str = "auto") -> str:
@@ -62,14 +100,38 @@ def _raise_unavailable(name: str) -> None:
 
 
 def _threads() -> tuple[int, int]:
-    return torch.get_num_threads(), torch_thread_pool()[0]
+    return num_threads(), torch_thread_pool()[0]
 
 
 def _half(logits: Tensor | None) -> tuple[int, int, int, int]:
     if logits is None:
         return 0, 0, 0, 0
+    _, num_positions, num_tokens = logits.shape
     stride_sample, stride_position, stride_token = logits.stride()
-    return logits.data_ptr(), stride_sample, stride_position, stride_token
+    # a dimension of size 1 is never stepped along; the kernels look for a stride of 1
+    return (
+        logits.data_ptr(),
+        stride_sample,
+        1 if num_positions == 1 else stride_position,
+        1 if num_tokens == 1 else stride_token,
+    )
+
+
+def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    # the default device may be another
+    return torch.empty(shape, dtype=dtype, device="cpu")
+
+
+def _empty_like(tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(tokens, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def _per_sample(value: int | Tensor, batch: int) -> Tensor | array[int]:
+    return array("q", (value,)) * batch if isinstance(value, int) else value.contiguous()
+
+
+def _address(values: Tensor | array[int]) -> int:
+    return values.data_ptr() if isinstance(values, Tensor) else values.buffer_info()[0]
 
 
 def _where(index: int, num_positions: int) -> str:
@@ -92,7 +154,7 @@ def _check_draw(
 def sample_tokens(
     logits: Tensor,
     tokens: Tensor,
-    seed: Tensor,
+    seed: int | Tensor,
     step: int,
     mask_token_id: int,
     uncond_logits: Tensor | None,
@@ -102,12 +164,12 @@ def sample_tokens(
     isa: str,
 ) -> tuple[Tensor, Tensor]:
     """Run the C kernel on checked arguments."""
-    tokens, seed = tokens.contiguous(), seed.contiguous()
-    token_ids = torch.empty_like(tokens)
-    logprob = torch.empty(tokens.shape, dtype=torch.float32)
+    shape = logits.shape
+    tokens, seeds = tokens.contiguous(), _per_sample(seed, shape[0])
+    token_ids, logprob = _empty_like(tokens, torch.int64), _empty_like(tokens, torch.float32)
     status, index = _C.sample_tokens(
-        ISAS.index(isa), *_threads(), tuple(logits.shape), _DTYPES[logits.dtype], _half(logits), _half(uncond_logits),
-        tokens.data_ptr(), seed.data_ptr(), mask_token_id, step, guidance_scale, noise_scale, temperature,
+        ISAS.index(isa), *_threads(), shape, _DTYPES[logits.dtype], _half(logits), _half(uncond_logits),
+        tokens.data_ptr(), _address(seeds), mask_token_id, step, guidance_scale, noise_scale, temperature,
         token_ids.data_ptr(), token_ids.numel(), logprob.data_ptr(), logprob.numel(),
     )  # fmt: skip
     _check_draw("mgt_sample_tokens", status, index, tokens, logits.shape[-1], mask_token_id, isa)
@@ -120,7 +182,7 @@ def differential_sample(
     history: Tensor,
     written: Tensor,
     has_history: bool,
-    seed: Tensor,
+    seed: int | Tensor,
     step: int,
     mask_token_id: int,
     uncond_logits: Tensor | None,
@@ -133,20 +195,37 @@ def differential_sample(
     isa: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the C kernel on checked arguments; history and written are contiguous and updated in place."""
-    tokens, seed = tokens.contiguous(), seed.contiguous()
-    token_ids = torch.empty_like(tokens)
-    logprob, divergence = (torch.empty(tokens.shape, dtype=torch.float32) for _ in range(2))
+    tokens, seeds = tokens.contiguous(), _per_sample(seed, len(tokens))
+    token_ids = _empty_like(tokens, torch.int64)
+    logprob, divergence = (_empty_like(tokens, torch.float32) for _ in range(2))
     status, index = _C.differential_sample(
-        ISAS.index(isa), *_threads(), tuple(logits.shape), _DTYPES[logits.dtype], _half(logits), _half(uncond_logits),
-        tokens.data_ptr(), seed.data_ptr(), mask_token_id, step, guidance_scale, noise_scale, temperature,
+        ISAS.index(isa), *_threads(), logits.shape, _DTYPES[logits.dtype], _half(logits), _half(uncond_logits),
+        tokens.data_ptr(), _address(seeds), mask_token_id, step, guidance_scale, noise_scale, temperature,
         DIFFERENTIAL_VARIANTS.index(variant), aliased_history, has_history, share,
         *((t.data_ptr(), t.numel()) for t in (history, written, token_ids, logprob, divergence)),
     )  # fmt: skip
     if status:
         # some rows were overwritten: none may be taken for the previous step's
-        written.zero_()
+        overwrite(written, False)
     _check_draw("mgt_differential_sample", status, index, tokens, logits.shape[-1], mask_token_id, isa)
     return token_ids, logprob, divergence
+
+
+def first_index(flags: Tensor) -> int:
+    """Return the index, in the flattened tensor, of the first that is true, or -1."""
+    # nonzero is slow, and takes memory per thread
+    return int(flags.flatten().nonzero()[0]) if flags.any() else -1
+
+
+def overwrite(target: Tensor, source: int | bool | Tensor) -> None:
+    """Write to a tensor of a state that may have been begun in inference mode, which alone may write to it then."""
+    if target.is_inference() and not torch.is_inference_mode_enabled():
+        with torch.inference_mode():
+            return overwrite(target, source)
+    if isinstance(source, Tensor):
+        target.copy_(source)
+    else:
+        target.fill_(source)
 
 
 def bad_logits(row: int, num_positions: int) -> ValueError:
@@ -168,8 +247,8 @@ def bad_token(tokens: Tensor, row: int, num_tokens: int, mask_token_id: int) -> 
 def mask_by_confidence(
     token_ids: Tensor,
     logprob: Tensor,
-    mask_len: Tensor,
-    seed: Tensor,
+    mask_len: int | Tensor,
+    seed: int | Tensor,
     step: int,
     mask_token_id: int,
     temperature: float,
@@ -177,12 +256,12 @@ def mask_by_confidence(
 ) -> Tensor:
     """Run the C kernel on checked arguments."""
     token_ids, logprob = token_ids.contiguous(), logprob.contiguous()
-    mask_len, seed = mask_len.contiguous(), seed.contiguous()
-    tokens = torch.empty_like(token_ids)
     num_samples, num_positions = token_ids.shape
+    counts, seeds = _per_sample(mask_len, num_samples), _per_sample(seed, num_samples)
+    tokens = _empty_like(token_ids, torch.int64)
     status, index = _C.mask_by_confidence(
         ISAS.index(isa), *_threads(), num_samples, num_positions, token_ids.data_ptr(), logprob.data_ptr(),
-        mask_len.data_ptr(), seed.data_ptr(), mask_token_id, step, temperature, tokens.data_ptr(), tokens.numel(),
+        _address(counts), _address(seeds), mask_token_id, step, temperature, tokens.data_ptr(), tokens.numel(),
     )  # fmt: skip
     if status == 2:
         _raise_unavailable(isa)
@@ -195,11 +274,11 @@ def mask_by_confidence(
     return tokens
 
 
-def bad_mask_len(mask_len: Tensor, logprob: Tensor, sample: int) -> ValueError:
+def bad_mask_len(mask_len: int | Tensor, logprob: Tensor, sample: int) -> ValueError:
     """Return the error for a sample that is asked to mask more positions than it has."""
     num_masked = int((logprob[sample] != torch.inf).sum())
     return ValueError(
-        f"mask_len: sample {sample} is {int(mask_len[sample])}; "
+        f"mask_len: sample {sample} is {mask_len if isinstance(mask_len, int) else int(mask_len[sample])}; "
         f"expected a value within [0, {num_masked}], the positions whose logprob is not +inf"
     )
 
@@ -222,6 +301,14 @@ def kernel_isa(op: str, isa: str = "auto") -> str:
     return ISAS[kernel]
 
 
+def rows_apart(x: Tensor) -> Tensor:
+    """Return x, or a copy if the inputs of its rows (M, K) are not side by side or its rows overlap."""
+    num_rows, num_inputs = x.shape
+    if (x.stride(1) != 1 and num_inputs > 1) or (x.stride(0) < num_inputs and num_rows > 1):
+        return x.contiguous()
+    return x
+
+
 def int4_linear(
     a8: bool,
     x: Tensor,
@@ -235,10 +322,12 @@ def int4_linear(
 ) -> Tensor:
     """Run the C kernel of w4a8_linear, or of w4a16_linear, on checked arguments."""
     (num_rows, num_inputs), num_outputs = x.shape, w_q.shape[0]
-    y = torch.empty(num_rows, num_outputs, dtype=x.dtype)
+    y = _empty((num_rows, num_outputs), x.dtype)
     if num_rows == 0:
         return y
-    shape, dtype, stride = (num_rows, num_inputs, num_outputs), _DTYPES[x.dtype], x.stride(0)
+    x = rows_apart(x)
+    shape, dtype = (num_rows, num_inputs, num_outputs), _DTYPES[x.dtype]
+    stride = num_inputs if num_rows == 1 else x.stride(0)
     if x_scale is not None:
         x_scale = x_scale.contiguous()
     weight = w_q.data_ptr(), scale.data_ptr(), _DTYPES[scale.dtype], zero_point.data_ptr(), group_size
@@ -267,7 +356,7 @@ def philox(
     seed: int, position: int, step: int, stream: int, first_block: int, num_blocks: int, isa: str = "auto"
 ) -> Tensor:
     """Return the Philox4x32-7 words (4, num_blocks) of the counters (first_block + i, position, step, stream)."""
-    words = torch.empty(4, num_blocks, dtype=torch.uint32)
+    words = _empty((4, num_blocks), torch.uint32)
     status = _C.philox(
         ISAS.index(isa),
         seed,
@@ -286,7 +375,7 @@ def philox(
 
 def gaussian(seed: int, position: int, step: int, num_tokens: int, isa: str = "auto") -> Tensor:
     """Return the N(0, 1) noise (num_tokens,) that sample_tokens adds at one position."""
-    noise = torch.empty(num_tokens, dtype=torch.float32)
+    noise = _empty((num_tokens,), torch.float32)
     status = _C.gaussian(ISAS.index(isa), seed, position, step, noise.data_ptr(), noise.numel())
     if status:
         raise RuntimeError(f"mgt_gaussian refused its arguments (status {status})")

@@ -37,7 +37,7 @@ def info() -> dict[str, str | int | list[str] | dict[str, str]]:
         "isa": cpu.resolve_isa(),
         "kernels": {op: cpu.kernel_isa(op) for op in OPS},
         "isas": cpu.available_isas(),
-        "num_threads": torch.get_num_threads(),
+        "num_threads": cpu.num_threads(),
         "thread_pool": f"PyTorch's ({pool})" if pool else "own threads per call",
         "torch": torch.__version__,
         "triton": triton,

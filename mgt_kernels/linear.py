@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mgt_kernels import cpu, reference
-from mgt_kernels.checks import check_backend, check_range, check_shape, check_tensor
+from mgt_kernels.checks import check_backend, check_layout, check_range, check_shape, check_tensor, is_a, number
 from mgt_kernels.packing import PackedInt4
 from mgt_kernels.registration import register
 
@@ -37,13 +37,14 @@ def w4a8_linear(
     Args:
         x: (..., K) float32 or bfloat16, finite.
         weight: (N, K), from `quantize_int4`, on the device of x.
-        x_scale: of the quantized activations, positive. A number, or (S,) float32 where S divides the number M of rows:
-            each of S equal, consecutive runs of rows has its own; so S = 1 is a scale for the tensor, S = 2 one for
-            each guidance half, S = M one for each row. None: max_k |x[m, k]| / 127 of each row as it comes.
+        x_scale: the scales of the quantized activations, positive. A number of any kind or a 0-dimensional tensor, or
+            (S,) float32 where S divides the number M of rows: each of S equal, consecutive runs of rows has its own; so
+            S = 1 is a scale for the tensor, S = 2 one for each guidance half, S = M one for each row. None:
+            max_k |x[m, k]| / 127 of each row as it comes.
         bias: (N,) float32, bfloat16 or float16, or None.
         backend: "auto" (CPU: the best instruction set, or MGT_ISA; CUDA: Triton), or one of "reference", "scalar",
-            "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx", "triton"; `kernel_isa` says which kernel a CPU
-            instruction set gets.
+            "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx", "triton"; `mgt_kernels.kernel_isa` says which
+            kernel a CPU instruction set gets.
 
     Returns:
         y (..., N) of the dtype of x.
@@ -59,18 +60,21 @@ def w4a8_linear(
     rows, bias = _check_linear(x, weight, bias)
     num_rows = rows.shape[0]
     if x_scale is not None:
-        if not isinstance(x_scale, Tensor):
+        if not isinstance(x_scale, Tensor) or x_scale.ndim == 0:
+            x_scale = number("x_scale", x_scale, x.device)
+        if isinstance(x_scale, Tensor):
+            x_scale = x_scale.to(x.device, torch.float32).reshape(1) if x_scale.ndim == 0 else x_scale
+        else:
             check_range("x_scale", x_scale, _SMALLEST_SCALE)
             x_scale = torch.full((1,), x_scale, dtype=torch.float32, device=x.device)
-        x_scale = x_scale.reshape(1) if x_scale.ndim == 0 else x_scale
         check_tensor("x_scale", x_scale, 1, (torch.float32,), x.device)
         if not len(x_scale) or num_rows % len(x_scale):
             raise ValueError(f"x_scale: expected as many values as divide the {num_rows} rows of x, got {len(x_scale)}")
-    y = torch.ops.mgt_kernels.w4a8_linear(
+    y = _call_w4a8_linear(
         rows, weight.w_q, weight.scale, weight.zero_point, weight.group_size, x_scale, bias,
         check_backend(backend, x.device),
     )  # fmt: skip
-    return y.view(*x.shape[:-1], weight.shape[0])
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
 def w4a16_linear(x: Tensor, weight: PackedInt4, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
@@ -102,17 +106,18 @@ def w4a16_linear(x: Tensor, weight: PackedInt4, bias: Tensor | None = None, *, b
     Source: W4A16 of secondary calibration quantization, arXiv 2411.10781.
     """
     rows, bias = _check_linear(x, weight, bias)
-    y = torch.ops.mgt_kernels.w4a16_linear(
+    y = _call_w4a16_linear(
         rows, weight.w_q, weight.scale, weight.zero_point, weight.group_size, bias, check_backend(backend, x.device)
     )
-    return y.view(*x.shape[:-1], weight.shape[0])
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
 def _check_linear(x: Tensor, weight: PackedInt4, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
-    if not isinstance(weight, PackedInt4):
+    if not is_a(weight, PackedInt4):
         raise TypeError(f"weight: expected a PackedInt4, as quantize_int4 returns it, got {type(weight).__name__}")
+    check_layout("x", x)
     if x.ndim < 1:
         raise ValueError("x: expected at least one dimension, got a scalar")
     num_outputs, num_inputs = weight.shape
@@ -120,10 +125,8 @@ def _check_linear(x: Tensor, weight: PackedInt4, bias: Tensor | None) -> tuple[T
         raise ValueError(f"x: expected {num_inputs} inputs in the last dimension, got shape {tuple(x.shape)}")
     if weight.device != x.device:
         raise ValueError(f"weight: expected device {x.device} like x, got {weight.device}")
-    rows = x.reshape(-1, num_inputs)
+    rows = cpu.rows_apart(x if x.ndim == 2 else x.reshape(-1, num_inputs))
     check_tensor("x", rows, 2, _DTYPES)
-    if (rows.stride(1) != 1 and num_inputs > 1) or rows.stride(0) < num_inputs:
-        rows = rows.contiguous()
     if bias is not None:
         check_tensor("bias", bias, 1, _BIAS_DTYPES, x.device)
         check_shape("bias", bias, (num_outputs,))
@@ -142,16 +145,16 @@ def _reference_w4a8_linear(
     backend: str,
 ) -> Tensor:
     if x.device.type == "cpu":
-        _check_rows(x, x.float())
         if x_scale is not None:
             check_scales(x_scale)
+        _check_rows(x, x.float())
     num_rows = x.shape[0]
     if x_scale is None:
         row_scale = reference.dynamic_scale(x)
     else:
         row_scale = x_scale.repeat_interleave(num_rows // len(x_scale))[:, None]
     weight = PackedInt4(w_q, scale, zero_point, (len(w_q), x.shape[1]), group_size)
-    return reference.w4a8_linear(x, weight, row_scale, bias).to(x.dtype)
+    return reference.w4a8_linear(x, weight, row_scale, bias).to(x.dtype).contiguous()
 
 
 def _reference_w4a16_linear(
@@ -160,20 +163,19 @@ def _reference_w4a16_linear(
     if x.device.type == "cpu":
         _check_rows(x, x.bfloat16())
     weight = PackedInt4(w_q, scale, zero_point, (len(w_q), x.shape[1]), group_size)
-    return reference.w4a16_linear(x, weight, bias).to(x.dtype)
+    return reference.w4a16_linear(x, weight, bias).to(x.dtype).contiguous()
 
 
 def _check_rows(x: Tensor, rounded: Tensor) -> None:
-    bad = (~rounded.isfinite()).any(-1).nonzero()
-    if len(bad):
-        raise cpu.bad_activations(int(bad[0]))
+    row = cpu.first_index((~rounded.isfinite()).any(-1))
+    if row >= 0:
+        raise cpu.bad_activations(row)
 
 
 def check_scales(x_scale: Tensor) -> None:
     """Check the values of activation scales; waits for their device."""
-    bad = (~((x_scale >= _SMALLEST_SCALE) & (x_scale < math.inf))).nonzero()
-    if len(bad):
-        index = int(bad[0])
+    index = cpu.first_index(~((x_scale >= _SMALLEST_SCALE) & (x_scale < math.inf)))
+    if index >= 0:
         raise ValueError(
             f"x_scale: value {index} is {float(x_scale[index])}; expected a positive, finite, normal number"
         )
@@ -193,5 +195,5 @@ def _cpu_w4a16_linear(x, w_q, scale, zero_point, group_size, bias, isa):  # type
     return cpu.int4_linear(False, x, w_q, scale, zero_point, group_size, None, bias, isa)
 
 
-register("w4a8_linear", _reference_w4a8_linear, _fake_linear, _cpu_w4a8_linear)
-register("w4a16_linear", _reference_w4a16_linear, _fake_linear, _cpu_w4a16_linear)
+_call_w4a8_linear = register("w4a8_linear", _reference_w4a8_linear, _fake_linear, _cpu_w4a8_linear)
+_call_w4a16_linear = register("w4a16_linear", _reference_w4a16_linear, _fake_linear, _cpu_w4a16_linear)

@@ -1,6 +1,7 @@
 """The public ops: arguments are checked here, once, and handed to the backend asked for."""
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -9,14 +10,20 @@ from torch import Tensor
 from mgt_kernels import cpu, reference
 from mgt_kernels.checks import (
     check_backend,
+    check_confidence_temperature,
     check_draw,
+    check_guidance_scale,
+    check_noise_scale,
     check_range,
-    check_seed,
     check_shape,
     check_step,
+    check_step_range,
+    check_temperature,
     check_tensor,
+    integer,
+    is_a,
+    number,
     per_sample,
-    step_value,
 )
 from mgt_kernels.registration import register
 
@@ -31,9 +38,9 @@ def sample_tokens(
     seed: int | Tensor,
     step: int | Tensor,
     uncond_logits: Tensor | None = None,
-    guidance_scale: float = 1.0,
-    noise_scale: float = 0.0,
-    temperature: float = 1.0,
+    guidance_scale: float | Tensor = 1.0,
+    noise_scale: float | Tensor = 0.0,
+    temperature: float | Tensor = 1.0,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     r"""Draw a token for every masked position from guided, noisy logits, with its log-probability, in one read.
@@ -50,13 +57,24 @@ def sample_tokens(
     temperature 1. A logit of -inf (in either half) forbids its token; mask_token_id is never drawn. On CUDA, where
     raising would wait for the device, a bad row gives mask_token_id and logprob NaN, and known tokens go unchecked.
 
+    g lies within [-3.2, 22.9]. Where l is so large that neighbouring floats (float32; float64 with "reference") are
+    further apart, the sum l_j + g_j loses g, and equal logits give the lowest id: the draw begins to coarsen at
+    |l| = 1e5, whose neighbours are 0.008 apart, and g is lost from 3e8 on. Subtract a row's maximum before such logits.
+
+    Integers may be Python's or NumPy's, and tensors of any integer dtype. The three scales may be numbers of any kind,
+    or 0-dimensional tensors on the CPU or the device of logits: then one compiled graph serves all values, and a CUDA
+    graph reads those on its device anew at each replay (their ranges go unchecked there).
+
     Args:
         logits: (B, N, V) float32, bfloat16 or float16, with unit stride over V or over N (then read without a copy).
-        tokens: (B, N) int64; positions that hold mask_token_id are drawn, the others are known and cost nothing.
+        tokens: (B, N) int64; positions that hold mask_token_id are drawn, the others are known. With unit stride over
+            V, a known position costs nothing; with unit stride over N, 32 neighbours are read together if any of them
+            is masked.
         mask_token_id: marks masked positions; may lie outside [0, V).
-        seed: one seed for the whole batch, or (B,) int64, a seed per sample.
-        step: index of the decoding step, within [0, 2^32); an int, or a 0-dimensional int64 tensor on the device of
-            logits, which a CUDA graph reads anew at each replay.
+        seed: (B,), a seed per sample, or one integer, with which all samples get the same noise: two samples with
+            equal logits get equal tokens.
+        step: index of the decoding step, within [0, 2^32); an integer, or a 0-dimensional tensor, which a CUDA graph
+            reads anew at each replay if it lies on the device of logits.
         uncond_logits: (B, N, V) of the same dtype and device, or None for no guidance.
         guidance_scale: finite.
         noise_scale: standard deviation of the Gaussian logit noise, >= 0 (arXiv 2411.10781, noise regularization).
@@ -73,12 +91,13 @@ def sample_tokens(
             masked position hold NaN or +inf or forbid every token (the message names sample and position).
         RuntimeError: if the backend asked for is not available.
     """
-    check_draw(logits, tokens, uncond_logits, guidance_scale, noise_scale, temperature)
-    seed = check_seed(seed, logits.shape[0], logits.device)
-    step = check_step(step, logits.device)
-    return torch.ops.mgt_kernels.sample_tokens(
-        logits, tokens, seed, step, mask_token_id, uncond_logits, guidance_scale, noise_scale, temperature,
-        check_backend(backend, logits.device),
+    check_draw(logits, tokens, uncond_logits)
+    device = logits.device
+    return _call_sample_tokens(
+        logits, tokens, per_sample("seed", seed, logits.shape[0], device), check_step(step, device),
+        integer("mask_token_id", mask_token_id), uncond_logits, number("guidance_scale", guidance_scale, device),
+        number("noise_scale", noise_scale, device), number("temperature", temperature, device),
+        check_backend(backend, device),
     )  # fmt: skip
 
 
@@ -117,9 +136,9 @@ def differential_sample(
     share: float = 0.75,
     variant: str = "paper",
     uncond_logits: Tensor | None = None,
-    guidance_scale: float = 1.0,
-    noise_scale: float = 0.0,
-    temperature: float = 1.0,
+    guidance_scale: float | Tensor = 1.0,
+    noise_scale: float | Tensor = 0.0,
+    temperature: float | Tensor = 1.0,
     aliased_history: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, DifferentialState]:
@@ -155,13 +174,13 @@ def differential_sample(
             returned, whose tensors this call updates. After an error in the logits or tokens no row of it counts as
             written.
         mask_token_id: marks masked positions; may lie outside [0, V).
-        seed: one seed for the whole batch, or (B,) int64; the same at all steps of a generation.
-        step: index of the decoding step, within [0, 2^32), one more than the state's; an int or a 0-dimensional int64
+        seed: (B,), or one integer, with which all samples get the same noise; the same at all steps of a generation.
+        step: index of the decoding step, within [0, 2^32), one more than the state's; an integer or a 0-dimensional
             tensor.
         share: of the positions that are drawn from w, within [0, 1]; 0 gives `sample_tokens`' results.
         variant: "paper" or "official".
         uncond_logits: (B, N, V) of the same dtype and device, or None for no guidance.
-        guidance_scale: finite.
+        guidance_scale: finite; a number or a 0-dimensional tensor, as the next two.
         noise_scale: standard deviation of the Gaussian logit noise, >= 0.
         temperature: 0, or at least 1e-30.
         aliased_history: variant "official" only: selected rows leave w (not normalised) behind as the next step's q, as
@@ -181,7 +200,13 @@ def differential_sample(
 
     Source: differential sampling, arXiv 2411.10781; its authors' code for variant "official".
     """
-    check_draw(logits, tokens, uncond_logits, guidance_scale, noise_scale, temperature)
+    check_draw(logits, tokens, uncond_logits)
+    batch, num_positions, num_tokens = logits.shape
+    device = logits.device
+    backend = check_backend(backend, device)
+    seed, step = per_sample("seed", seed, batch, device), check_step(step, device)
+    mask_token_id = integer("mask_token_id", mask_token_id)
+    share = float(number("share", share, device))
     check_range("share", share, 0)
     if share > 1:
         raise ValueError(f"share: expected a number within [0, 1], got {share}")
@@ -191,25 +216,23 @@ def differential_sample(
         raise TypeError(f"aliased_history: expected a bool, got {type(aliased_history).__name__}")
     if aliased_history and variant != "official":
         raise ValueError(f"aliased_history: expected False with variant {variant!r}; it is a switch of 'official'")
-    backend = check_backend(backend, logits.device)
-    batch, num_positions, num_tokens = logits.shape
-    seed = check_seed(seed, batch, logits.device)
-    step = check_step(step, logits.device)
     settings = dict(variant=variant, aliased_history=aliased_history, mask_token_id=mask_token_id)
     if state is None:
-        history = torch.empty(batch, num_positions, num_tokens, dtype=torch.int16, device=logits.device)
-        written = torch.zeros(batch, num_positions, dtype=torch.bool, device=logits.device)
-        history_step = torch.full_like(step, -1)
+        history = torch.empty(batch, num_positions, num_tokens, dtype=torch.int16, device=device)
+        written = torch.zeros(batch, num_positions, dtype=torch.bool, device=device)
+        history_step = torch.full((), -1, dtype=torch.int64, device=device)
         # the caller may change its tensor; the generation's seeds stay
-        history_seed = seed.clone()
+        history_seed = _for_each(seed, batch, device).clone()
     else:
         _check_state(state, logits, settings)
         history, written, history_seed, history_step = state.history, state.written, state.seed, state.step
     # torch refuses a gradient to an op that writes to its arguments
-    with torch.no_grad():
-        token_ids, logprob, divergence = torch.ops.mgt_kernels.differential_sample(
+    with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
+        token_ids, logprob, divergence = _call_differential_sample(
             logits, tokens, history, written, history_step, history_seed, state is not None, seed, step, mask_token_id,
-            uncond_logits, guidance_scale, noise_scale, temperature, share, variant, aliased_history, backend,
+            uncond_logits, number("guidance_scale", guidance_scale, device),
+            number("noise_scale", noise_scale, device), number("temperature", temperature, device), share, variant,
+            aliased_history, backend,
         )  # fmt: skip
     return (
         token_ids,
@@ -226,7 +249,7 @@ def mask_by_confidence(
     mask_len: int | Tensor,
     *,
     mask_token_id: int,
-    temperature: float,
+    temperature: float | Tensor,
     seed: int | Tensor,
     step: int | Tensor,
     backend: str = "auto",
@@ -242,13 +265,13 @@ def mask_by_confidence(
     Args:
         token_ids: (B, N) int64, as `sample_tokens` returns them.
         logprob: (B, N) float32 in nats, +inf at known positions.
-        mask_len: how many positions stay masked, within [0, positions whose logprob is not +inf]; an int for all
-            samples or (B,) int64. (On CUDA, where checking would wait for the device, a larger value masks every such
+        mask_len: how many positions stay masked, within [0, positions whose logprob is not +inf]; an integer for all
+            samples or (B,). (On CUDA, where checking would wait for the device, a larger value masks every such
             position and NaN ranks lowest.)
         mask_token_id: what masked positions hold.
-        temperature: of the confidence noise, >= 0.
-        seed: one seed for the whole batch, or (B,) int64.
-        step: index of the decoding step, within [0, 2^32); an int or a 0-dimensional int64 tensor.
+        temperature: of the confidence noise, finite and >= 0; a number or a 0-dimensional tensor.
+        seed: (B,), or one integer, with which all samples get the same noise.
+        step: index of the decoding step, within [0, 2^32); an integer or a 0-dimensional tensor.
         backend: as for `sample_tokens`.
 
     Returns:
@@ -263,22 +286,13 @@ def mask_by_confidence(
     """
     check_tensor("token_ids", token_ids, 2, (torch.int64,))
     check_tensor("logprob", logprob, 2, (torch.float32,), token_ids.device)
-    check_shape("logprob", logprob, tuple(token_ids.shape))
-    batch = token_ids.shape[0]
-    check_range("temperature", temperature, 0)
-    mask_len = per_sample("mask_len", mask_len, batch, token_ids.device)
-    seed = check_seed(seed, batch, token_ids.device)
-    step = check_step(step, token_ids.device)
-    return torch.ops.mgt_kernels.mask_by_confidence(
-        token_ids,
-        logprob,
-        mask_len,
-        seed,
-        step,
-        mask_token_id,
-        temperature,
-        check_backend(backend, token_ids.device),
-    )
+    check_shape("logprob", logprob, token_ids.shape)
+    batch, device = token_ids.shape[0], token_ids.device
+    return _call_mask_by_confidence(
+        token_ids, logprob, per_sample("mask_len", mask_len, batch, device), per_sample("seed", seed, batch, device),
+        check_step(step, device), integer("mask_token_id", mask_token_id), number("temperature", temperature, device),
+        check_backend(backend, device),
+    )  # fmt: skip
 
 
 def remask_tokens(
@@ -291,7 +305,7 @@ def remask_tokens(
     step: int | Tensor,
     variant: str = "paper",
     uncond_logits: Tensor | None = None,
-    guidance_scale: float = 1.0,
+    guidance_scale: float | Tensor = 1.0,
     keep: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -311,15 +325,15 @@ def remask_tokens(
     Args:
         logits: (B, N, V), as for `sample_tokens`; None with variant "random".
         tokens: (B, N) int64, mask_token_id where masked; the logits there are not read.
-        remask_len: how many known positions are masked again, within [0, known positions]; an int for all samples or
-            (B,) int64. (On CUDA, where checking would wait for the device, a larger value masks every such position,
+        remask_len: how many known positions are masked again, within [0, known positions]; an integer for all samples
+            or (B,). (On CUDA, where checking would wait for the device, a larger value masks every such position,
             and a bad row ranks lowest.)
         mask_token_id: what masked positions hold.
-        seed: one seed for the whole batch, or (B,) int64; variant "random" alone draws.
-        step: index of the decoding step, within [0, 2^32); an int or a 0-dimensional int64 tensor.
+        seed: (B,), or one integer, with which all samples get the same noise; variant "random" alone draws.
+        step: index of the decoding step, within [0, 2^32); an integer or a 0-dimensional tensor.
         variant: "paper", "official" or "random".
         uncond_logits: (B, N, V) of the same dtype and device, or None for no guidance.
-        guidance_scale: finite; the paper's inversion guidance.
+        guidance_scale: finite, the paper's inversion guidance; a number or a 0-dimensional tensor.
         keep: (B, N) bool, known positions that are never masked again, such as those of a picture that is painted in;
             they are no longer counted as known.
         backend: as for `sample_tokens`.
@@ -340,31 +354,50 @@ def remask_tokens(
     if variant == "random":
         check_tensor("tokens", tokens, 2, (torch.int64,))
         logits = uncond_logits = None
+        guidance_scale = 1.0
     elif logits is None:
         raise ValueError(f"logits: expected a tensor with variant {variant!r}, got None")
     else:
-        check_draw(logits, tokens, uncond_logits, guidance_scale, 0.0, 0.0)
+        check_draw(logits, tokens, uncond_logits)
     if keep is not None:
         check_tensor("keep", keep, 2, (torch.bool,), tokens.device)
-        check_shape("keep", keep, tuple(tokens.shape))
+        check_shape("keep", keep, tokens.shape)
     batch, device = tokens.shape[0], tokens.device
-    remask_len = per_sample("remask_len", remask_len, batch, device)
-    seed, step = check_seed(seed, batch, device), check_step(step, device)
-    backend = check_backend(backend, device)
-    return torch.ops.mgt_kernels.remask_tokens(
-        logits, tokens, remask_len, seed, step, mask_token_id, variant, uncond_logits, guidance_scale, keep, backend
-    )
+    return _call_remask_tokens(
+        logits, tokens, per_sample("remask_len", remask_len, batch, device), per_sample("seed", seed, batch, device),
+        check_step(step, device), integer("mask_token_id", mask_token_id), variant, uncond_logits,
+        number("guidance_scale", guidance_scale, device), keep, check_backend(backend, device),
+    )  # fmt: skip
+
+
+def _for_each(value: int | Tensor, batch: int, device: torch.device) -> Tensor:
+    return torch.full((batch,), value, dtype=torch.int64, device=device) if isinstance(value, int) else value
 
 
 def _check_state(state: DifferentialState, logits: Tensor, settings: dict[str, object]) -> None:
-    if not isinstance(state, DifferentialState):
+    if not is_a(state, DifferentialState):
         raise TypeError(f"state: expected a DifferentialState or None, got {type(state).__name__}")
-    if tuple(state.history.shape) != tuple(logits.shape):
+    if state.history.shape != logits.shape:
         raise ValueError(
             f"state: expected one of shape {tuple(logits.shape)} like logits, got {tuple(state.history.shape)}"
         )
     if state.history.device != logits.device:
         raise ValueError(f"state: expected device {logits.device} like logits, got {state.history.device}")
+    # the kernels write to them
+    rows = logits.shape[:2]
+    for name, tensor, dtype, shape in (
+        ("history", state.history, torch.int16, logits.shape),
+        ("written", state.written, torch.bool, rows),
+        ("seed", state.seed, torch.int64, rows[:1]),
+        ("step", state.step, torch.int64, rows[:0]),
+    ):
+        if tensor.dtype != dtype or tensor.shape != shape or tensor.device != logits.device:
+            raise ValueError(
+                f"state: expected {name} of shape {tuple(shape)} and {dtype} on {logits.device}, got "
+                f"{tuple(tensor.shape)} and {tensor.dtype} on {tensor.device}"
+            )
+        if not tensor.is_contiguous():
+            raise ValueError(f"state: expected a contiguous {name}, got strides {tensor.stride()}")
     for name, value in settings.items():
         begun = getattr(state, name)
         if begun != value:
@@ -372,27 +405,33 @@ def _check_state(state: DifferentialState, logits: Tensor, settings: dict[str, o
 
 
 def _check_generation(
-    has_history: bool, history_step: Tensor, history_seed: Tensor, seed: Tensor, step: Tensor
+    has_history: bool, history_step: Tensor, history_seed: Tensor, seed: int | Tensor, step: int
 ) -> None:
     if not has_history:
         return
-    before, now = int(history_step), step_value(step)
-    if now == 0:
+    before = int(history_step)
+    if step == 0:
         raise ValueError(f"state: expected None at step 0, which begins a generation, got a state of step {before}")
-    if before != now - 1:
-        raise ValueError(f"state: expected one of step {now - 1} at step {now}, got one of step {before}")
-    if not torch.equal(history_seed, seed):
-        sample = int((history_seed != seed).nonzero()[0])
-        raise ValueError(
-            f"seed: expected {int(history_seed[sample])} for sample {sample} as in the state, got {int(seed[sample])}"
-        )
+    if before != step - 1:
+        raise ValueError(f"state: expected one of step {step - 1} at step {step}, got one of step {before}")
+    if isinstance(seed, Tensor) and torch.equal(history_seed, seed):
+        return
+    sample = cpu.first_index(history_seed != seed)
+    if sample >= 0:
+        got = seed if isinstance(seed, int) else int(seed[sample])
+        raise ValueError(f"seed: expected {int(history_seed[sample])} for sample {sample} as in the state, got {got}")
+
+
+def _dense(result: Tensor) -> Tensor:
+    """Return a result as the kernels lay theirs out, and as the compiler expects it."""
+    return torch.empty(result.shape, dtype=result.dtype, device=result.device).copy_(result)
 
 
 def _reference_sample_tokens(
     logits: Tensor,
     tokens: Tensor,
     seed: Tensor,
-    step: Tensor,
+    step: int,
     mask_token_id: int,
     uncond_logits: Tensor | None,
     guidance_scale: float,
@@ -400,17 +439,18 @@ def _reference_sample_tokens(
     temperature: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    seed = _for_each(seed, len(tokens), tokens.device)
     token_ids, logprob, bad_row = reference.sample_tokens(
-        logits, tokens, mask_token_id=mask_token_id, seed=seed, step=step_value(step), uncond_logits=uncond_logits,
+        logits, tokens, mask_token_id=mask_token_id, seed=seed, step=step, uncond_logits=uncond_logits,
         guidance_scale=guidance_scale, noise_scale=noise_scale, temperature=temperature,
     )  # fmt: skip
     known = tokens != mask_token_id
-    outside = (known & ((tokens < 0) | (tokens >= logits.shape[-1]))).flatten().nonzero()
-    if len(outside):
-        raise cpu.bad_token(tokens, int(outside[0]), logits.shape[-1], mask_token_id)
+    outside = cpu.first_index(known & ((tokens < 0) | (tokens >= logits.shape[-1])))
+    if outside >= 0:
+        raise cpu.bad_token(tokens, outside, logits.shape[-1], mask_token_id)
     if bad_row >= 0:
         raise cpu.bad_logits(bad_row, tokens.shape[1])
-    return token_ids.contiguous(), logprob.float().contiguous()
+    return _dense(token_ids), _dense(logprob.float())
 
 
 def _reference_mask_by_confidence(
@@ -418,20 +458,23 @@ def _reference_mask_by_confidence(
     logprob: Tensor,
     mask_len: Tensor,
     seed: Tensor,
-    step: Tensor,
+    step: int,
     mask_token_id: int,
     temperature: float,
     backend: str,
 ) -> Tensor:
-    outside = (mask_len < 0) | (mask_len > (logprob != torch.inf).sum(-1))
-    if outside.any():
-        raise cpu.bad_mask_len(mask_len, logprob, int(outside.nonzero()[0]))
-    if logprob.isnan().any():
-        raise cpu.bad_logprob(int(logprob.flatten().isnan().nonzero()[0]), logprob.shape[1])
-    return reference.mask_by_confidence(
-        token_ids, logprob, mask_len, mask_token_id=mask_token_id, temperature=temperature, seed=seed,
-        step=step_value(step),
-    )  # fmt: skip
+    mask_len, seed = (_for_each(value, len(token_ids), token_ids.device) for value in (mask_len, seed))
+    sample = cpu.first_index((mask_len < 0) | (mask_len > (logprob != torch.inf).sum(-1)))
+    if sample >= 0:
+        raise cpu.bad_mask_len(mask_len, logprob, sample)
+    row = cpu.first_index(logprob.isnan())
+    if row >= 0:
+        raise cpu.bad_logprob(row, logprob.shape[1])
+    return _dense(
+        reference.mask_by_confidence(
+            token_ids, logprob, mask_len, mask_token_id=mask_token_id, temperature=temperature, seed=seed, step=step
+        )
+    )
 
 
 def _reference_differential_sample(
@@ -443,7 +486,7 @@ def _reference_differential_sample(
     history_seed: Tensor,
     has_history: bool,
     seed: Tensor,
-    step: Tensor,
+    step: int,
     mask_token_id: int,
     uncond_logits: Tensor | None,
     guidance_scale: float,
@@ -454,25 +497,26 @@ def _reference_differential_sample(
     aliased_history: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    seed = _for_each(seed, len(tokens), tokens.device)
     _check_generation(has_history, history_step, history_seed, seed, step)
     token_ids, logprob, divergence, new_history, new_written, bad_row = reference.differential_sample(
-        logits, tokens, history, written & has_history, mask_token_id=mask_token_id, seed=seed, step=step_value(step),
+        logits, tokens, history, written & has_history, mask_token_id=mask_token_id, seed=seed, step=step,
         share=share, variant=variant, aliased_history=aliased_history, uncond_logits=uncond_logits,
         guidance_scale=guidance_scale, noise_scale=noise_scale, temperature=temperature,
     )  # fmt: skip
     known = tokens != mask_token_id
-    outside = (known & ((tokens < 0) | (tokens >= logits.shape[-1]))).flatten().nonzero()
-    if len(outside) or bad_row >= 0:
+    outside = cpu.first_index(known & ((tokens < 0) | (tokens >= logits.shape[-1])))
+    if outside >= 0 or bad_row >= 0:
         # as the kernels leave it
-        written.zero_()
-    if len(outside):
-        raise cpu.bad_token(tokens, int(outside[0]), logits.shape[-1], mask_token_id)
+        cpu.overwrite(written, False)
+    if outside >= 0:
+        raise cpu.bad_token(tokens, outside, logits.shape[-1], mask_token_id)
     if bad_row >= 0:
         raise cpu.bad_logits(bad_row, tokens.shape[1])
-    history.copy_(new_history)
-    written.copy_(new_written)
-    history_step.copy_(step)
-    return token_ids.contiguous(), logprob.float().contiguous(), divergence.float().contiguous()
+    cpu.overwrite(history, new_history)
+    cpu.overwrite(written, new_written)
+    cpu.overwrite(history_step, step)
+    return _dense(token_ids), _dense(logprob.float()), _dense(divergence.float())
 
 
 def _remask_tokens(
@@ -480,7 +524,7 @@ def _remask_tokens(
     tokens: Tensor,
     remask_len: Tensor,
     seed: Tensor,
-    step: Tensor,
+    step: int,
     mask_token_id: int,
     variant: str,
     uncond_logits: Tensor | None,
@@ -491,12 +535,13 @@ def _remask_tokens(
     eligible = tokens != mask_token_id
     if keep is not None:
         eligible = eligible & ~keep
-    checked = tokens.device.type == "cpu"
+    batch, device = tokens.shape[0], tokens.device
+    remask_len, seed = _for_each(remask_len, batch, device), _for_each(seed, batch, device)
+    checked = device.type == "cpu"
     if checked:
         num_eligible = eligible.sum(-1)
-        outside = ((remask_len < 0) | (remask_len > num_eligible)).nonzero()
-        if len(outside):
-            sample = int(outside[0])
+        sample = cpu.first_index((remask_len < 0) | (remask_len > num_eligible))
+        if sample >= 0:
             raise ValueError(
                 f"remask_len: sample {sample} is {int(remask_len[sample])}; expected a value within "
                 f"[0, {int(num_eligible[sample])}], the known positions that are not kept"
@@ -506,9 +551,9 @@ def _remask_tokens(
     else:
         num_tokens = logits.shape[2]
         if checked:
-            bad = (eligible & ((tokens < 0) | (tokens >= num_tokens))).flatten().nonzero()
-            if len(bad):
-                raise cpu.bad_token(tokens, int(bad[0]), num_tokens, mask_token_id)
+            outside = cpu.first_index(eligible & ((tokens < 0) | (tokens >= num_tokens)))
+            if outside >= 0:
+                raise cpu.bad_token(tokens, outside, num_tokens, mask_token_id)
         # the eligible take the place of the masked, which are what is drawn; any other id makes the rest known
         other = 0 if mask_token_id != 0 else min(1, num_tokens - 1)
         likeliest, logprob = sample_tokens(
@@ -529,15 +574,11 @@ def _remask_tokens(
     remasked = mask_by_confidence(
         tokens, score, remask_len, mask_token_id=mask_token_id, temperature=0.0, seed=seed, step=step, backend=backend
     )
-    return remasked, score
+    return remasked, _dense(score)
 
 
 def _fake_draw(logits, tokens, *_):  # type: ignore[no-untyped-def]
     return tokens.new_empty(tokens.shape), tokens.new_empty(tokens.shape, dtype=torch.float32)
-
-
-def _cpu_sample_tokens(logits, tokens, seed, step, *options):  # type: ignore[no-untyped-def]
-    return cpu.sample_tokens(logits, tokens, seed, step_value(step), *options)
 
 
 def _fake_differential_sample(logits, tokens, *_):  # type: ignore[no-untyped-def]
@@ -548,8 +589,8 @@ def _cpu_differential_sample(  # type: ignore[no-untyped-def]
     logits, tokens, history, written, history_step, history_seed, has_history, seed, step, *options
 ):
     _check_generation(has_history, history_step, history_seed, seed, step)
-    outputs = cpu.differential_sample(logits, tokens, history, written, has_history, seed, step_value(step), *options)
-    history_step.copy_(step)
+    outputs = cpu.differential_sample(logits, tokens, history, written, has_history, seed, step, *options)
+    cpu.overwrite(history_step, step)
     return outputs
 
 
@@ -557,18 +598,38 @@ def _fake_mask_by_confidence(token_ids, *_):  # type: ignore[no-untyped-def]
     return token_ids.new_empty(token_ids.shape)
 
 
-def _cpu_mask_by_confidence(token_ids, logprob, mask_len, seed, step, *options):  # type: ignore[no-untyped-def]
-    return cpu.mask_by_confidence(token_ids, logprob, mask_len, seed, step_value(step), *options)
-
-
-register("sample_tokens", _reference_sample_tokens, _fake_draw, _cpu_sample_tokens)
-register(
+_STEP = {"step": check_step_range}
+_DRAW = {
+    **_STEP,
+    "guidance_scale": check_guidance_scale,
+    "noise_scale": check_noise_scale,
+    "temperature": check_temperature,
+}
+_call_sample_tokens = register(
+    "sample_tokens", _reference_sample_tokens, _fake_draw, cpu.sample_tokens, per_sample=("seed",), numbers=_DRAW
+)
+_call_differential_sample = register(
     "differential_sample",
     _reference_differential_sample,
     _fake_differential_sample,
     _cpu_differential_sample,
     mutates_args=("history", "written", "history_step"),
+    per_sample=("seed",),
+    numbers=_DRAW,
 )
-register("mask_by_confidence", _reference_mask_by_confidence, _fake_mask_by_confidence, _cpu_mask_by_confidence)
+_call_mask_by_confidence = register(
+    "mask_by_confidence",
+    _reference_mask_by_confidence,
+    _fake_mask_by_confidence,
+    cpu.mask_by_confidence,
+    per_sample=("mask_len", "seed"),
+    numbers={**_STEP, "temperature": check_confidence_temperature},
+)
 # the same on every device: what differs is in the ops it is made of
-register("remask_tokens", _remask_tokens, _fake_draw)
+_call_remask_tokens = register(
+    "remask_tokens",
+    _remask_tokens,
+    _fake_draw,
+    per_sample=("remask_len", "seed"),
+    numbers={**_STEP, "guidance_scale": check_guidance_scale},
+)

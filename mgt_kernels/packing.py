@@ -87,7 +87,7 @@ class PackedInt4:
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Return what a safetensors file holds of it: w_q, scale, zero_point, and layout (N, K, group_size) int64."""
-        layout = torch.tensor([*self.shape, self.group_size], device=self.device)
+        layout = torch.tensor([*self.shape, self.group_size], dtype=torch.int64, device=self.device)
         return dict(w_q=self.w_q, scale=self.scale, zero_point=self.zero_point, layout=layout)
 
     @classmethod

@@ -1,26 +1,77 @@
-"""How an op becomes one of torch's: `torch.ops.mgt_kernels.NAME`.
+"""How an op becomes one of torch's, `torch.ops.mgt_kernels.NAME`, and when a call may go round PyTorch's dispatcher.
 
-`torch.library.custom_op` would do most of this, but the first call of such an op imports PyTorch's compiler, at the
-cost of those who never compile.
+`torch.library.custom_op` would do most of the former, but the first call of such an op imports PyTorch's compiler, at
+the cost of those who never compile.
 """
 
-import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch._C import DispatchKey, DispatchKeySet
 
-_LIBRARY = torch.library.Library("mgt_kernels", "DEF")
+Kernel = Callable[..., Any]
+
+
+@dataclass
+class _Definition:
+    """What PyTorch holds of an op; it looks the kernels up at each call."""
+
+    schema: str
+    library: torch.library.Library
+    kernels: dict[str, Kernel]
+
+
+# PyTorch takes one definition per process, and a notebook imports this module anew: the definitions outlive the module
+_DEFINITIONS: dict[str, _Definition] = vars(torch).setdefault("_mgt_kernels_definitions", {})
+
+# by the op's name, the function that `register` returned
+CALLS: dict[str, Kernel] = {}
+
+_UNCHANGING_KEYS = ("BackendSelect", "ADInplaceOrView", "CPU", "AutogradCPU", "AutocastCPU")
+_UNCHANGING_CUDA_KEYS = ("CUDA", "AutogradCUDA", "AutocastCUDA")
+_OTHER_KEYS = ~sum(
+    1 << bit
+    for bit in range(64)
+    if any(
+        DispatchKeySet(getattr(DispatchKey, key)).raw_repr() >> bit & 1
+        for key in _UNCHANGING_KEYS + _UNCHANGING_CUDA_KEYS
+    )
+)
+
+
+def is_plain(tensors: list[Tensor]) -> bool:
+    """Tell whether PyTorch's dispatcher would do nothing with these tensors but call the kernel of their device.
+
+    It would do more under a mode, a transform, a trace, a profiler or the compiler, for tensors of another kind or
+    layout, and where a gradient may be asked for.
+    """
+    if torch.compiler.is_compiling() or torch.overrides.has_torch_function(tensors):
+        return False
+    keys = torch._C._dispatch_tls_local_include_set().raw_repr()
+    for tensor in tensors:
+        keys |= torch._C._dispatch_keys(tensor).raw_repr()
+    if keys & _OTHER_KEYS or torch._C._autograd._profiler_enabled():
+        return False
+    return not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in tensors)
 
 
 def register(
     name: str,
-    reference: Callable[..., Any],
-    fake: Callable[..., Any],
-    cpu: Callable[..., Any] | None = None,
+    reference: Kernel,
+    fake: Kernel,
+    cpu: Kernel | None = None,
+    *,
     mutates_args: tuple[str, ...] = (),
-) -> None:
-    """Register an op, whose last argument names the backend, with its kernels.
+    per_sample: tuple[str, ...] = (),
+    numbers: Mapping[str, Callable[[Any], None]] | None = None,
+) -> Kernel:
+    """Register an op, whose last argument names the backend, with its kernels; return the function that calls it.
+
+    A compiled graph holds for all values of a tensor. So the op's arguments in `numbers` are 0-dimensional tensors, and
+    those in `per_sample` tensors (B,); the function that is returned takes numbers and ints there too.
 
     Args:
         name: of the op, and of its CUDA kernel in `mgt_kernels.triton`.
@@ -29,34 +80,110 @@ def register(
         fake: returns empty results of the right shapes, for `torch.compile`.
         cpu: takes what the reference takes, an instruction set for a backend. None: the reference on every device.
         mutates_args: the arguments that are written to.
+        per_sample: the int64 arguments for which an int may stand, the same for all samples.
+        numbers: the arguments that the reference and the CPU's kernel get as a number, each with the check of its
+            value. Other kernels get a float where the value is known on the host, else a tensor on their device.
     """
+    numbers = numbers or {}
     schema = torch.library.infer_schema(reference, mutates_args=mutates_args)
-    mutated = [i for i, argument in enumerate(inspect.signature(reference).parameters) if argument in mutates_args]
-    _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    names = [argument.split()[-1] for argument in schema[1 : schema.index(") -> ")].split(", ")]
+    for argument in numbers:
+        for scalar in (f"SymInt {argument},", f"float {argument},"):
+            schema = schema.replace(scalar, f"Tensor {argument},")
+    mutated = [names.index(argument) for argument in mutates_args]
+    samples = [names.index(argument) for argument in per_sample]
+    checks = [(names.index(argument), check) for argument, check in numbers.items()]
+
+    def run(kernel: Kernel, needs_values: bool, arguments: Sequence[Any]) -> Any:
+        read = list(arguments)
+        for i, check in checks:
+            value = read[i]
+            if isinstance(value, Tensor):
+                if not needs_values and not (value.is_cpu and value.is_floating_point()):
+                    continue
+                value = read[i] = value.item()
+            check(value)
+        for i in mutated:
+            if not read[i].is_inference():
+                torch.autograd.graph.increment_version(read[i])
+        return kernel(*read)
+
+    def on_cpu(*arguments: Any) -> Any:
+        return run(reference if cpu is None or arguments[-1] == "reference" else cpu, True, arguments)
 
     def on_cuda(*arguments: Any) -> Any:
+        if arguments[-1] == "reference":
+            return anywhere(*arguments)
         from mgt_kernels import triton
 
-        return getattr(triton, name)(*arguments[:-1])
+        return run(getattr(triton, name), False, arguments[:-1])
 
-    def implement(dispatch_key: str, kernel: Callable[..., Any]) -> None:
-        def run(*arguments: Any) -> Any:
-            for i in mutated:
-                if not arguments[i].is_inference():
-                    torch.autograd.graph.increment_version(arguments[i])
-            return (reference if arguments[-1] == "reference" else kernel)(*arguments)
+    def anywhere(*arguments: Any) -> Any:
+        return run(reference, cpu is not None, arguments)
 
-        _LIBRARY.impl(name, run, dispatch_key)
-
-    implement("CompositeExplicitAutograd", reference)
+    kernels = {"CompositeExplicitAutograd": anywhere, "fake": fake}
     if cpu is not None:
-        implement("CPU", cpu)
-        implement("CUDA", on_cuda)
+        kernels |= {"CPU": on_cpu, "CUDA": on_cuda}
+    _define(name, schema, kernels, differentiable=not mutates_args)
+
+    def as_tensors(arguments: tuple[Any, ...], device: torch.device, batch: int, floats_too: bool) -> list[Any]:
+        compiling = torch.compiler.is_compiling()
+        made = list(arguments)
+        for i in samples:
+            if isinstance(made[i], int):
+                made[i] = torch.full((batch,), made[i], dtype=torch.int64, device=device)
+        for i, check in checks:
+            value = made[i]
+            if isinstance(value, int):
+                made[i] = torch.full((), value, dtype=torch.int64, device=device)
+            elif isinstance(value, float) and floats_too:
+                # on CPU the kernel checks it
+                if device.type != "cpu":
+                    check(value)
+                # what a compiled graph captures as a CUDA graph may not look at the host
+                one = torch.ones((), dtype=torch.float64, device=device if compiling else "cpu")
+                # the compiler keeps a number that changes out of its guards in a product, not in a fill
+                made[i] = one * value
+            elif isinstance(value, Tensor) and compiling:
+                made[i] = value.to(device)
+        return made
+
+    def call(*arguments: Any) -> Any:
+        tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+        device = tensors[0].device
+        if is_plain(tensors):
+            if tensors[0].is_cpu:
+                return on_cpu(*arguments)
+            if tensors[0].is_cuda:
+                kernel = anywhere if cpu is None else on_cuda
+                return kernel(*as_tensors(arguments, device, tensors[0].shape[0], False))
+        op = getattr(torch.ops.mgt_kernels, name).default
+        return op(*as_tensors(arguments, device, tensors[0].shape[0], True))
+
+    CALLS[name] = call
+    return call
+
+
+def _define(name: str, schema: str, kernels: dict[str, Kernel], differentiable: bool) -> None:
+    definition = _DEFINITIONS.get(name)
+    if definition is not None:
+        if definition.schema == schema:
+            definition.kernels = kernels
+            return
+        definition.library._destroy()
+    library = torch.library.Library("mgt_kernels", "FRAGMENT")
+    definition = _DEFINITIONS[name] = _Definition(schema, library, kernels)
+    library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+    def kernel_of(key: str) -> Kernel:
+        return lambda *arguments: definition.kernels[key](*arguments)
 
     def no_gradient(*_: Any) -> None:
         raise NotImplementedError(f"mgt_kernels.{name} has no gradient; call it under torch.no_grad()")
 
-    torch.library.register_fake(f"mgt_kernels::{name}", fake, lib=_LIBRARY)
+    for key in sorted(kernels.keys() - {"fake"}):
+        library.impl(name, kernel_of(key), key)
+    torch.library.register_fake(f"mgt_kernels::{name}", kernel_of("fake"), lib=library)
     # torch takes no formula for an op that writes to its arguments
-    if not mutated:
-        torch.library.register_autograd(f"mgt_kernels::{name}", no_gradient, lib=_LIBRARY)
+    if differentiable:
+        torch.library.register_autograd(f"mgt_kernels::{name}", no_gradient, lib=library)

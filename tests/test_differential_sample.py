@@ -576,7 +576,7 @@ def begun(backend="auto", **change):
         (dict(share=-0.1), ValueError, "share: expected a finite number >= 0, got -0.1"),
         (dict(share=1.5), ValueError, r"share: expected a number within \[0, 1\], got 1.5"),
         (dict(share=float("nan")), ValueError, "share: expected a finite number >= 0, got nan"),
-        (dict(share="most"), TypeError, "share: expected a number, got str"),
+        (dict(share="most"), TypeError, "share: expected a number or a 0-dimensional tensor, got str"),
         (dict(variant="ours"), ValueError, r"variant: expected one of \('paper', 'official'\), got 'ours'"),
         (dict(aliased_history=True), ValueError, "aliased_history: expected False with variant 'paper'"),
         (dict(aliased_history=1), TypeError, "aliased_history: expected a bool, got int"),

@@ -128,7 +128,7 @@ GOOD = dict(token_ids=CASE[0], logprob=CASE[1], mask_len=5, mask_token_id=MASK, 
         (dict(mask_len=43), ValueError, r"mask_len: sample 0 is 43; expected a value within \[0, 42\]"),
         (dict(mask_len=torch.tensor([1, 2, 50, 4])), ValueError, "mask_len: sample 2 is 50"),
         (dict(mask_len=torch.tensor([1, 2])), ValueError, r"mask_len: expected shape \(4,\)"),
-        (dict(mask_len=2.0), TypeError, "mask_len: expected a tensor, got float"),
+        (dict(mask_len=2.0), TypeError, "mask_len: expected an integer, got float"),
         (dict(temperature=-1.0), ValueError, "temperature: expected a finite number >= 0"),
         (dict(temperature=float("inf")), ValueError, "temperature: expected a finite number >= 0"),
         (dict(seed=torch.zeros(5, dtype=torch.int64)), ValueError, "seed: expected shape"),
@@ -139,6 +139,15 @@ GOOD = dict(token_ids=CASE[0], logprob=CASE[1], mask_len=5, mask_token_id=MASK, 
 def test_bad_arguments_are_named(change, error, words):
     with pytest.raises(error, match=words):
         mgt_kernels.mask_by_confidence(**(GOOD | change))
+
+
+@pytest.mark.parametrize("temperature", [1.6e37, 3e38])
+def test_noise_past_the_largest_float_masks_exactly_as_many(temperature):
+    """Row "mask_by_confidence temperature 3e38", in the reference."""
+    logprob = -torch.rand(1, 64, generator=torch.Generator().manual_seed(0))
+    args = dict(mask_token_id=MASK, temperature=temperature, seed=0, step=0, backend="reference")
+    tokens = mgt_kernels.mask_by_confidence(torch.zeros(1, 64, dtype=torch.int64), logprob, 60, **args)
+    assert (tokens == MASK).sum() == 60
 
 
 def test_nan_confidence_is_named(backend):

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mgt_kernels import cpu
 from mgt_kernels.reference.draws import token_gumbel
 from mgt_kernels.reference.sample_tokens import perturbed_logits
 
@@ -84,7 +85,7 @@ def select_rows(divergence: Tensor, masked: Tensor, *, share: float, variant: st
     order = divergence.masked_fill(~ranked, torch.inf).argsort(dim=-1, stable=True)
     order = order.gather(-1, (~ranked).gather(-1, order).long().argsort(dim=-1, stable=True))
     rank = torch.empty_like(order).scatter_(
-        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
+        -1, order, torch.arange(order.shape[-1], dtype=torch.int64, device=order.device).expand_as(order)
     )
     return rank < num_selected[:, None]
 
@@ -117,7 +118,6 @@ def differential_sample(
     masked = tokens == mask_token_id
     read = masked if variant == "paper" else torch.ones_like(masked)
     bad = (now.tempered.isnan() | (now.tempered == torch.inf)).any(-1) | (now.tempered == -torch.inf).all(-1)
-    bad_rows = (bad & read).flatten().nonzero()
     divergence = now.divergence.masked_fill(~read, torch.inf)
     selected = select_rows(divergence, masked, share=share, variant=variant)
     log_w = now.weights.log() - now.weights.sum(-1, keepdim=True).log()
@@ -134,5 +134,5 @@ def differential_sample(
         divergence,
         torch.where(read[..., None], encode_history(stored), history),
         read,
-        int(bad_rows[0]) if len(bad_rows) else -1,
+        cpu.first_index(bad & read),
     )

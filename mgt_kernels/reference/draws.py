@@ -51,14 +51,14 @@ def philox(seed: Tensor, block: Tensor, position: Tensor, step: int | Tensor, st
 def _column_words(seed: Tensor, num_positions: int, num_tokens: int, step: int, stream: int) -> Tensor:
     """All words of the blocks that the columns need: (4, B, N, num_blocks)."""
     full_tiles, rest = divmod(num_tokens, 4 * WORD_WIDTH)
-    block = torch.arange(full_tiles * WORD_WIDTH + min(rest, WORD_WIDTH), device=seed.device)
-    position = torch.arange(num_positions, device=seed.device)[:, None]
+    block = torch.arange(full_tiles * WORD_WIDTH + min(rest, WORD_WIDTH), dtype=torch.int64, device=seed.device)
+    position = torch.arange(num_positions, dtype=torch.int64, device=seed.device)[:, None]
     return torch.stack(philox(seed[:, None, None], block, position, step, stream))
 
 
 def _to_columns(words: Tensor, num_tokens: int) -> Tensor:
     """Pick each column's own word: (4, B, N, num_blocks) to (B, N, V)."""
-    c = torch.arange(num_tokens, device=words.device)
+    c = torch.arange(num_tokens, dtype=torch.int64, device=words.device)
     return words[c // WORD_WIDTH % 4, :, :, c // (4 * WORD_WIDTH) * WORD_WIDTH + c % WORD_WIDTH].permute(1, 2, 0)
 
 
@@ -79,7 +79,7 @@ def token_gumbel(seed: Tensor, num_positions: int, num_tokens: int, step: int) -
 
 def _position_gumbel(seed: Tensor, num_positions: int, step: int | Tensor, stream: int) -> Tensor:
     """Word 0 of block 0 of each position as Gumbel(0, 1) noise: (B, N) float64."""
-    position = torch.arange(num_positions, device=seed.device)
+    position = torch.arange(num_positions, dtype=torch.int64, device=seed.device)
     return _gumbel(philox(seed[:, None], torch.zeros_like(position), position, step, stream)[0])
 
 

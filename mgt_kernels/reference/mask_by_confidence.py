@@ -23,6 +23,6 @@ def mask_by_confidence(
     # a stable sort keeps lower positions first among ties
     order = confidence.argsort(dim=-1, stable=True)
     rank = torch.empty_like(order).scatter_(
-        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
+        -1, order, torch.arange(order.shape[-1], dtype=torch.int64, device=order.device).expand_as(order)
     )
     return token_ids.masked_fill(rank < mask_len[:, None], mask_token_id)

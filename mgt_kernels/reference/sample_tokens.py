@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from mgt_kernels import cpu
 from mgt_kernels.reference.draws import gaussian, token_gumbel
 
 
@@ -63,11 +64,10 @@ def sample_tokens(
     )
     masked = tokens == mask_token_id
     bad = (tempered.isnan() | (tempered == torch.inf)).any(-1) | (tempered == -torch.inf).all(-1)
-    bad_rows = (bad & masked).flatten().nonzero()
     drawn = scores.argmax(-1)
     logprob = tempered.gather(-1, drawn[..., None])[..., 0] - tempered.logsumexp(-1)
     return (
         torch.where(masked, drawn, tokens),
         torch.where(masked, logprob, torch.inf),
-        int(bad_rows[0]) if len(bad_rows) else -1,
+        cpu.first_index(bad & masked),
     )

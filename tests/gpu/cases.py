@@ -14,6 +14,7 @@ from ptx_emulator.floating import fma_float32
 from torch import Tensor
 
 from mgt_kernels import PackedInt4, quantize_int4, reference, triton
+from mgt_kernels.registration import CALLS
 
 Outputs = tuple[Tensor, ...]
 
@@ -52,8 +53,7 @@ def on_cpu(op: str) -> Callable[..., Outputs]:
     """Return the op on the best instruction set of the CPU."""
 
     def expected(*arguments: object) -> Outputs:
-        function = getattr(torch.ops.mgt_kernels, op)
-        return call(lambda *copies: function(*copies, "auto"), arguments, UPDATED.get(op, ()))
+        return call(lambda *copies: CALLS[op](*copies, "auto"), arguments, UPDATED.get(op, ()))
 
     return expected
 
