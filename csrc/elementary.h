@@ -48,8 +48,8 @@ MGT_INLINE typename S::F exp_nonpositive(typename S::F d) {
   using F = typename S::F;
   d = S::max(S::set(-87.0f), d);
   const F log2e = S::set(1.44269502162933349609375f);
-  // adding 1.5 * 2^23 leaves the nearest integer in the low bits of the mantissa
-  const F magic = S::set(12582912.0f);
+  // adding 1.5 * 2^23 leaves the nearest integer in the low bits of the mantissa, and 127 more makes it an exponent
+  const F magic = S::set(12582912.0f + 127.0f);
   const F shifted = S::fma(d, log2e, magic);
   const F r = S::fms(d, log2e, S::sub(shifted, magic));
   F p = S::set(0.0013264729641377926f);

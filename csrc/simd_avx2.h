@@ -110,9 +110,7 @@ struct Avx2 {
   }
   static MGT_INLINE F uint_to_float(U u) { return {uint_to_float(u.lo), uint_to_float(u.hi)}; }
   static MGT_INLINE F int_to_float(U u) { return {_mm256_cvtepi32_ps(u.lo), _mm256_cvtepi32_ps(u.hi)}; }
-  static MGT_INLINE F scale_by_power_of_two(F p, F shifted) {
-    return from_bits(add_u(bits(p), shift_left<23>(bits(shifted))));
-  }
+  static MGT_INLINE F scale_by_power_of_two(F p, F shifted) { return mul(p, from_bits(shift_left<23>(bits(shifted)))); }
   static MGT_INLINE U set_u(uint32_t x) {
     return {_mm256_set1_epi32(static_cast<int>(x)), _mm256_set1_epi32(static_cast<int>(x))};
   }

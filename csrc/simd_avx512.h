@@ -63,9 +63,9 @@ struct Avx512 {
   static MGT_INLINE F from_bits(U u) { return _mm512_castsi512_ps(u); }
   static MGT_INLINE F uint_to_float(U u) { return _mm512_cvtepu32_ps(u); }
   static MGT_INLINE F int_to_float(U u) { return _mm512_cvtepi32_ps(u); }
-  // p 2^n, n the integer in the low bits of shifted
+  // p 2^n, 127 + n the integer in the low bits of shifted; NaN where p is
   static MGT_INLINE F scale_by_power_of_two(F p, F shifted) {
-    return from_bits(_mm512_add_epi32(bits(p), _mm512_slli_epi32(bits(shifted), 23)));
+    return mul(p, from_bits(_mm512_slli_epi32(bits(shifted), 23)));
   }
   static MGT_INLINE U set_u(uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); }
   static MGT_INLINE U sequence(uint32_t first) {

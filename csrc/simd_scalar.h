@@ -60,7 +60,7 @@ struct Lane1 {
   }
   static MGT_INLINE F uint_to_float(U u) { return static_cast<float>(u); }
   static MGT_INLINE F int_to_float(U u) { return static_cast<float>(static_cast<int32_t>(u)); }
-  static MGT_INLINE F scale_by_power_of_two(F p, F shifted) { return from_bits(bits(p) + (bits(shifted) << 23)); }
+  static MGT_INLINE F scale_by_power_of_two(F p, F shifted) { return p * from_bits(bits(shifted) << 23); }
   static MGT_INLINE U set_u(uint32_t x) { return x; }
   static MGT_INLINE U add_u(U a, U b) { return a + b; }
   static MGT_INLINE U sub_u(U a, U b) { return a - b; }

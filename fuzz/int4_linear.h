@@ -94,7 +94,11 @@ int fuzz_linear(const uint8_t* data, size_t size) {
       else
         reinterpret_cast<float*>(scale.data())[i] = factor * static_cast<float>(1 + (next() >> 24));
     }
-    for (int64_t i = 0; i < bias.size(); ++i) bias[i] = input.rarely(16) ? input.number() : 0.5f;
+    for (int64_t i = 0; i < bias.size(); ++i) {
+      bias[i] = input.rarely(16) ? input.number() : 0.5f;
+      // its payload would come out as that of the poison
+      if (std::isnan(bias[i])) bias[i] = INFINITY;
+    }
     for (int64_t i = 0; i < x_scale.size(); ++i) x_scale[i] = input.rarely() ? input.number() : 0.03125f;
   }
   a.x = x.data();

@@ -178,6 +178,19 @@ def test_an_infinite_logit_is_reported_under_any_guidance(name, position_major, 
         mgt_kernels.sample_tokens(cond, tokens, uncond_logits=uncond, backend=name, **args)
 
 
+@pytest.mark.parametrize("bits", [0x7FC00000, 0xFFC00000, 0xFFFFFFFF, 0x7F800001, 0x7FC00100, 0x7FFFFF80, 0x7FC000FF])
+@pytest.mark.parametrize("op", ["sample_tokens", "differential_sample"])
+def test_any_nan_is_reported(op, bits):
+    # whatever its sign and payload
+    for name in ISAS:
+        for noise_scale, guided in ((0.0, True), (0.5, True), (0.0, False), (0.5, False)):
+            call = Call(op, noise_scale=noise_scale)
+            if not guided:
+                getattr(call.args, "sample", call.args).uncond_logits.data = None
+            call.kept[0][0].view(torch.int32)[1, 30, 41] = bits - (bits >> 31 << 32)
+            assert call(context(name))[0] == BAD_LOGITS and call.index == 37 + 30, (name, noise_scale, guided)
+
+
 @pytest.mark.parametrize("mask_token_id", [-(2**63), -1, 70, 2**63 - 1])
 def test_any_number_may_be_the_mask(mask_token_id):
     call = Call("sample_tokens", num_tokens=70, mask_token_id=mask_token_id)
