@@ -7,6 +7,12 @@ from mgt_kernels import cpu
 from mgt_kernels.info import OPS
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--every-architecture", action="store_true", help="emulate every case of tests/gpu on sm_80 and on sm_90"
+    )
+
+
 def kernels_of(module: str) -> list[str]:
     """The instruction sets that have a kernel of their own for what a test file is about."""
     op = module.removeprefix("test_")
