@@ -9,7 +9,9 @@ from mgt_kernels.info import OPS
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--every-architecture", action="store_true", help="emulate every case of tests/gpu on sm_80 and on sm_90"
+        "--every-architecture",
+        action="store_true",
+        help="emulate every case of tests/gpu on sm_80 and sm_90, and count sm_89 and sm_100 too",
     )
 
 

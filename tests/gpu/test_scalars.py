@@ -102,9 +102,8 @@ def test_replayed_masks_follow_the_schedule(capability):
     replay(case_named("N=256 temperature=1.3 digits=3"), capability, ((0.0,), (1.3,), (3e38,)))
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-def test_replayed_differences_follow_the_schedule(capability):
-    replay(case_named("paper greedy"), capability, ((2.5, 0.0, 0.0), (1.5, 0.0, 1.0)))
+def test_replayed_differences_follow_the_schedule():
+    replay(case_named("paper greedy"), 90, ((2.5, 0.0, 0.0), (1.5, 0.0, 1.0)))
 
 
 def test_replayed_differences_of_an_aliased_history():
