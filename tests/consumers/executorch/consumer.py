@@ -14,7 +14,7 @@ import mgt_kernels
 library = torch.library.Library("mgt_kernels", "FRAGMENT")
 library.define(
     "sample_tokens.out(Tensor logits, Tensor tokens, Tensor seed, Tensor step, SymInt mask_token_id, "
-    "Tensor? uncond_logits, float guidance_scale, float noise_scale, float temperature, str backend, *, "
+    "Tensor? uncond_logits, Tensor guidance_scale, Tensor noise_scale, Tensor temperature, str backend, *, "
     "Tensor(a!) token_ids, Tensor(b!) logprob) -> (Tensor(a!), Tensor(b!))"
 )
 

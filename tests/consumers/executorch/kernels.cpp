@@ -24,6 +24,15 @@ static mgt_logits half_of(const Tensor& logits) {
   return {logits.const_data_ptr(), strides[0], strides[1], strides[2]};
 }
 
+// The value of a scalar of the op: exporting a number gives a tensor of float64, a tensor keeps its dtype.
+static std::optional<float> number_in(const Tensor& scalar) {
+  switch (scalar.scalar_type()) {
+    case ScalarType::Double: return static_cast<float>(*scalar.const_data_ptr<double>());
+    case ScalarType::Float: return *scalar.const_data_ptr<float>();
+    default: return std::nullopt;
+  }
+}
+
 // sample_tokens(logits, tokens, seed, step, mask_token_id, uncond_logits, guidance_scale, noise_scale, temperature,
 //               backend, *, token_ids, logprob); exporting has checked shapes and types
 static void sample_tokens(et::KernelRuntimeContext& context, et::Span<et::EValue*> stack) {
@@ -34,6 +43,11 @@ static void sample_tokens(et::KernelRuntimeContext& context, et::Span<et::EValue
   ET_KERNEL_CHECK_MSG(context, dtype && et::tensor_is_contiguous(tokens), InvalidArgument, ,
                       "sample_tokens: expected logits in floats of 32 or 16 bits, and contiguous tokens");
   ET_KERNEL_CHECK_MSG(context, stack[9]->toString() == "auto", NotSupported, , "sample_tokens: expected backend auto");
+  const std::optional<float> guidance_scale = number_in(stack[6]->toTensor());
+  const std::optional<float> noise_scale = number_in(stack[7]->toTensor());
+  const std::optional<float> temperature = number_in(stack[8]->toTensor());
+  ET_KERNEL_CHECK_MSG(context, guidance_scale && noise_scale && temperature, InvalidArgument, ,
+                      "sample_tokens: expected scales and temperature in float64 or float32");
   // where a program was exported for bounds of the sizes, these are the sizes of this call
   ET_KERNEL_CHECK(context, et::resize_tensor(token_ids, tokens.sizes()) == et::Error::Ok, InvalidArgument, );
   ET_KERNEL_CHECK(context, et::resize_tensor(logprob, tokens.sizes()) == et::Error::Ok, InvalidArgument, );
@@ -48,9 +62,9 @@ static void sample_tokens(et::KernelRuntimeContext& context, et::Span<et::EValue
   args.seeds = seed.const_data_ptr<int64_t>();
   args.step = *step.const_data_ptr<int64_t>();
   args.mask_token_id = stack[4]->toInt();
-  args.guidance_scale = static_cast<float>(stack[6]->toDouble());
-  args.noise_scale = static_cast<float>(stack[7]->toDouble());
-  args.temperature = static_cast<float>(stack[8]->toDouble());
+  args.guidance_scale = *guidance_scale;
+  args.noise_scale = *noise_scale;
+  args.temperature = *temperature;
   const mgt_context threads{MGT_ISA_AUTO, 2, nullptr};
   int64_t bad_row = -1;
   const int64_t num_bytes = mgt_sample_tokens_workspace(&threads, &args);
