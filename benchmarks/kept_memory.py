@@ -7,7 +7,7 @@ otherwise up to what the process allocated before. For us and for the peers alik
 import ctypes
 
 _LARGEST = 2**31 - 1
-# of a new process: no blocks of their own, and nothing goes back
+# a new process keeps its memory with these: no block is mapped alone, and nothing goes back to the system
 ENVIRONMENT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(_LARGEST)}
 
 

@@ -32,11 +32,11 @@ from .case import in_turn
 from .kept_memory import ENVIRONMENT
 
 VARIANTS = ("fp32", "bf16", "w8a8", "w4a16", "scq", "w4a8")
-# of the layers of variant scq, spread evenly: weights are random, so no ranking means anything
+# this share of variant scq's layers, spread evenly: weights are random, so no ranking means anything
 A8_SHARE = 1 / 3
 # (variant, peer): how many times faster, at least
 SPEED_TARGETS = {("w4a8", "bf16"): 1.6, ("w4a8", "fp32"): 3.2, ("scq", "bf16"): 1.1, ("scq", "fp32"): 2.2}
-# of variant bf16's, at most
+# the most that weights and peak memory may be, as shares of variant bf16's
 WEIGHTS_TARGET, PEAK_TARGET = 0.30, 0.45
 
 MakeLinear = Callable[[int, int], nn.Module]

@@ -172,7 +172,7 @@ def ggml(x: np.ndarray, weight: np.ndarray, group_size: int, threads: int) -> Ru
         call("ggml_backend_alloc_ctx_tensors_from_buft", weights, layout)
         rows = call("ggml_new_tensor_2d", others, f32, num_inputs, num_rows)
         product = call("ggml_mul_mat", others, matrix, rows)
-        # of a bool, only the lowest byte is set
+        # only the lowest byte of a returned bool is set
         if call("ggml_backend_supports_op", backend, product) & 255:
             break
     graph = call("ggml_new_graph", others)
@@ -200,7 +200,7 @@ LAYERS: dict[str, Callable[[np.ndarray, np.ndarray, int, int], Run]] = {
     "onnxruntime": onnxruntime,
     "ggml": ggml,
 }
-# of a library whose format has no others
+# group sizes of a library whose format has no others
 GROUP_SIZES = {"ggml": (32,)}
 
 

@@ -41,8 +41,8 @@ REQUIREMENTS = {
     "onnxruntime": ["onnxruntime==1.32.0", "onnx==1.23.2", "numpy"],
     "ggml": ["llama-cpp-python==0.3.36", "numpy"],
 }
-# of what pip builds from source. GCC takes the configuration of ggml's tile registers for stores that nobody reads
-# (llama.cpp pull request 26954); a wheel that pip kept from before would have been built without this
+# what pip builds from source needs these: GCC takes the configuration of ggml's tile registers for stores that nobody
+# reads (llama.cpp pull request 26954), and a wheel that pip kept from before would have been built without them
 BUILD_ENVIRONMENT = {
     "ggml": {"CXXFLAGS": "-fno-dse -fno-tree-dse", "CMAKE_ARGS": "-DLLAVA_BUILD=OFF", "PIP_NO_CACHE_DIR": "1"}
 }

@@ -111,7 +111,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     if (first != MGT_OK) return 0;
     for (int64_t row = 0; row < draw.rows; ++row) {
       REQUIRE(outputs[0]->written[row] == reads(row));
-      // of a rounded difference of two logarithms
+      // the difference of two logarithms is rounded, so it may be a little below 0
       REQUIRE(outputs[0]->divergence[row] >= -1e-2f);
       if (step == 0 || !reads(row)) REQUIRE(outputs[0]->divergence[row] == INFINITY);
     }

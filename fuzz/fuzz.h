@@ -90,7 +90,7 @@ class Input {
     }
   }
 
-  // of a scalar argument
+  // a value for a scalar argument
   float scalar(std::initializer_list<float> usual) { return rarely(8) ? number() : one_of(usual); }
 
   template <class Enum>

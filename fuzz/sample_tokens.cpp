@@ -25,7 +25,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   Buffer<int64_t> token_ids(draw.rows), first_ids(draw.rows);
   Buffer<float> logprob(draw.rows), first_logprob(draw.rows);
   Buffer<char> workspace(std::max<int64_t>(0, num_bytes) + 1);
-  // of any alignment
+  // a workspace may have any alignment
   char* memory = workspace.data() + 1;
   const auto run = [&](Buffer<int64_t>& ids, Buffer<float>& nats, int64_t* index) {
     ids.poison();

@@ -322,7 +322,7 @@ def test_enum_values_outside_their_lists_are_refused(op):
 
 
 def test_cpp_reads_enums_as_integers():
-    # of a fixed underlying type: then no number is undefined behaviour
+    # the enums have a fixed underlying type, so that no number is undefined behaviour
     header = (CSRC / "mgt_kernels.h").read_text()
     assert header.count("typedef enum MGT_INT32 {") == len(re.findall(r"\benum\b", header)) == 4
     assert "#define MGT_INT32 : int32_t" in header

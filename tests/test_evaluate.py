@@ -205,7 +205,7 @@ class TestJudge:
         assert real.accuracy >= 0.91
         assert ((real.pixel_spread > 0.1) & (real.pixel_spread < 0.4)).all()
         assert real.features.shape == (2000, 64) and real.features.dtype == torch.float32
-        # of the images that the mean and the covariance are of
+        # the features are those of the images that mean and covariance were taken from
         assert frechet_distance(*feature_statistics(real.features), real.feature_mean, real.feature_covariance) < 1
 
 

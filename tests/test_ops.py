@@ -21,7 +21,7 @@ from mgt_kernels import reference, registration
 
 ROOT = Path(__file__).parent.parent
 SAMPLE = (torch.randn(2, 5, 40), torch.full((2, 5), 40), torch.tensor([1, 2]), torch.tensor(3), 40)
-# of (2, 5, 40) and (2, 5)
+# layouts of tensors (2, 5, 40) and (2, 5)
 LAYOUTS = {
     "contiguous": lambda x: x.contiguous(),
     "position_major": lambda x: x.mT.contiguous().mT if x.ndim == 3 else x.T.contiguous().T,

@@ -21,7 +21,7 @@ PEAKS = [
 
 
 def best(isa: str, dtype: str, num_threads: int = 1) -> float:
-    # of several, as what else the machine does only takes from it
+    # the best of several, because other work on the machine can only lower it
     return max(_C.peak(isa, dtype, num_threads, 0.02) for _ in range(10))
 
 

@@ -34,7 +34,7 @@ from mgt_sampler import quantize as quantize_model
 from mgt_sampler.models.fashion import FashionModel, Tokenizer, TokenizerConfig, Transformer, TransformerConfig
 from mgt_sampler.quantization import file as quantized_file
 
-# of the kernels in these tests
+# the backend of the kernels in these tests
 BACKEND = "auto"
 
 
@@ -537,7 +537,7 @@ class TestFile:
         assert path.read_bytes() == before and os.listdir(path.parent) == [path.name]
 
     def test_saving_and_loading_need_the_memory_of_the_file(self, tmp_path):
-        # of the layer's 64 MiB: in a process of its own, whose peak is its own
+        # measured on a layer of 64 MiB, in a process of its own, whose peak is its own
         code = (
             "import sys, torch; from torch import nn; from mgt_kernels import PackedInt4\n"
             "from mgt_sampler import Int4Linear, load_quantized, save_quantized\n"

@@ -87,7 +87,7 @@ struct DifferenceRow {
   const uint16_t* code(int64_t column) const {
     return column < num_tokens / 16 * 16 ? history + column : tail + column % 16;
   }
-  // of 16 columns
+  // the codes of 16 columns from this one on
   uint16_t* codes(int64_t column) const { return column + 16 <= num_tokens ? history + column : tail; }
 };
 

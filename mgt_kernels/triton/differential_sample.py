@@ -48,7 +48,7 @@ from mgt_kernels.triton.scalars import (
     may_be_negative,
 )
 
-# of a vector on the CPU
+# lanes of a vector in the CPU's kernels
 _LANES = tl.constexpr(16)
 # the rest as in csrc/differential_sample/body.h
 _LAST_CODE = tl.constexpr(65535)

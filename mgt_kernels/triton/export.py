@@ -59,7 +59,7 @@ class Variant:
     # a macro of mgt_kernels_cuda_variants.h
     key: str
     kernel: JITFunction
-    # of all run-time arguments of the launcher in C, also of those that are compiled in
+    # C types of all run-time arguments of the launcher, those that are compiled in included
     types: Mapping[str, str]
     # the constexprs, None for an absent pointer, a stride
     constants: Mapping[str, Any]

@@ -13,7 +13,7 @@ from mgt_kernels.triton.draws import LAUNCH_OPTIONS, STREAM_CONFIDENCE, gumbel, 
 from mgt_kernels.triton.launch import next_power_of_2
 from mgt_kernels.triton.scalars import SCALARS, has_noise, load_scalar
 
-# of +inf, the known positions
+# the key of +inf, which known positions have
 _KNOWN_KEY = tl.constexpr(0xFF800000)
 # temperature
 _LARGEST_AS_IT_IS = tl.constexpr(2.0**90)

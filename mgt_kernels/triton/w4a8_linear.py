@@ -216,7 +216,7 @@ def w4a8_linear(
     y = torch.empty((num_rows, num_outputs), dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    # of the only group no more than there is
+    # a single group is no longer than the inputs, padded
     group_size = min(group_size, ceil_div(num_inputs, 2 * CHUNK) * 2 * CHUNK)
     # both nibbles of the last bytes have activations
     padded_groups = num_groups + (num_groups * group_size // _RUN.value) % 2

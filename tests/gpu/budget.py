@@ -32,7 +32,7 @@ class Record:
     warps_per_multiprocessor: int
     # the narrowest global load of the main loop, or of a kernel without one; bits per lane
     load_bits: int
-    # of the main loop; "" for none
+    # the main loop's; "" for none
     tensor_opcode: str
     # per lane, as if each element had a lane of its own; 0 for a kernel without a main loop
     instructions_per_element: float

@@ -213,7 +213,7 @@ def _differential_sample(
 ) -> Configuration:
     """Describe a step with a history of 4096 positions, a batch of one."""
     num_positions, num_tokens = 4096, 8192
-    # of both halves; a code of the history takes as much as a logit
+    # both halves' logits; a code of the history takes as many bytes as a logit
     bytes_per_element, bytes_of_code = 4, 2
     (sample,) = _sample_tokens("", position_major=position_major).cases
 
@@ -234,7 +234,7 @@ def _differential_sample(
     read_both = loads(bytes_per_element)
     # the tiles, in each their maximum and their sum; the tiles again, in each the comparison
     loops = (tiles, read_both, read_both, tiles, loads(bytes_per_element + bytes_of_code))
-    # of a position, not of an element: token, key, choice and its log-probability
+    # bytes per position, not per element: token, key, choice and its log-probability
     bytes_of_choice = 8 + 8 + 4 + 4
     count_of_masked = (loads(8 / num_tokens),)
     cases = [

@@ -32,7 +32,7 @@ class Launch:
     shared: int
     cubin: bytes
     ptx: str
-    # of the arguments, those that are not compiled in
+    # the arguments that are not compiled in
     arguments: dict[str, Any]
     # those that are: constexprs, None, and integers that Triton specialises on
     constants: dict[str, Any]

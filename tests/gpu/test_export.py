@@ -38,7 +38,7 @@ FAKE_CUDA = Path(__file__).parent / "fake_cuda"
 INCLUDE = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
 STRICT = ["-pedantic", "-Wall", "-Wextra", "-Wconversion", "-Werror"]
 
-# of CUresult
+# values of CUresult
 SUCCESS, INVALID_VALUE, OUT_OF_MEMORY, INVALID_CONTEXT, NO_BINARY_FOR_GPU = 0, 1, 2, 201, 209
 NOT_FOUND, OUT_OF_RESOURCES = 500, 701
 

@@ -208,7 +208,7 @@ def resident(registers: int, num_warps: int, shared_bytes: int, capability: int)
 
 
 def test_occupancy() -> None:
-    # of the CUDA occupancy calculator
+    # figures of the CUDA occupancy calculator
     assert resident(32, 8, 0, 80) == (8, 64, "warps")
     assert resident(128, 4, 0, 80) == (4, 16, "registers")
     assert resident(255, 8, 0, 90) == (1, 8, "registers")

@@ -27,7 +27,7 @@ ARGUMENTS = (
     "differential",
     "z_sampling",
 )
-# of `quantize`; what it calibrates on is drawn with the configuration's other arguments
+# the arguments of `quantize`; its calibration set is drawn with the configuration's other arguments
 QUANTIZATION = (
     "share",
     "rank_by",

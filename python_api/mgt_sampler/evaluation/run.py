@@ -408,7 +408,7 @@ def _draw(
         steps: dict[int, Tensor] = {}
 
         def record(step: SamplerStep, steps: dict[int, Tensor] = steps) -> None:
-            # of the draws of one step the last one stays
+            # where a step draws more than once, its last draw stays
             steps[step.step] = _curves(step, model.codebook_size).cpu()
 
         start = time.perf_counter()
@@ -446,7 +446,7 @@ def _quantized(model: FashionModel, configuration: Configuration, seed: int, bac
         calibration = sampler_trajectories(
             model,
             labels=torch.arange(model.num_classes, device="cpu").repeat(2),
-            # of no seed that is evaluated
+            # a seed that no evaluated image has
             seed=~seed,
             progress=False,
             backend=backend,

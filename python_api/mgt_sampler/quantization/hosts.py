@@ -23,7 +23,7 @@ from .replace import check_linear, inherit, is_linear, replace
 from .scales import ScalesByTokens, choosers_of
 
 VERSION = 1
-# of each library: the module that knows it, and the class whose models it saves
+# for each library, the module that knows it and the class whose models it saves
 _LIBRARIES = {"diffusers": (".in_diffusers", "ModelMixin"), "transformers": (".in_transformers", "PreTrainedModel")}
 # what a library must not cast
 FROZEN = ("w_q", "scale", "zero_point", "x_scale")

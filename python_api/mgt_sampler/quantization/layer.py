@@ -66,7 +66,7 @@ class Int4Linear(nn.Linear):
         for tensor in ("w_q", "scale", "zero_point"):
             self.register_buffer(tensor, getattr(weight, tensor))
         self.register_buffer("x_scale", x_scale)
-        # of each sample, or one for all; which thread chose it
+        # the chosen scale of each sample, or one for all, and the thread that chose
         self._scale_index: Tensor | None = None
         self._chooser: int | None = None
 
