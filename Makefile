@@ -19,11 +19,12 @@ $(VENV)/installed: pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* cs
 demo: $(VENV)/installed
 	$(BIN)/mgt sample --class all --num-images 40 --seed 0 --out grid.png
 
-# two processes of two threads each: threads that wait must not spin
+# Two processes of two threads each: threads that wait must not spin. A file stays in one process, which builds and
+# counts what its tests share once.
 test: export OMP_WAIT_POLICY = passive
 test: $(VENV)/installed
-	$(BIN)/pytest --numprocesses 2 --dist loadgroup --ignore tests/gpu
-	$(BIN)/pytest --numprocesses 2 --dist loadgroup tests/gpu
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --ignore tests/gpu
+	$(BIN)/pytest --numprocesses 2 --dist loadfile tests/gpu
 
 # the kernels compiled with every version of Triton that the package allows, each in a folder below build/triton
 triton-versions: $(VENV)/installed

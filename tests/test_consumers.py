@@ -18,13 +18,9 @@ CONSUMERS = ROOT / "tests" / "consumers"
 ISAS = mgt_kernels.info()["isas"]
 LANGUAGES = ["C", "C++", "NumPy", "JAX", "ExecuTorch"]
 
-pytestmark = [
-    pytest.mark.skipif(
-        not all(map(shutil.which, ("cmake", "cc", "c++", "nm"))), reason="needs cmake, a compiler and binutils"
-    ),
-    # one process builds the library, for all of them
-    pytest.mark.xdist_group("consumers"),
-]
+pytestmark = pytest.mark.skipif(
+    not all(map(shutil.which, ("cmake", "cc", "c++", "nm"))), reason="needs cmake, a compiler and binutils"
+)
 
 
 def run(*command, **options):

@@ -10,9 +10,6 @@ from mgt_kernels import cpu
 
 COMPILER, BUDGET = instructions.read_budget()
 
-# one process counts, for all of them
-pytestmark = pytest.mark.xdist_group("instructions")
-
 
 @pytest.fixture(scope="module")
 def counted():

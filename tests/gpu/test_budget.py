@@ -26,8 +26,6 @@ RECORD = Record(
 )  # fmt: skip
 
 
-# counting takes longer than comparing: what counts the same kernels stays in one process, which counts them once
-@pytest.mark.xdist_group("counts")
 @of_the_same_triton
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_kernels_keep_their_budget(capability: int, request: pytest.FixtureRequest) -> None:
@@ -42,7 +40,6 @@ def test_every_budget_is_of_a_capability_that_is_counted() -> None:
     assert {name.rsplit(", sm_", 1)[1] for name in budget.read()} == set(map(str, CAPABILITIES))
 
 
-@pytest.mark.xdist_group("counts")
 @of_the_same_triton
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(("name", "most"), [("bf16 guided", 40), ("bf16 guided, noise", 70)])

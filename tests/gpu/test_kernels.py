@@ -24,9 +24,10 @@ def case_named(name: str) -> Case:
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equals_the_cpu(case, capability, request):
-    # these take longest to compile, and have neighbours of other dtypes and layouts: each runs on one architecture
-    is_long = "differential_sample" in str(case) and capability != CAPABILITIES[CASES.index(case) % 2]
-    if is_long and not request.config.getoption("every_architecture"):
+    # draws take longest to compile, and have neighbours of other dtypes and layouts: each runs on one architecture
+    is_draw = str(case).startswith(("sample_tokens", "differential_sample"))
+    is_here = capability == CAPABILITIES[CASES.index(case) % 2] or request.config.getoption("every_architecture")
+    if is_draw and not is_here:
         pytest.skip("runs on the other architecture; --every-architecture runs it on both")
     arguments = case.make_arguments()
     expected = case.expected(*arguments)

@@ -84,7 +84,6 @@ def test_update_replaces_what_is_between_the_comments(tmp_path: Path) -> None:
         roofline.update(page, "new")
 
 
-@pytest.mark.xdist_group("counts")
 def test_table_of_the_kernels() -> None:
     rows = roofline.rows()
     num_cases = sum(len(configuration.cases) for configuration in CONFIGURATIONS)
@@ -98,7 +97,6 @@ def test_table_of_the_kernels() -> None:
         assert f"{roofline.BEGIN}\n{table}\n{roofline.END}" in page.read_text(), "roofline.py --update docs/gpu.md"
 
 
-@pytest.mark.xdist_group("counts")
 @pytest.mark.parametrize(
     ("gpu", "most"), [(A100, 2.0), (H100, 2.0), (RTX4090, 1.2)], ids=lambda x: getattr(x, "name", x)
 )
