@@ -24,7 +24,7 @@ demo: $(VENV)/installed
 test: export OMP_WAIT_POLICY = passive
 test: $(VENV)/installed
 	$(BIN)/pytest --numprocesses 2 --dist loadfile --ignore tests/gpu
-	$(BIN)/pytest --numprocesses 2 --dist loadfile tests/gpu
+	$(BIN)/pytest --numprocesses 2 tests/gpu
 
 # the kernels compiled with every version of Triton that the package allows, each in a folder below build/triton
 triton-versions: $(VENV)/installed
