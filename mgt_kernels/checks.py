@@ -1,5 +1,6 @@
 """Checks of the ops' arguments: each names the argument, what was expected and what came."""
 
+import functools
 import math
 import numbers
 import operator
@@ -17,6 +18,9 @@ _LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # all that fit into int64
 _INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32)
 _FLOAT32_MAX = torch.finfo(torch.float32).max
+# compute capabilities: the layers need tensor cores that multiply bfloat16
+_SMALLEST_CAPABILITY = (7, 5)
+_SMALLEST_CAPABILITY_OF = {"w4a8_linear": (8, 0), "w4a16_linear": (8, 0)}
 # its inverse is still far from the largest float32
 _SMALLEST_TEMPERATURE = 1e-30
 
@@ -225,3 +229,15 @@ def check_backend(backend: str, device: torch.device) -> str:
             f"{torch.version.hip}); use backend='reference'"
         )
     return backend
+
+
+@functools.cache
+def check_capability(op: str, device: torch.device) -> None:
+    """Check that the op's kernels run on this GPU."""
+    smallest = _SMALLEST_CAPABILITY_OF.get(op, _SMALLEST_CAPABILITY)
+    found = torch.cuda.get_device_capability(device)
+    if found < smallest:
+        raise RuntimeError(
+            f"{op}: expected a GPU of compute capability {smallest[0]}.{smallest[1]} or later, got {device}, "
+            f"{torch.cuda.get_device_name(device)}, of {found[0]}.{found[1]}; use backend='reference'"
+        )

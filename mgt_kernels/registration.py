@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
 
+from mgt_kernels.checks import check_capability
+
 Kernel = Callable[..., Any]
 
 
@@ -116,6 +118,7 @@ def register(
             return anywhere(*arguments)
         from mgt_kernels import triton
 
+        check_capability(name, arguments[0].device)
         return run(getattr(triton, name), False, arguments[:-1])
 
     def anywhere(*arguments: Any) -> Any:

@@ -8,6 +8,7 @@ import sys
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import mgt_kernels
-from mgt_kernels import reference, registration
+from mgt_kernels import checks, reference, registration
 
 ROOT = Path(__file__).parent.parent
 SAMPLE = (torch.randn(2, 5, 40), torch.full((2, 5), 40), torch.tensor([1, 2]), torch.tensor(3), 40)
@@ -581,6 +582,33 @@ def test_an_amd_gpu_is_refused(monkeypatch):
             with pytest.raises(RuntimeError, match=r"asks for kernels for NVIDIA GPUs.* use backend='reference'"):
                 mgt_kernels.sample_tokens(logits, tokens, mask_token_id=8, seed=0, step=0, backend=backend)
         mgt_kernels.sample_tokens(logits, tokens, mask_token_id=8, seed=0, step=0, backend="reference")
+
+
+@pytest.mark.parametrize(
+    ("op", "capability", "needed"),
+    [("sample_tokens", (7, 0), "7.5"), ("sample_tokens", (7, 5), None), ("w4a8_linear", (7, 5), "8.0"),
+     ("w4a16_linear", (7, 5), "8.0"), ("w4a16_linear", (12, 0), None)],
+)  # fmt: skip
+def test_a_gpu_that_is_too_old_is_refused(op, capability, needed, monkeypatch):
+    class OnCuda(torch.Tensor):
+        device = torch.device("cuda", 3)
+
+    calls = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
+    monkeypatch.setitem(sys.modules, "mgt_kernels.triton", SimpleNamespace(**{op: lambda *_: calls.append(op)}))
+    monkeypatch.setattr(mgt_kernels, "triton", sys.modules["mgt_kernels.triton"], raising=False)
+    checks.check_capability.cache_clear()
+    on_cuda = registration._DEFINITIONS[op].kernels["CUDA"]
+    arguments = [torch.ones(()).as_subclass(OnCuda), *[1.0] * 11]
+    if needed is None:
+        on_cuda(*arguments)
+    else:
+        message = rf"{op}: expected a GPU of compute capability {needed} or later, got cuda:3, Tesla V100, of 7\."
+        with pytest.raises(RuntimeError, match=message):
+            on_cuda(*arguments)
+    assert calls == [op] * (needed is None)
+    checks.check_capability.cache_clear()
 
 
 def test_plain_calls_go_round_the_dispatcher_and_others_do_not():

@@ -31,7 +31,6 @@ def _noise_kernel(noise_ptr, seed_ptr, position, step):
     tl.store(noise_ptr + 1536 + offs, second)
 
 
-@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("seed", [0, -1, 2**40 + 3])
 def test_gaussian_bits_equal_cpu(seed, capability):
     noise = torch.full((2048,), torch.nan)

@@ -12,7 +12,6 @@ from mgt_kernels import ops
 from mgt_kernels import triton as kernels
 from mgt_kernels.reference.differential_sample import select_rows
 
-CAPABILITIES = [80, 90]
 MANY = [case for case in CASES if "many" in case.name]
 
 
@@ -21,12 +20,11 @@ def case_named(name: str) -> Case:
     return case
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equals_the_cpu(case, capability, request):
     # draws take longest to compile, and have neighbours of other dtypes and layouts: each runs on one architecture
     is_draw = str(case).startswith(("sample_tokens", "differential_sample"))
-    is_here = capability == CAPABILITIES[CASES.index(case) % 2] or request.config.getoption("every_architecture")
+    is_here = capability == (80, 90)[CASES.index(case) % 2] or request.config.getoption("every_architecture")
     if is_draw and not is_here:
         pytest.skip("runs on the other architecture; --every-architecture runs it on both")
     arguments = case.make_arguments()
@@ -45,7 +43,6 @@ def test_many_rows_are_many():
     assert sum(case.make_arguments()[1].numel() for case in MANY) >= 20_000
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_a_sample_does_not_depend_on_its_batch(capability):
     case = case_named("bf16 split over four programs")
     logits, tokens, seed, step, mask_token_id, uncond, *options = case.make_arguments()
@@ -149,7 +146,6 @@ def test_infinity_is_bad_whatever_the_sign_of_guidance(scale):
     assert torch.equal(logprob.isnan().nonzero(), torch.tensor([[0, 1]])) and token_ids[0, 1] == mask
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("variant", ["paper", "official", "random"])
 def test_re_masking_is_made_of_these_kernels(capability, variant, monkeypatch):
     logits, _, seed, step, mask, uncond, scale, *_ = case_named("bf16 aligned").make_arguments()
@@ -179,7 +175,6 @@ def test_re_masking_is_made_of_these_kernels(capability, variant, monkeypatch):
     torch.testing.assert_close(score, expected_score, rtol=1e-6, atol=2e-6)
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize(
     "name", ["w4a8 bf16, groups of 128", "w4a8 fp32, few rows, groups of 64, odd", "w4a8 bf16, groups of 96"]
 )
@@ -196,7 +191,6 @@ def test_activations_and_their_sums_are_the_references(name, capability):
         assert torch.equal(x_sum[group, :num_rows].long(), in_group.sum(1))
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("name", ["w4a8 bf16, groups of 128", "w4a16 bf16, groups of 128"])
 def test_a_row_does_not_depend_on_the_others(name, capability):
     case = case_named(name)
@@ -226,6 +220,21 @@ def test_products_are_those_of_the_tensor_cores(name, capability, product):
     assert set(re.findall(r"\b(?:wgmma\.mma_async|mma\.sync)[\w.]*", ptx)) == {product}
     # the weights come from registers: {...} after the sums
     assert all("{" in line.split("}", 1)[1] for line in ptx.splitlines() if product in line)
+
+
+def test_a_product_that_tensor_cores_would_not_make_turns_it_red():
+    case = case_named("w4a16 fp32, a row, odd")
+    arguments = case.make_arguments()
+    linear = Linear(*arguments[:5], None, arguments[5])
+    x, weight = linear.x.bfloat16().double(), linear.weight.dequantize(torch.bfloat16).double()
+    expected = case.expected(*arguments)
+    of_float32_weights = x @ linear.weight.dequantize(torch.float32).double().T
+    without_an_input = x[:, 1:] @ weight[:, 1:].T
+    sums_of_16_bits = (x @ weight.T).half()
+    for y in (of_float32_weights, without_an_input, sums_of_16_bits):
+        with pytest.raises(AssertionError, match="exceeds the naive chain's"):
+            case.check(arguments, expected, ((y + linear.bias).float(),))
+    case.check(arguments, expected, ((x @ weight.T + linear.bias).float(),))
 
 
 # a constant of each file with kernels or what they share, as PTX writes it, and what to make of it
