@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 # one build of the package works with every torch >= 2.10; this one is what the tests run on
 TORCH ?= torch==2.13.0
-# its compiler made the counts in tests/gpu/budget.json
+# the newest version of its compiler, and the oldest that the package allows: the kernels are tested with both
 TRITON ?= triton==3.9.0
+OLDEST_TRITON := 3.6.0
 BIN := $(VENV)/bin
 
 .PHONY: demo test fuzz triton-versions wheel test-consumers bench lint evaluate clean
@@ -25,6 +26,8 @@ test: export OMP_WAIT_POLICY = passive
 test: $(VENV)/installed
 	$(BIN)/pytest --numprocesses 2 --dist loadfile --ignore tests/gpu
 	$(BIN)/pytest --numprocesses 2 tests/gpu
+	$(BIN)/python tests/gpu/versions.py --install $(OLDEST_TRITON)
+	PYTHONPATH=build/triton/$(OLDEST_TRITON) $(BIN)/pytest --numprocesses 2 tests/gpu --ignore tests/gpu/test_ptx_emulator.py
 
 # the kernels compiled with every version of Triton that the package allows, each in a folder below build/triton
 triton-versions: $(VENV)/installed

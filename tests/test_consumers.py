@@ -1,4 +1,4 @@
-"""What links the library, from C to ExecuTorch; what it exports, and what sanitizers say of it."""
+"""What links the library, from C to ExecuTorch, and what it exports."""
 
 import os
 import platform
@@ -10,24 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from linking import CONSUMERS, ISAS, ROOT, check_c_program, compile_c, compile_cpp, run
 
 import mgt_kernels
 
-ROOT = Path(__file__).parent.parent
-CONSUMERS = ROOT / "tests" / "consumers"
-ISAS = mgt_kernels.info()["isas"]
 LANGUAGES = ["C", "C++", "NumPy", "JAX", "ExecuTorch"]
 
 pytestmark = pytest.mark.skipif(
     not all(map(shutil.which, ("cmake", "cc", "c++", "nm"))), reason="needs cmake, a compiler and binutils"
 )
-
-
-def run(*command, **options):
-    """Run a command; what it prints on either stream, with the error of one that fails."""
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, **options)
-    assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
-    return done.stdout
 
 
 def page_blocks():
@@ -52,28 +43,6 @@ def prefix(tmp_path_factory):
     if libraries.name != "lib":
         (folder / "lib").symlink_to(libraries)
     return folder
-
-
-def compile_c(prefix, program, *libraries):
-    run(
-        "cc", "-std=c99", "-pedantic", "-Wall", "-Wextra", "-Werror", f"-I{prefix / 'include'}",
-        CONSUMERS / "c" / "main.c", "-o", program, *libraries,
-    )  # fmt: skip
-    return program
-
-
-def check_c_program(printed):
-    token_ids, logprob = zip(*(line.split() for line in printed.splitlines()), strict=True)
-    tokens = torch.tensor([[40, 40, 11, 40, 40]])
-    plain, first, second = ((torch.arange(200) % every * 0.5).view(1, 5, 40) for every in (7, 7, 6))
-    draws = [mgt_kernels.sample_tokens(plain, tokens, mask_token_id=40, seed=7, step=3)]
-    state = None
-    for step, logits in enumerate((first, second)):
-        *draw, state = mgt_kernels.differential_sample(logits, tokens, state, mask_token_id=40, seed=7, step=step)
-        draws.append(draw)
-    expected_ids, expected_logprob = (torch.cat([draw[i][0] for draw in draws]).tolist() for i in range(2))
-    assert [int(token) for token in token_ids] == expected_ids
-    assert [float.fromhex(value) if value != "inf" else torch.inf for value in logprob] == expected_logprob
 
 
 def test_a_c_program_draws_the_same(prefix, tmp_path):
@@ -320,42 +289,6 @@ def test_executorch_draws_in_a_program(tmp_path):
         assert list(map(float.fromhex, values[5 * size :])) == logprob
 
 
-@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
-def test_sanitizers_find_nothing(tmp_path, sanitizer):
-    sanitize = f"-fsanitize={sanitizer}"
-    empty = "int main(void) { return 0; }"
-    try:
-        subprocess.run(["cc", sanitize, "-x", "c", "-", "-o", tmp_path / "empty"], input=empty, text=True, check=True)
-        subprocess.run([tmp_path / "empty"], check=True)
-    except subprocess.CalledProcessError:
-        pytest.skip(f"no program with {sanitize} runs here")
-    build = tmp_path / "build"
-    # optimized, the kernels with checks take minutes to compile
-    flags = f"{sanitize} -fno-sanitize-recover=all -g1 -O0"
-    run(
-        "cmake", "-S", ROOT, "-B", build, "-G", "Ninja", "-DMGT_PYTHON=OFF", "-DCMAKE_BUILD_TYPE=Debug",
-        f"-DCMAKE_CXX_FLAGS={flags}",
-    )  # fmt: skip
-    run("cmake", "--build", build, "--target", "kernels_static")
-    library, folder = build / "libmgt_kernels.a", mgt_kernels.include_dir()
-    program = compile_c(folder.parent, tmp_path / "draw", library, sanitize, "-lstdc++", "-lm", "-pthread")
-    # without -fopenmp its pool is one thread
-    single = ("-Wno-unknown-pragmas", "-Wno-unused-parameter")
-    layers = compile_cpp("cpp", library, tmp_path / "layers", sanitize, *single)
-    contract = compile_cpp("contract", library, tmp_path / "contract", sanitize)
-    for isa in ISAS:
-        check_c_program(run(program, env={**os.environ, "MGT_ISA": isa}))
-        run(layers, env={**os.environ, "MGT_ISA": isa})
-        run(contract, env={**os.environ, "MGT_ISA": isa})
-
-
-def compile_cpp(name, library, program, *options, compiler="c++"):
-    source, include = CONSUMERS / name / "main.cpp", mgt_kernels.include_dir()
-    strict = ["-Wall", "-Wextra", "-Werror"]
-    run(compiler, "-std=c++17", *strict, f"-I{include}", source, library, *options, "-pthread", "-o", program)
-    return program
-
-
 def test_the_library_keeps_its_contract(prefix, tmp_path):
     library = prefix / "lib" / "libmgt_kernels.a"
     program = compile_cpp("contract", library, tmp_path / "contract", "-DCOUNT_ALLOCATIONS")
@@ -394,19 +327,6 @@ for isa in m.info()["isas"]:
 def test_openmp_threads_of_64_kib_suffice():
     # PyTorch's own, which it lends
     run(sys.executable, "-c", OMP_STACKS, env={**os.environ, "OMP_STACKSIZE": "64k"})
-
-
-@pytest.mark.skipif(shutil.which("clang++") is None, reason="needs clang")
-def test_clang_builds_the_same(tmp_path):
-    environment = {**os.environ, "CC": "clang", "CXX": "clang++", "CXXFLAGS": "-Werror"}
-    run("cmake", "-S", ROOT, "-B", tmp_path, "-G", "Ninja", "-DMGT_PYTHON=OFF", env=environment)
-    run("cmake", "--build", tmp_path, "--target", "kernels_static")
-    library = tmp_path / "libmgt_kernels.a"
-    program = compile_c(mgt_kernels.include_dir().parent, tmp_path / "draw", library, "-lstdc++", "-lm", "-pthread")
-    contract = compile_cpp("contract", library, tmp_path / "contract", compiler="clang++")
-    for isa in ISAS:
-        check_c_program(run(program, env={**os.environ, "MGT_ISA": isa}))
-        run(contract, env={**os.environ, "MGT_ISA": isa})
 
 
 @pytest.mark.parametrize("language", LANGUAGES)

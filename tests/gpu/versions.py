@@ -1,6 +1,7 @@
 """Compile the kernels with every version of Triton that the package allows; prints a table, fails where one fails.
 
     python tests/gpu/versions.py        or: make triton-versions
+    python tests/gpu/versions.py --install 3.6.0, to have that version in build/triton/3.6.0 and no more
 
 Each version is installed into a folder of its own below build/triton, beside the PyTorch of this environment. Compiled
 are the configurations that are counted, for every capability of CAPABILITIES, and for the first of them the cases that
@@ -89,7 +90,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compile the kernels with every version of Triton.")
     parser.add_argument("--version", choices=VERSIONS, help="this one, which is the one that is imported")
     parser.add_argument("--capability", type=int, choices=CAPABILITIES)
+    parser.add_argument("--install", choices=VERSIONS, help="install this one, and compile nothing")
     options = parser.parse_args()
+    if options.install:
+        install(options.install)
+        return
     if options.version:
         compile_everything(options.version, options.capability)
         return
