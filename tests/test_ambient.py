@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ambient import default_device, default_dtype, flush_denormals
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -53,33 +54,6 @@ def results(backend):
 
 
 @contextlib.contextmanager
-def default_dtype(dtype):
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
-@contextlib.contextmanager
-def default_device(device):
-    torch.set_default_device(device)
-    try:
-        yield
-    finally:
-        torch.set_default_device(None)
-
-
-@contextlib.contextmanager
-def flushed_denormals():
-    torch.set_flush_denormal(True)
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(False)
-
-
-@contextlib.contextmanager
 def not_deterministic():
     torch.use_deterministic_algorithms(False)
     yield
@@ -101,7 +75,7 @@ AMBIENT = {
     "default dtype float64": lambda: default_dtype(torch.float64),
     "default device meta": lambda: default_device("meta"),
     "with device meta": lambda: torch.device("meta"),
-    "flushed denormals": flushed_denormals,
+    "flushed denormals": flush_denormals,
     "not deterministic": not_deterministic,
     "inference mode": torch.inference_mode,
     "no gradients": torch.no_grad,

@@ -1,10 +1,10 @@
 """Nothing ambient: no result depends on PyTorch's default dtype, default device or device context."""
 
-import contextlib
 import math
 
 import pytest
 import torch
+from ambient import default_device, default_dtype, flush_denormals
 
 from mgt_sampler import Differential, ZSampling, generate
 from mgt_sampler.evaluation import metrics
@@ -15,34 +15,6 @@ from mgt_sampler.sampling import sample_seeds
 from mgt_sampler.schedules import mask_len, mask_lens, mask_ratio, mask_ratios
 
 N, V, MASK = 16, 8, 8
-
-
-@contextlib.contextmanager
-def default_dtype(dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@contextlib.contextmanager
-def default_device(device):
-    torch.set_default_device(device)
-    try:
-        yield
-    finally:
-        torch.set_default_device(None)
-
-
-@contextlib.contextmanager
-def flush_denormals():
-    torch.set_flush_denormal(True)
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(False)
 
 
 AMBIENT = {

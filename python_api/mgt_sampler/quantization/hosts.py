@@ -35,6 +35,23 @@ class Method(str, Enum):
     MGT_INT4 = "mgt_int4"
 
 
+class Int4Facts:
+    """What a model's configuration says of its quantized layers, for a class that is a library's configuration too."""
+
+    def __init__(
+        self, layers: dict[str, Any], mask_token_id: int | None = None, version: int = VERSION, **_: Any
+    ) -> None:
+        """Check the version and hold the facts."""
+        if version != VERSION:
+            raise ValueError(f"quantization_config: version: expected {VERSION}, got {version!r}")
+        self.quant_method = Method.MGT_INT4
+        self.layers, self.mask_token_id, self.version = layers, mask_token_id, version
+
+    def to_dict(self) -> dict[str, Any]:
+        """The facts, for JSON."""
+        return {**super().to_dict(), "quant_method": Method.MGT_INT4.value}  # type: ignore[misc]
+
+
 def register_quantizers() -> tuple[str, ...]:
     """Teach diffusers and transformers, as far as they are installed, to load models that `quantize` made.
 

@@ -10,25 +10,12 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
-from .hosts import FROZEN, VERSION, Method, check_loaded, prepare
+from .hosts import FROZEN, Int4Facts, Method, check_loaded, prepare
 from .layer import Int4Linear
 
 
-class Int4Config(QuantizationConfigMixin):
+class Int4Config(Int4Facts, QuantizationConfigMixin):
     """What a model's configuration says of its quantized layers."""
-
-    def __init__(
-        self, layers: dict[str, Any], mask_token_id: int | None = None, version: int = VERSION, **_: Any
-    ) -> None:
-        """Check the version and hold the facts."""
-        if version != VERSION:
-            raise ValueError(f"quantization_config: version: expected {VERSION}, got {version!r}")
-        self.quant_method = Method.MGT_INT4  # type: ignore[assignment]
-        self.layers, self.mask_token_id, self.version = layers, mask_token_id, version
-
-    def to_dict(self) -> dict[str, Any]:
-        """The facts, for JSON."""
-        return {**super().to_dict(), "quant_method": Method.MGT_INT4.value}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """The same: nothing has a default."""

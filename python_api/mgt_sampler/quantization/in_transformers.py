@@ -12,25 +12,12 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .hosts import VERSION, Method, check_loaded, prepare
+from .hosts import Int4Facts, Method, check_loaded, prepare
 from .layer import Int4Linear
 
 
-class Int4Config(QuantizationConfigMixin):
+class Int4Config(Int4Facts, QuantizationConfigMixin):
     """What a model's configuration says of its quantized layers."""
-
-    def __init__(
-        self, layers: dict[str, Any], mask_token_id: int | None = None, version: int = VERSION, **_: Any
-    ) -> None:
-        """Check the version and hold the facts."""
-        if version != VERSION:
-            raise ValueError(f"quantization_config: version: expected {VERSION}, got {version!r}")
-        self.quant_method = Method.MGT_INT4  # type: ignore[assignment]
-        self.layers, self.mask_token_id, self.version = layers, mask_token_id, version
-
-    def to_dict(self) -> dict[str, Any]:
-        """The facts, for JSON."""
-        return {**super().to_dict(), "quant_method": Method.MGT_INT4.value}
 
 
 class Int4Quantizer(HfQuantizer):
