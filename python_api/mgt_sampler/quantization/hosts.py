@@ -44,7 +44,7 @@ class Int4Facts:
         """Check the version and hold the facts."""
         if version != VERSION:
             raise ValueError(f"quantization_config: version: expected {VERSION}, got {version!r}")
-        self.quant_method = Method.MGT_INT4
+        self.quant_method: Any = Method.MGT_INT4
         self.layers, self.mask_token_id, self.version = layers, mask_token_id, version
 
     def to_dict(self) -> dict[str, Any]:
