@@ -328,7 +328,8 @@ def test_a_wait_for_copies_that_waits_for_too_few_turns_it_red(name):
         found.append(edits)
         return ptx
 
-    with standin_gpu(90, edit_ptx=edit):
+    # besides, the copies land while wgmma reads
+    with standin_gpu(90, edit_ptx=edit, check_races=False):
         outputs = case.run(arguments)
     assert any(found), "the kernel waits for all copies now"
     with pytest.raises(AssertionError):

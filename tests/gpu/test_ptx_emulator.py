@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes.util
 import re
 from collections.abc import Callable
 
@@ -13,7 +14,7 @@ pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
-from driver import Launch, standin_gpu
+from driver import MISSING_FENCES_WAIVED, Launch, standin_gpu
 from ptx_emulator import Emulator, Program, PtxError, Report
 
 from mgt_kernels.triton.draws import philox
@@ -251,10 +252,12 @@ def test_integer_instruction(instruction: str, operands: list[np.ndarray], expec
     np.testing.assert_array_equal(evaluate(instruction, operands, expected.dtype), expected)
 
 
-def exact_fma(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
-    from triton._C.libtriton import interpreter
+LIBM = ctypes.CDLL(ctypes.util.find_library("m"))
+LIBM.fmaf.argtypes, LIBM.fmaf.restype = [ctypes.c_float] * 3, ctypes.c_float
 
-    return np.asarray(interpreter.fma_fp32(x, y, z))
+
+def exact_fma(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
+    return np.array([LIBM.fmaf(*row) for row in zip(x, y, z, strict=True)], np.float32)
 
 
 def ignoring_nan(choose: np.ufunc, zero_sign: np.ufunc) -> np.ndarray:
@@ -617,6 +620,135 @@ def test_copies_land_at_their_wait() -> None:
     assert (weakened == 0xCDCDCDCD).all()
 
 
+def test_a_copy_may_land_as_soon_as_it_is_issued() -> None:
+    copy = """
+    mul.wide.u32 %rd6, %r1, 4;
+    add.s64 %rd6, %rd1, %rd6;
+    cp.async.ca.shared.global [%r5], [%rd6], 4;
+    cp.async.commit_group;
+    bar.sync 0;
+    cp.async.wait_group 0;
+    """
+    _, report = run_body(EXCHANGE + copy)
+    assert [race for race in report.races if "cp.async after read" in race]
+    _, report = run_body(EXCHANGE + "bar.sync 0;" + copy)
+    assert not report.races
+
+
+# all of A and of B [8, 16] is 1
+WGMMA = """
+    mov.b32 %r4, global_smem;
+    shl.b32 %r3, %r1, 1;
+    add.s32 %r5, %r4, %r3;
+    mov.b16 %rs1, 0x3C00;
+    mov.b32 %r20, 0x3C003C00;
+    mov.pred %p1, 0;
+    shr.u32 %r6, %r4, 4;
+    cvt.u64.u32 %rd6, %r6;
+    or.b64 %rd6, %rd6, 0xC000000000000000;
+    st.shared.b16 [%r5], %rs1;
+    fence.proxy.async.shared::cta;
+    bar.sync 0;
+    wgmma.fence.sync.aligned;
+    wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16
+        {%r10, %r11, %r12, %r13}, {%r20, %r20, %r20, %r20}, %rd6, %p1, 1, 1, 0;
+    wgmma.commit_group.sync.aligned;
+    wgmma.wait_group.sync.aligned 0;
+    st.global.b32 [%rd4], %r10;
+"""
+WAIT = "wgmma.wait_group.sync.aligned 0;"
+WRITE = "st.shared.b16 [%r5], %rs1;"
+COPY = "cp.async.ca.shared.global [%r4], [%rd1], 4; cp.async.commit_group;"
+
+
+def run_wgmma(body: str) -> Report:
+    outputs = np.zeros((128, 2), np.float32)
+    report = run_ptx(body, np.arange(128, dtype=np.uint32), outputs, num_threads=128)
+    np.testing.assert_array_equal(outputs[:, 0], 16)
+    return report
+
+
+@pytest.mark.parametrize(
+    "written, instead",
+    [
+        (WAIT, WAIT),
+        # in several groups
+        (WAIT, WAIT.replace("0", "1") + WAIT),
+        # past the wait and a barrier it is the generic proxy's again
+        (WAIT, f"{WAIT} bar.sync 0; {WRITE}"),
+        # reading does not disturb
+        (WAIT, f"ld.shared.b16 %rs2, [%r5]; mov.b32 %r30, %r20; {WAIT}"),
+        ("bar.sync 0;\n    wgmma.fence", "bar.sync 0; fence.proxy.async;\n    wgmma.fence"),
+        # on the other side of the barrier
+        ("fence.proxy.async.shared::cta;\n    bar.sync 0;", "bar.sync 0; fence.proxy.async.shared::cta;"),
+    ],
+)
+def test_wgmma_that_is_waited_for(written: str, instead: str) -> None:
+    assert written in WGMMA
+    report = run_wgmma(WGMMA.replace(written, instead))
+    assert not report.races and not report.missing_fences
+
+
+@pytest.mark.parametrize(
+    "written, instead, message",
+    [
+        (WAIT, "", "sums of a wgmma in flight are read"),
+        (WAIT, WAIT.replace("0", "1"), "sums of a wgmma in flight are read"),
+        ("wgmma.commit_group.sync.aligned;", "", "sums of a wgmma in flight are read"),
+        (WAIT, f"mov.b32 %r13, 0; {WAIT}", "sums of a wgmma in flight are read or written.*mov.b32 %r13, 0"),
+        (WAIT, f"mov.b32 %r20, 0; {WAIT}", "a register that a wgmma in flight reads is written.*mov.b32 %r20, 0"),
+        (WAIT, f"setp.lt.u32 %p2, %r1, 32; @%p2 mov.b32 %r20, 0; {WAIT}", "in flight reads is written"),
+        ("wgmma.fence", "setp.lt.u32 %p2, %r1, 32; @%p2 bra L;\n    wgmma.fence", "wgmma under divergence"),
+        ("fence.proxy", "setp.lt.u32 %p2, %r1, 32; @%p2 fence.proxy", "a proxy fence under divergence"),
+    ],
+)
+def test_wgmma_that_is_not_waited_for(written: str, instead: str, message: str) -> None:
+    assert written in WGMMA
+    with pytest.raises(PtxError, match=message):
+        run_wgmma(WGMMA.replace(written, instead, 1) + "L:")
+
+
+@pytest.mark.parametrize(
+    "instead, race",
+    [
+        (f"{WRITE} {WAIT}", "write of what a wgmma in flight reads"),
+        # one warp of the four
+        (f"setp.lt.u32 %p2, %r1, 32; @%p2 {WRITE} {WAIT}", "write of what a wgmma in flight reads"),
+        # a barrier does not wait for a wgmma
+        (f"bar.sync 0; {WRITE} {WAIT}", "write of what a wgmma in flight reads"),
+        # the wait of a warp does not tell that of another
+        (f"{WAIT} {WRITE}", "write after read"),
+        (f"bar.sync 0; {WAIT} {WRITE}", "write after read"),
+        # however late it lands
+        (f"{COPY} {WAIT} bar.sync 0; cp.async.wait_group 0;", "cp.async of what a wgmma in flight reads"),
+        (f"atom.shared.add.u32 %r30, [%r4], 0; {WAIT}", "atomic of what a wgmma in flight reads"),
+        (f"stmatrix.sync.aligned.m8n8.x1.shared.b16 [%r4], {{%r20}}; {WAIT}", "stmatrix of what a wgmma"),
+    ],
+)
+def test_shared_memory_is_written_while_wgmma_reads_it(instead: str, race: str) -> None:
+    report = run_wgmma(WGMMA.replace(WAIT, instead))
+    assert any(race in found for found in report.races)
+
+
+@pytest.mark.parametrize(
+    "written, instead",
+    [
+        ("fence.proxy.async.shared::cta;", ""),
+        ("fence.proxy.async.shared::cta;", "fence.proxy.async.global;"),
+        # a fence before the last write
+        ("fence.proxy.async.shared::cta;", f"fence.proxy.async; {WRITE}"),
+        # or before it is known to have happened
+        ("bar.sync 0;", f"{COPY} fence.proxy.async; cp.async.wait_group 0; bar.sync 0;"),
+    ],
+)
+def test_missing_proxy_fence(written: str, instead: str) -> None:
+    outputs = np.zeros((128, 2), np.float32)
+    inputs = np.full(128, 0x3C003C00, np.uint32)
+    report = run_ptx(WGMMA.replace(written, instead), inputs, outputs, num_threads=128)
+    (fence,) = report.missing_fences
+    assert re.match("no fence.proxy.async before @.*wgmma.mma_async", fence)
+
+
 # kernels of Triton
 
 
@@ -736,6 +868,31 @@ def test_weakened_wait_spoils_a_gemm() -> None:
         got = launch_gemm(a, b.T, torch.int32)
     assert re.search(r"cp\.async\.wait_group\s+9", launches[0].ptx)
     assert not torch.equal(got, a.int() @ b.int().T)
+
+
+def test_a_wait_that_does_not_cover_a_wgmma_is_found() -> None:
+    a, b = (torch.randint(-128, 128, (64, 256), dtype=torch.int8) for _ in range(2))
+
+    def weaken(ptx: str) -> str:
+        return re.sub(r"(wgmma\.wait_group\.sync\.aligned\s+)\d", r"\g<1>9", ptx)
+
+    with standin_gpu(90, edit_ptx=weaken), pytest.raises(PtxError, match="a wgmma in flight"):
+        launch_gemm(a, b.T, torch.int32)
+
+
+def test_a_missing_proxy_fence_is_found_unless_it_is_waived() -> None:
+    a, b = (torch.randint(-128, 128, (64, 256), dtype=torch.int8) for _ in range(2))
+    with standin_gpu(90) as launches:
+        launch_gemm(a, b.T, torch.int32)
+    assert launches[0].report is not None
+    if triton.__version__ in MISSING_FENCES_WAIVED:
+        assert launches[0].report.missing_fences, "no fence is missing any more: end the waiver"
+        return
+    with (
+        standin_gpu(90, edit_ptx=lambda ptx: re.sub(r"fence\.proxy\.async[\w.:]*;", "", ptx)),
+        pytest.raises(PtxError, match=r"races in _gemm_kernel: no fence\.proxy\.async before .*wgmma"),
+    ):
+        launch_gemm(a, b.T, torch.int32)
 
 
 @triton.jit

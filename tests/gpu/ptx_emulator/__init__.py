@@ -9,7 +9,10 @@ Modelled, sm_80 to sm_90:
   more than 1 MiB only from the first write on)
 - shared memory: starts poisoned; an access must lie in the bytes that the launch reserves; a race, two accesses to a
   byte in one barrier interval by different warps of which one is a write, is reported
-- cp.async lands at its wait_group, the latest moment at which it may
+- cp.async lands at its wait_group, the latest moment at which it may; what it may spoil from its issue on is reported
+- wgmma reads until the wait_group that covers it: until then a write to its operands, in shared memory or in registers,
+  and any access to its sums are reported; so is a wgmma that reads what was written through the generic proxy, with
+  no fence.proxy.async since
 - integers exactly; add, sub, mul, fma, div and sqrt with .rn exactly, NaN as 0x7fffffff; approximations as numpy's
   float32 function, off by up to `approx_ulp` units in the last place, a function of opcode and argument
 - atomics in the order of the lanes; mma.sync, ldmatrix, stmatrix and wgmma
@@ -19,7 +22,7 @@ written. A lane that a predicate kept from writing reads poison.
 
 Not modelled: time; ptxas, which may contract a mul and an add that do not say .rn; memory order between CTAs, CTAs that
 wait for one another; races between atomics and plain accesses; the order in which tensor
-cores sum; a missing wait for wgmma; TMA, mbarrier, clusters, tcgen05, calls, generic addresses of shared memory.
+cores sum; a missing wgmma.fence; TMA, mbarrier, clusters, tcgen05, calls, generic addresses of shared memory.
 """
 
 from ptx_emulator.machine import Emulator, Program, Report

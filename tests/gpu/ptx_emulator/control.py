@@ -87,12 +87,18 @@ def _membar(ins: Decoder) -> Execute:
 @opcode("fence")
 def _fence(ins: Decoder) -> Execute:
     if ins.take("proxy"):
-        ins.require("async", "async::generic", "async.shared::cta")
-        ins.take("global", "shared::cta", "shared::cluster")
-    else:
-        ins.take("sc", "acq_rel", "acquire", "release")
-        ins.require("cta", "cluster", "gpu", "sys")
+        ins.require("async")
+        return _nothing if ins.take("global", "shared::cta", "shared::cluster") == "global" else _proxy_fence
+    ins.take("sc", "acq_rel", "acquire", "release")
+    ins.require("cta", "cluster", "gpu", "sys")
     return _nothing
+
+
+def _proxy_fence(frame: Frame) -> None:
+    if frame.mask is not None:
+        raise PtxError("a proxy fence under divergence is not modelled")
+    if frame.batch.shared.async_proxy:
+        frame.batch.shared.async_proxy.fence(frame.ctas)
 
 
 @opcode("griddepcontrol")

@@ -224,6 +224,8 @@ def _start_copy(frame: Frame, target: Array, source: Array, reads: Array, width:
     frame.mask = active
     shared = frame.batch.shared
     offset, warp = shared.locate(frame, target, width, "cp.async")
+    # it may write from now on, although it lands at its wait
+    shared.note_write(frame, offset, warp, width, "cp.async")
     frame.mask = outer_mask
     ends = np.cumsum(active.sum(1))[:-1]
     pieces = zip(np.split(offset, ends), np.split(warp, ends), np.split(values[active], ends), strict=True)

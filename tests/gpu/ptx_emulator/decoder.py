@@ -51,6 +51,8 @@ class Decoder:
         self.modifiers = list(instruction.modifiers)
         self.reads: set[int] = set()
         self.writes: set[int] = set()
+        # the accumulators of a wgmma
+        self.sums: set[int] = set()
 
     def decode(self) -> Execute:
         """Find the handler and let it decode; whatever modifier it leaves is unknown."""

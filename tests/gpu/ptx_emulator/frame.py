@@ -44,6 +44,9 @@ class Frame:
         self.next_block: Any = 0
         # the instruction in execution
         self.index = 0
+        # registers of wgmmas that no wait has covered, as bits of their slots
+        self.fragments_in_flight = 0
+        self.sums_in_flight = 0
         self.special = batch.special_registers(ctas)
 
     @property

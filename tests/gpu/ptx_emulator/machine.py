@@ -39,6 +39,8 @@ class Report:
     warps_in: Counter[int] = field(default_factory=Counter)
     # text of the race -> number of lanes
     races: Counter[str] = field(default_factory=Counter)
+    # text of the wgmma that reads what no proxy fence orders before it -> number of bytes
+    missing_fences: Counter[str] = field(default_factory=Counter)
 
 
 class Step(NamedTuple):
@@ -49,6 +51,9 @@ class Step(NamedTuple):
     writes: tuple[int, ...]
     dead: tuple[int, ...]
     position: int
+    # as bits of the slots; wgmmas may go on adding to the same sums
+    written: int
+    touched: int
 
 
 class Program:
@@ -57,6 +62,7 @@ class Program:
     def __init__(self, ptx: str, approx_ulp: int = 0) -> None:
         """Parse and decode; raises PtxError for whatever is unknown."""
         self.kernel: Kernel = parse(ptx)
+        self.has_wgmma = any(instruction.opcode == "wgmma" for instruction in self.kernel.instructions)
         decoders, guards, executes = [], [], []
         for index, instruction in enumerate(self.kernel.instructions):
             decoder = Decoder(instruction, self.kernel, index, approx_ulp)
@@ -114,8 +120,10 @@ class Program:
         for index in reversed(range(block.first, block.end)):
             touched = decoders[index].reads | decoders[index].writes
             dead = tuple(slot for slot in touched if not live >> slot & 1)
-            steps.append(Step(executes[index], guards[index], tuple(decoders[index].writes), dead, index))
-            live = live & ~_as_bits(decoders[index].writes) | _as_bits(decoders[index].reads)
+            writes, written = tuple(decoders[index].writes), _as_bits(decoders[index].writes)
+            touched_alone = _as_bits(touched - decoders[index].sums)
+            steps.append(Step(executes[index], guards[index], writes, dead, index, written, touched_alone))
+            live = live & ~written | _as_bits(decoders[index].reads)
         return reversed(steps)
 
 
@@ -191,7 +199,7 @@ class Batch:
         self.params = params
         self.memory = memory
         self.report = report
-        self.shared = SharedMemory(len(ctas), shared_bytes, report.races)
+        self.shared = SharedMemory(len(ctas), shared_bytes, program.has_wgmma, report)
         self.local = LocalMemory(len(ctas), self.num_threads, program.kernel.local_bytes)
         self.end = len(program.blocks)
         # the block that each lane is about to enter
@@ -241,8 +249,12 @@ class Batch:
         frame.mask = mask
         frame.next_block = block + 1
         try:
-            for execute, guard, writes, dead, index in self.program.blocks[block]:
+            for execute, guard, writes, dead, index, written, touched in self.program.blocks[block]:
                 frame.index = index
+                if frame.fragments_in_flight & written:
+                    raise PtxError("a register that a wgmma in flight reads is written")
+                if frame.sums_in_flight & touched:
+                    raise PtxError("sums of a wgmma in flight are read or written: no wait covers it")
                 if guard is None:
                     execute(frame)
                 else:
@@ -290,6 +302,8 @@ class Batch:
             return
         self._leave()
         self.frame = Frame(self, rows)
+        if self.shared.async_proxy:
+            self.shared.async_proxy.tell_registers(self.frame)
         registers = self.frame.registers
         for slot in self._live(rows):
             value = self.home[slot]

@@ -5,13 +5,18 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ptx_emulator.async_proxy import AsyncProxy
 from ptx_emulator.decoder import LOCAL_BASE, SHARED_BASE
 from ptx_emulator.frame import Frame
 from ptx_emulator.ptx_types import UNSIGNED, WIDE, Array, PtxError
 from ptx_emulator.races import GlobalRaces
+
+if TYPE_CHECKING:
+    from ptx_emulator.machine import Report
 
 
 def active_lanes(frame: Frame, *values: Array) -> tuple[Array, ...]:
@@ -163,12 +168,12 @@ _MANY = 255
 class SharedMemory:
     """The shared memory of each CTA of a batch, poisoned at the start; races are found between two barriers."""
 
-    def __init__(self, num_ctas: int, num_bytes: int, races: Counter[str]) -> None:
+    def __init__(self, num_ctas: int, num_bytes: int, has_wgmma: bool, report: Report) -> None:
         """Reserve num_bytes per CTA."""
         self.num_bytes = num_bytes
         # whole 16 bytes, so that no access reaches into the next CTA's
         self.stride = max(-(-num_bytes // 16) * 16, 16)
-        self.races = races
+        self.races = report.races
         self.data = np.full(num_ctas * self.stride, 0xCD, np.uint8)
         # 1 + the warp that touched a byte since the last barrier, 0 for none
         self.writer = np.zeros((num_ctas, self.stride), np.uint8)
@@ -176,6 +181,8 @@ class SharedMemory:
         # what cp.async has read: of the open group, and of the groups that are committed, oldest first
         self.open_copies: list[list[Copy]] = [[] for _ in range(num_ctas)]
         self.groups: list[deque[list[Copy]]] = [deque() for _ in range(num_ctas)]
+        # None where every access goes through the generic proxy
+        self.async_proxy = AsyncProxy(num_ctas, self.stride, report.missing_fences) if has_wgmma else None
 
     def synchronise(self, ctas: Array) -> None:
         """Let a barrier order what came before it."""
@@ -200,6 +207,7 @@ class SharedMemory:
         """The offsets of the active lanes; atomics do not race with one another."""
         offset, warp = self.locate(frame, address, width, "atomic")
         self.note_read(frame, offset, warp, width, "atomic")
+        self._note_generic_write(frame, _shadow_lanes(offset, warp, width)[0], width, "atomic")
         return offset
 
     def locate(self, frame: Frame, address: Array, width: int, what: str) -> tuple[Array, Array]:
@@ -239,13 +247,29 @@ class SharedMemory:
         others |= reader[index] != bytes_of_warp
         reader[index[others]] = np.array(_MANY * _repeated_byte(width), reader.dtype)
 
-    def write(self, frame: Frame, offset: Array, warp: Array, values: Array, what: str) -> None:
-        """Write and report any access by another warp in the same interval."""
-        width = values.dtype.itemsize
+    def note_write(self, frame: Frame, offset: Array, warp: Array, width: int, what: str) -> None:
+        """Report any access by another warp in the same interval, and by a wgmma in flight."""
         writer, reader = self._shadow(self.writer, width), self._shadow(self.reader, width)
         index, bytes_of_warp = _shadow_lanes(offset, warp, width)
         self._report(frame, _others(writer[index], bytes_of_warp), f"{what} after write")
         self._report(frame, _others(reader[index], bytes_of_warp), f"{what} after read")
+        self._note_generic_write(frame, index, width, what)
+
+    def _note_generic_write(self, frame: Frame, index: Array, width: int, what: str) -> None:
+        if self.async_proxy is None:
+            return
+        in_use, unfenced = (
+            self._shadow(shadow, width) for shadow in (self.async_proxy.in_use, self.async_proxy.unfenced)
+        )
+        self._report(frame, in_use[index] != 0, f"{what} of what a wgmma in flight reads")
+        unfenced[index] = np.array(_repeated_byte(width), unfenced.dtype)
+
+    def write(self, frame: Frame, offset: Array, warp: Array, values: Array, what: str) -> None:
+        """Write and report what else touches the bytes."""
+        width = values.dtype.itemsize
+        self.note_write(frame, offset, warp, width, what)
+        writer = self._shadow(self.writer, width)
+        index, bytes_of_warp = _shadow_lanes(offset, warp, width)
         writer[index] = bytes_of_warp
         elements = self.data.view(WIDE[width])
         elements[offset // width] = values
@@ -262,6 +286,13 @@ class SharedMemory:
         if raced.any():
             instruction = frame.batch.program.kernel.instructions[frame.index]
             self.races[f"{what} @{frame.index}: {instruction.text}"] += int(raced.sum())
+
+    def wait_for_wgmma(self, frame: Frame, num_pending: int) -> None:
+        """Finish all groups of wgmma but the newest num_pending."""
+        assert self.async_proxy is not None
+        for reads in self.async_proxy.wait(frame, num_pending):
+            # up to this moment, and by other warps longer than by the one that waits
+            self.reader.reshape(-1)[reads] = _MANY
 
     def copy_async(self, cta: int, copy: Copy) -> None:
         """Start a copy of a CTA."""

@@ -1,7 +1,8 @@
 """mma.sync and wgmma.
 
 Products are exact. Integer sums are exact; float sums are taken in float64 and rounded once, where the device sums in
-an order and with a width of its own. wgmma is synchronous: its operands are read and its result is there at once.
+an order and with a width of its own. wgmma is computed at once; async_proxy.py watches its operands and sums until a
+wait covers it.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ptx_emulator.async_proxy import AsyncProxy, Wgmma
 from ptx_emulator.control import require_whole_warps
 from ptx_emulator.decoder import SHARED_BASE, Decoder, Execute, Read, Write, opcode
 from ptx_emulator.floating import to_float32
 from ptx_emulator.frame import Frame
-from ptx_emulator.parser import Vector
+from ptx_emulator.parser import Operand, Register, Vector
 from ptx_emulator.ptx_types import TYPES, Array, PtxError
 
 
@@ -160,13 +162,39 @@ class _Factors(NamedTuple):
 
 @opcode("wgmma")
 def _wgmma(ins: Decoder) -> Execute:
-    if ins.take("fence", "commit_group", "wait_group"):
-        ins.require("sync")
-        ins.require("aligned")
-        return require_whole_warps
-    ins.require("mma_async")
+    action = ins.require("mma_async", "fence", "commit_group", "wait_group")
     ins.require("sync")
     ins.require("aligned")
+    if action == "fence":
+        return require_whole_warps
+    if action == "commit_group":
+        return _with_warpgroups(lambda frame: _async_proxy(frame).commit(frame.ctas))
+    if action == "wait_group":
+        num_pending = ins.integer(0)
+        return _with_warpgroups(lambda frame: frame.batch.shared.wait_for_wgmma(frame, num_pending))
+    return _with_warpgroups(_wgmma_product(ins))
+
+
+def _with_warpgroups(action: Execute) -> Execute:
+    """All warps of a CTA take part: groups are kept per CTA."""
+
+    def execute(frame: Frame) -> None:
+        if frame.num_threads % 128:
+            raise PtxError("wgmma outside of a warpgroup")
+        if frame.mask is not None:
+            raise PtxError("wgmma under divergence")
+        action(frame)
+
+    return execute
+
+
+def _async_proxy(frame: Frame) -> AsyncProxy:
+    proxy = frame.batch.shared.async_proxy
+    assert proxy is not None
+    return proxy
+
+
+def _wgmma_product(ins: Decoder) -> Execute:
     left, right = _take_factors(ins)
     accumulator = ins.take_type("f32", "s32")
     is_integer = accumulator.name == "s32"
@@ -182,14 +210,26 @@ def _wgmma(ins: Decoder) -> Execute:
     sums = [ins.source(target, _B32) for target in ins.elements(0)]
     if len(writes) != factors.num_columns // 2:
         raise PtxError(f"{len(writes)} accumulators of {factors.num_columns} columns")
+    ins.sums |= _slots(ins.operands[0])
+    of_sums, of_fragments = (sum(1 << slot for slot in _slots(ins.operands[index])) for index in (0, 1))
     read_left, read_right = _make_left_reader(ins, factors), ins.source(2, TYPES["b64"])
 
     def execute(frame: Frame) -> None:
-        product = _multiply(frame, factors, read_left(frame), frame.full(read_right(frame)).reshape(-1, 128)[:, 0])
+        right = frame.full(read_right(frame)).reshape(-1, 128)[:, 0]
+        product, reads = _multiply(frame, factors, read_left(frame), right)
         keeps = frame.full(scale(frame)).reshape(-1, 128)
         _write_sums(frame, product, keeps, list(zip(writes, sums, strict=True)), is_integer, saturates)
+        for cta, of_cta in zip(frame.ctas, reads.reshape(frame.num_ctas, -1), strict=True):
+            _async_proxy(frame).start(int(cta), Wgmma(of_cta, of_fragments, of_sums))
+        _async_proxy(frame).tell_registers(frame)
 
     return execute
+
+
+def _slots(operand: Operand) -> set[int]:
+    """The registers of a vector; a descriptor is read at once."""
+    elements = operand.elements if isinstance(operand, Vector) else ()
+    return {element.slot for element in elements if isinstance(element, Register)}
 
 
 def _take_scales(ins: Decoder, is_integer: bool) -> tuple[bool, bool]:
@@ -218,28 +258,23 @@ def _make_left_reader(ins: Decoder, factors: _Factors) -> Callable[[Frame], list
     return lambda frame: [frame.full(read(frame)).reshape(-1, 128)[:, :1]]
 
 
-def _multiply(frame: Frame, factors: _Factors, left: list[Array], right: Array) -> Array:
-    """The products [warpgroup, 64, num_columns]; zero where a warpgroup does not take part."""
-    if frame.num_threads % 128:
-        raise PtxError("wgmma outside of a warpgroup")
-    active = frame.active().reshape(-1, 128)
-    if (active.any(1) & ~active.all(1)).any():
-        raise PtxError("wgmma under divergence")
+def _multiply(frame: Frame, factors: _Factors, left: list[Array], right: Array) -> tuple[Array, Array]:
+    """The products [warpgroup, 64, num_columns], and the bytes that they read, warpgroup after warpgroup."""
     groups_per_cta = frame.num_threads // 128
-    product = np.zeros((len(right), 64, factors.num_columns))
-    for group in np.flatnonzero(active[:, 0]):
+    products, reads = [], []
+    for group in range(len(right)):
         cta = int(frame.ctas[group // groups_per_cta])
-        b = _read_tile(
-            frame, cta, int(right[group]), (factors.num_columns, factors.depth), factors.right, factors.right_transposed
-        )
+        shape = factors.num_columns, factors.depth
+        b, read = _read_tile(frame, cta, int(right[group]), shape, factors.right, factors.right_transposed)
+        reads.append(read)
         if len(left) == 1:
-            a = _read_tile(
-                frame, cta, int(left[0][group, 0]), (64, factors.depth), factors.left, factors.left_transposed
-            )
+            shape = 64, factors.depth
+            a, read = _read_tile(frame, cta, int(left[0][group, 0]), shape, factors.left, factors.left_transposed)
+            reads.append(read)
         else:
             a = _gather_group_rows([words[group] for words in left], factors)
-        product[group] = a @ b.T
-    return product
+        products.append(a @ b.T)
+    return np.stack(products), np.concatenate(reads)
 
 
 def _gather_group_rows(registers: list[Array], factors: _Factors) -> Array:
@@ -250,8 +285,8 @@ def _gather_group_rows(registers: list[Array], factors: _Factors) -> Array:
 
 def _read_tile(
     frame: Frame, cta: int, descriptor: int, shape: tuple[int, int], element: _Element, is_transposed: bool
-) -> Array:
-    """Read the [rows, depth] that a descriptor describes."""
+) -> tuple[Array, Array]:
+    """Read the [rows, depth] that a descriptor describes; return it, and which bytes of the batch these are."""
     start, leading, stride = ((descriptor >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
     if descriptor >> 49 & 7:
         raise PtxError("wgmma with a base offset")
@@ -266,17 +301,19 @@ def _read_tile(
         address = row // 8 * stride + row % 8 * span + k * element.size
     address = start + address
     address ^= ((address >> 7) & exchanged) << 4
-    return element.widen(_load_tile(frame, cta, address - SHARED_BASE, element))
+    return _load_tile(frame, cta, address - SHARED_BASE, element)
 
 
-def _load_tile(frame: Frame, cta: int, offset: Array, element: _Element) -> Array:
+def _load_tile(frame: Frame, cta: int, offset: Array, element: _Element) -> tuple[Array, Array]:
     shared = frame.batch.shared
     if (offset < 0).any() or (offset + element.size > shared.num_bytes).any():
         raise PtxError(f"a wgmma operand outside of the {shared.num_bytes} bytes of shared memory")
     offset = offset + cta * shared.stride
     # read by all warps of the group: by none of them alone
     shared.note_read(frame, offset.reshape(-1), np.full(offset.size, 254, np.uint32), element.size, "wgmma")
-    return shared.data.view(element.dtype)[offset // element.size]
+    reads = (offset.reshape(-1, 1) + np.arange(element.size)).reshape(-1)
+    _async_proxy(frame).note_read(frame, reads)
+    return element.widen(shared.data.view(element.dtype)[offset // element.size]), reads
 
 
 def _write_sums(
