@@ -93,6 +93,7 @@ class Counted:
 
     configuration: Configuration
     case: Case
+    launch: driver.Launch
     kernel: sass.Kernel
     num_ctas: int
     trips: tuple[int, ...]
@@ -137,7 +138,7 @@ def _count(configuration: Configuration, number: int, launches: list[driver.Laun
         math.floor(iterations(counts, elements, launch.num_warps) + 1e-9)
         for iterations, counts in zip(case.loops, kernel.loop_counts, strict=True)
     )
-    return Counted(configuration, case, kernel, num_ctas, trips, case.dram_bytes(launches))
+    return Counted(configuration, case, launch, kernel, num_ctas, trips, case.dram_bytes(launches))
 
 
 def _logits(num_positions: int, num_tokens: int, dtype: torch.dtype, position_major: bool) -> Tensor:

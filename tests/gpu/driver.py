@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import lru_cache
+from io import StringIO
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ import triton
 from ptx_emulator import Emulator, Program, PtxError, Report
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
-from triton.compiler.compiler import CompiledKernel
+from triton.compiler.compiler import CompiledKernel, make_backend
 
 # bytes of shared memory that a block may have
 SHARED_BYTES = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448}
@@ -42,6 +44,8 @@ class Launch:
     constants: dict[str, Any]
     device: int
     stream: int
+    # what Triton compiled it with
+    metadata: Any
     report: Report | None = None
 
 
@@ -88,7 +92,7 @@ class _Launcher:
         ptx = driver.settings.edit_ptx(function.ptx) if driver.settings.edit_ptx else function.ptx
         launch = Launch(
             self.metadata.name, (grid_x, grid_y, grid_z), self.metadata.num_warps, self.metadata.shared,
-            function.cubin, ptx, arguments, constants, driver.get_current_device(), stream,
+            function.cubin, ptx, arguments, constants, driver.get_current_device(), stream, self.metadata,
         )  # fmt: skip
         driver.launches.append(launch)
         if driver.settings.execute and grid_x * grid_y * grid_z:
@@ -225,6 +229,20 @@ def _load_with_ptx(kernel: CompiledKernel) -> None:
     if isinstance(driver, StandinDriver):
         driver.ptx_of[kernel.kernel] = kernel.asm["ptx"]
     _load(kernel)
+
+
+def ptxas_warnings(launch: Launch) -> list[str]:
+    """Assemble the PTX of a launch again, as Triton did, and return what ptxas warns of with a number.
+
+    C7514 and C7515 say that it serialises every wgmma, C7517 that it adds a wait.
+    """
+    backend = make_backend(launch.metadata.target)
+    options = backend.parse_options(launch.metadata._asdict())
+    log = StringIO()
+    with triton.knobs.nvidia.scope(), redirect_stdout(log):
+        triton.knobs.nvidia.dump_ptxas_log = True
+        backend.make_cubin(launch.ptx, {}, options, launch.metadata.target.arch)
+    return re.findall(r"\(C\d+\)[^\n]*", log.getvalue())
 
 
 @contextmanager

@@ -22,6 +22,8 @@ from sass import Pipe
 
 # above this multiple of the memory (or tensor) time a case has to say why
 MOST_WITHOUT_REASON = 1.5
+# whose code the table in docs/gpu.md is of
+TRITON = "3.9.0"
 BEGIN, END = "<!-- roofline -->", "<!-- /roofline -->"
 # the columns of the table; what else bounds a row is named by it
 _COLUMNS = ("memory", "issue", "fma", "alu", "xu", "lsu", "uniform", "tensor")

@@ -3,6 +3,7 @@
 nvdisasm's text is split into instructions. A loop is what lies between a branch backwards and its target; each
 instruction counts in the innermost loop around it, or as straight code. Behind the last unconditional EXIT ptxas
 puts what is hardly ever run (slow paths, divergent shuffles, padding): it counts for the size and the spills only.
+The registers that a wgmma reads are followed along every way to the wait that covers it.
 """
 
 from __future__ import annotations
@@ -67,6 +68,9 @@ _OPCODES = {
 _PIPES = {opcode: pipe for pipe, opcodes in _OPCODES.items() for opcode in opcodes.split()}
 # mma.sync, wgmma (a warp group's) and tcgen05 (issued by one thread)
 _TENSOR = re.compile(r"[HIBDQO]MMA|[HIBQ]GMMA|UTC[HIQO]MMA")
+_WGMMA = re.compile(r"[HIBQ]GMMA")
+# besides comparisons those whose first register is a source, although no bracket says so
+_WITHOUT_DESTINATION = ("FCHK", "BAR", "NANOSLEEP", "WARPSYNC")
 _GLOBAL_LOADS = ("LDG", "LDGSTS")
 _MMA_SHAPES = {
     "1684": (16, 8, 4), "1688": (16, 8, 8), "16816": (16, 8, 16), "16832": (16, 8, 32), "16864": (16, 8, 64),
@@ -111,6 +115,38 @@ class Instruction:
     def label(self) -> str:
         found = re.search(r"`\((.+?)\)", self.operands)
         return found[1] if found else ""
+
+    @cached_property
+    def registers_written(self) -> frozenset[int]:
+        """The numbers of the registers of a lane that it may write; for a wgmma none, since they go in order."""
+        destination = next((x for x in self.operands.split(", ") if not re.fullmatch(r"!?U?P(\d|T)", x)), "")
+        found = re.fullmatch(r"R(\d+)", destination)
+        if found is None or self.is_wgmma or "SETP" in self.base or self.base in _WITHOUT_DESTINATION:
+            return frozenset()
+        return frozenset(range(int(found[1]), int(found[1]) + self._num_registers_written))
+
+    @property
+    def _num_registers_written(self) -> int:
+        if self.pipe is Pipe.TENSOR:
+            # of sums in 32 bits
+            return 4
+        if self.pipe is Pipe.LSU:
+            return max(1, self.bits // 32)
+        parts = self.opcode.split(".")
+        if "128" in parts:
+            return 4
+        is_wide = {"64", "WIDE", "F64", "S64"} & {*parts} or (self.base in ("F2I", "I2I") and "U64" in parts)
+        return 2 if is_wide or self.pipe is Pipe.DOUBLE or parts == ["CS2R"] else 1
+
+    @property
+    def is_wgmma(self) -> bool:
+        return _WGMMA.fullmatch(self.base) is not None
+
+    @cached_property
+    def fragments(self) -> frozenset[int]:
+        """The registers of a lane that a wgmma takes of its left factor: four of them, or none for a descriptor."""
+        found = re.match(r"R\d+, R(\d+)", self.operands)
+        return frozenset(range(int(found[1]), int(found[1]) + 4)) if found and self.is_wgmma else frozenset()
 
     @property
     def is_conditional(self) -> bool:
@@ -237,6 +273,10 @@ class Kernel:
         """The first loop in program order that loads from global memory itself."""
         return next((i for i, counts in enumerate(self.loop_counts) if counts.global_load_bytes), None)
 
+    @cached_property
+    def overwritten_fragments(self) -> list[str]:
+        return overwritten_fragments(self.code, self.targets)
+
     @property
     def main(self) -> Counts:
         """The main loop, or the straight code of a kernel without one."""
@@ -335,6 +375,47 @@ def _followers(x: Instruction, index: int, targets: dict[int, int]) -> list[int]
 
 def _may_fall_through(x: Instruction) -> bool:
     return x.is_conditional if x.is_jump else bool(x.predicate)
+
+
+# wgmmas in flight on one way through the code, by their indices: groups, the oldest first; the last one is open
+_InFlight = tuple[tuple[int, ...], ...]
+
+
+def overwritten_fragments(code: tuple[Instruction, ...], targets: dict[int, int]) -> list[str]:
+    """Say where a register is written that a wgmma may still read, since no wait has covered it on some way there."""
+    found = set()
+    pending: list[tuple[int, _InFlight]] = [(0, ((),))] if any(x.is_wgmma for x in code) else []
+    seen = set(pending)
+    while pending:
+        i, in_flight = pending.pop()
+        if i >= len(code):
+            continue
+        for wgmma in (j for group in in_flight for j in group):
+            if overwritten := code[wgmma].fragments & code[i].registers_written:
+                found.add((wgmma, i, min(overwritten)))
+        in_flight = _after(code[i], i, in_flight)
+        for follower in _followers(code[i], i, targets):
+            if (follower, in_flight) not in seen:
+                seen.add((follower, in_flight))
+                pending.append((follower, in_flight))
+    return [
+        f"R{register} of {code[wgmma].base} at {code[wgmma].address:#x} is written by {code[i].opcode} at"
+        f" {code[i].address:#x} with no wait in between"
+        for wgmma, i, register in sorted(found)
+    ]
+
+
+def _after(x: Instruction, index: int, in_flight: _InFlight) -> _InFlight:
+    """Start a wgmma, close its group, or wait for all groups but the newest ones."""
+    if x.is_wgmma:
+        # again in a loop, it is in flight since its last time
+        groups = tuple(tuple(j for j in group if j != index) for group in in_flight)
+        in_flight = (*(group for group in groups[:-1] if group), (*groups[-1], index))
+        return (*in_flight, ()) if "gsb" in x.operands else in_flight
+    if x.opcode.startswith("WARPGROUP.DEPBAR"):
+        num_pending = int(x.operands.split(", ")[1], 0)
+        return in_flight[max(0, len(in_flight) - 1 - num_pending) :]
+    return in_flight
 
 
 def ways(kernel: Kernel, executed: set[int]) -> tuple[Counts, dict[int, Counts]]:

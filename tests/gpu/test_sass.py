@@ -139,6 +139,56 @@ def test_unknown_opcode_is_an_error() -> None:
         sass.ways(kernel_of("BRX R2 -0x10\nEXIT"), set())
 
 
+PRODUCTS = """
+    .L_x_0:
+    LDSM.16.M88.4 R88, [R2]
+    WARPGROUP.ARRIVE
+    HGMMA.64x128x16.F32.BF16 R24, R88, gdesc[UR8], R24
+    HGMMA.64x128x16.F32.BF16 R24, R92, gdesc[UR12], R24, gsb0
+    IMAD.MOV.U32 R3, RZ, RZ, R88
+    WARPGROUP.DEPBAR.LE gsb0, 0x0
+    @P0 BRA `(.L_x_0)
+    EXIT
+"""
+
+
+@pytest.mark.parametrize(
+    ("written", "instead", "registers"),
+    [
+        ("", "", []),
+        # reads, other registers, and what only looks like a destination
+        ("R3, RZ", "R96, RZ", []),
+        ("IMAD.MOV.U32 R3, RZ, RZ, R88", "STG.E [R88.64], R89", []),
+        ("IMAD.MOV.U32 R3, RZ, RZ, R88", "FSETP.GEU.AND P0, PT, R88, R89, PT", []),
+        ("IMAD.MOV.U32 R3, RZ, RZ, R88", "FCHK P0, R88, R89", []),
+        # of the first and of the second wgmma, a part, on a condition, after a predicate, and past the last of four
+        ("R3, RZ", "R88, RZ", [88]),
+        ("R3, RZ", "R95, RZ", [95]),
+        ("IMAD.MOV.U32 R3", "IMAD.WIDE R90", [90]),
+        ("IMAD.MOV.U32 R3, RZ, RZ, R88", "CS2R R94, SRZ", [94]),
+        ("IMAD.MOV.U32 R3, RZ, RZ, R88", "@!P1 LDS.128 R84, [R3]", []),
+        ("IMAD.MOV.U32 R3, RZ, RZ, R88", "@!P1 LDS.128 R85, [R3]", [88]),
+        ("IMAD.MOV.U32 R3, RZ, RZ, R88", "SHFL.BFLY PT, R91, R3, 0x1, 0x1f", [91]),
+        ("IMAD.MOV.U32 R3, RZ, RZ, R88", "IADD3 R92, P0, R88, R89, RZ", [92]),
+        # in the next iteration
+        ("WARPGROUP.DEPBAR.LE gsb0, 0x0", "NOP", [88]),
+        # a wait that leaves this group
+        ("0x0", "0x1", [88]),
+        # a wait on one of two ways
+        ("WARPGROUP.DEPBAR", "@P1 BRA `(.L_x_0)\n    WARPGROUP.DEPBAR", [88]),
+    ],
+)
+def test_overwritten_fragments(written: str, instead: str, registers: list[int]) -> None:
+    found = kernel_of(PRODUCTS.replace(written, instead, 1)).overwritten_fragments
+    assert [int(line.split()[0][1:]) for line in found] == registers
+
+
+def test_overwritten_fragment_is_named() -> None:
+    assert kernel_of(PRODUCTS.replace("R3, RZ", "R88, RZ")).overwritten_fragments == [
+        "R88 of HGMMA at 0x3 is written by IMAD.MOV.U32 at 0x5 with no wait in between"
+    ]
+
+
 @pytest.mark.parametrize(
     ("opcode", "bits"),
     [("LDG.E.LTC128B.64", 64), ("STG.E.U8", 8), ("LDSM.16.M88.4", 128), ("LDGSTS.E.BYPASS.128", 128), ("LDS", 32)],
