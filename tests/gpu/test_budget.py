@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from budget import Budget, Record
 from configurations import CAPABILITIES, CONFIGURATIONS, Case, Configuration, Counted, compile_for, loads, never
+from versions import tested_architecture
 
 of_a_triton_with_a_budget = pytest.mark.skipif(
     triton.__version__ not in budget.read(), reason=f"budget.json has no entries of Triton {triton.__version__}"
@@ -31,7 +32,7 @@ RECORD = Record(
 @of_a_triton_with_a_budget
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_kernels_keep_their_budget(capability: int, request: pytest.FixtureRequest) -> None:
-    if capability not in (80, 90) and not request.config.getoption("every_architecture"):
+    if capability != tested_architecture() and not request.config.getoption("every_architecture"):
         pytest.skip("takes half a minute to compile; --every-architecture counts it")
     found = budget.check((capability,))
     assert not found, "\n".join(found)
@@ -62,7 +63,6 @@ def test_a_version_without_a_budget_is_an_error(monkeypatch: pytest.MonkeyPatch)
 
 
 @of_a_triton_with_a_budget
-@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(("name", "most"), [("bf16 guided", 40), ("bf16 guided, noise", 70)])
 def test_instructions_per_element_of_a_draw(name: str, most: int, capability: int) -> None:
     configuration = next(x for x in CONFIGURATIONS if x.name == name)

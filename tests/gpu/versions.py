@@ -37,6 +37,13 @@ class Outcome:
     seconds: float
 
 
+def tested_architecture() -> int:
+    """Return the one architecture that the tests compile for with the version that is imported."""
+    import triton
+
+    return 90 if triton.__version__ == VERSIONS[0] else 80
+
+
 def install(version: str) -> Path:
     """Return the folder that holds a version and nothing else."""
     folder = BUILD / version
