@@ -190,6 +190,9 @@ def check_step(step: Any, device: torch.device) -> int | Tensor:
         step = integer("step", step)
         check_step_range(step)
         return step
+    if step.dtype == torch.int64 and step.ndim == 0 and step.device == device:
+        check_layout("step", step)
+        return step
     _check_integers("step", step, device)
     if step.ndim:
         raise ValueError(f"step: expected 0 dimensions, got shape {tuple(step.shape)}")

@@ -32,6 +32,9 @@ _DEFINITIONS: dict[str, _Definition] = vars(torch).setdefault("_mgt_kernels_defi
 # by the op's name, the function that `register` returned
 CALLS: dict[str, Kernel] = {}
 
+# of an op's arguments; to ask whether one of them is a tensor takes longer
+_NO_TENSORS = frozenset({int, float, bool, str, type(None)})
+
 _UNCHANGING_KEYS = ("BackendSelect", "ADInplaceOrView", "CPU", "AutogradCPU", "AutocastCPU")
 _UNCHANGING_CUDA_KEYS = ("CUDA", "AutogradCUDA", "AutocastCUDA")
 _OTHER_KEYS = ~sum(
@@ -105,21 +108,38 @@ def register(
                     continue
                 value = read[i] = value.item()
             check(value)
+        return write(kernel, read)
+
+    def write(kernel: Kernel, arguments: list[Any]) -> Any:
         for i in mutated:
-            if not read[i].is_inference():
-                torch.autograd.graph.increment_version(read[i])
-        return kernel(*read)
+            if not arguments[i].is_inference():
+                torch.autograd.graph.increment_version(arguments[i])
+        return kernel(*arguments)
 
     def on_cpu(*arguments: Any) -> Any:
         return run(reference if cpu is None or arguments[-1] == "reference" else cpu, True, arguments)
 
     def on_cuda(*arguments: Any) -> Any:
-        if arguments[-1] == "reference":
+        if cpu is None or arguments[-1] == "reference":
             return anywhere(*arguments)
         from mgt_kernels import triton
 
         check_capability(name, arguments[0].device)
-        return run(getattr(triton, name), False, arguments[:-1])
+        # a small model's step takes less time than a careless one of these loops
+        read = list(arguments[:-1])
+        for i in samples:
+            if type(read[i]) is int:
+                read[i] = torch.full((len(read[0]),), read[i], dtype=torch.int64, device=read[0].device)
+        for i, check in checks:
+            value = read[i]
+            if type(value) is float:
+                check(value)
+            elif type(value) is int:
+                read[i] = torch.full((), value, dtype=torch.int64, device=read[0].device)
+            elif value.is_cpu and value.is_floating_point():
+                check(number := value.item())
+                read[i] = number
+        return write(getattr(triton, name), read)
 
     def anywhere(*arguments: Any) -> Any:
         return run(reference, cpu is not None, arguments)
@@ -129,7 +149,7 @@ def register(
         kernels |= {"CPU": on_cpu, "CUDA": on_cuda}
     _define(name, schema, kernels, differentiable=not mutates_args)
 
-    def as_tensors(arguments: tuple[Any, ...], device: torch.device, batch: int, floats_too: bool) -> list[Any]:
+    def as_tensors(arguments: tuple[Any, ...], device: torch.device, batch: int) -> list[Any]:
         compiling = torch.compiler.is_compiling()
         made = list(arguments)
         for i in samples:
@@ -139,7 +159,7 @@ def register(
             value = made[i]
             if isinstance(value, int):
                 made[i] = torch.full((), value, dtype=torch.int64, device=device)
-            elif isinstance(value, float) and floats_too:
+            elif isinstance(value, float):
                 # on CPU the kernel checks it
                 if device.type != "cpu":
                     check(value)
@@ -152,16 +172,14 @@ def register(
         return made
 
     def call(*arguments: Any) -> Any:
-        tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
-        device = tensors[0].device
+        tensors = [x for x in arguments if type(x) not in _NO_TENSORS and isinstance(x, Tensor)]
         if is_plain(tensors):
             if tensors[0].is_cpu:
                 return on_cpu(*arguments)
             if tensors[0].is_cuda:
-                kernel = anywhere if cpu is None else on_cuda
-                return kernel(*as_tensors(arguments, device, tensors[0].shape[0], False))
+                return on_cuda(*arguments)
         op = getattr(torch.ops.mgt_kernels, name).default
-        return op(*as_tensors(arguments, device, tensors[0].shape[0], True))
+        return op(*as_tensors(arguments, tensors[0].device, tensors[0].shape[0]))
 
     CALLS[name] = call
     return call

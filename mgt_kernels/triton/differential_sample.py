@@ -23,7 +23,7 @@ from mgt_kernels.triton.draws import (
     log_f32,
     philox,
 )
-from mgt_kernels.triton.launch import ceil_div, next_power_of_2
+from mgt_kernels.triton.launch import ceil_div, launch, next_power_of_2
 from mgt_kernels.triton.mask_by_confidence import _KNOWN_KEY, _MAX_BLOCK, _key_of_rank, _load_keys, _ordered_key
 from mgt_kernels.triton.sample_tokens import (
     _LOG2_E,
@@ -36,7 +36,9 @@ from mgt_kernels.triton.sample_tokens import (
     _row_ptr,
     _Rows,
     _unless_greedy,
+    is_token_major,
     sample_tokens,
+    strides_of,
 )
 from mgt_kernels.triton.scalars import (
     SCALARS,
@@ -429,7 +431,7 @@ def _compare_kernel(
         tl.store(softmax_ptr + 2, softmax.inverse_sum, mask=inside)
 
 
-@triton.jit(do_not_specialize=["mask_token_id"])
+@triton.jit(do_not_specialize=["mask_token_id", *SCALARS])
 def _select_kernel(
     token_ids_ptr,
     logprob_ptr,
@@ -600,21 +602,20 @@ def differential_sample(
     if edits_history:
         softmax = torch.empty((tokens.numel(), 3), dtype=torch.float32, device=tokens.device)
         selected = torch.empty_like(tokens, dtype=torch.uint8)
+    strides, uncond_strides = strides_of(logits, uncond_logits)
     rows = (
-        num_positions, num_tokens, *logits.stride(), *((0, 0, 0) if uncond_logits is None else uncond_logits.stride()),
-        mask_token_id, guidance_scale, noise_scale, inverse_of(temperature),
+        num_positions, num_tokens, *strides, *uncond_strides, mask_token_id, guidance_scale, noise_scale,
+        inverse_of(temperature),
     )  # fmt: skip
     may_forbid = uncond_logits is not None and may_be_negative(guidance_scale)
     state = (history_seed, history_step)
     noisy, is_paper = has_noise(noise_scale), variant == "paper"
-    # as in sample_tokens
-    token_major = num_positions == 1 or all(
-        num_tokens == 1 or half.stride(2) == 1 for half in (logits, uncond_logits) if half is not None
-    )
+    token_major = is_token_major(logits.shape, strides, uncond_strides)
     # 16 positions of 16 bits are a sector; fewer rows wait for each other's races less
     block_positions = 2 if token_major else 16
     with torch.accelerator.device_index(logits.device.index):
-        _compare_kernel[(batch * ceil_div(num_positions, block_positions),)](
+        launch(
+            _compare_kernel, (batch * ceil_div(num_positions, block_positions),),
             divergence, keys, choice, choice_logprob, softmax, history, written.view(torch.uint8), *state, logits,
             uncond_logits, tokens, seed, step, *rows,
             MAY_FORBID=may_forbid, HAS_HISTORY=has_history, IS_PAPER=is_paper, HAS_NOISE=noisy,
@@ -624,7 +625,8 @@ def differential_sample(
         if has_history:
             block_positions = min(max(next_power_of_2(num_positions), 128), _MAX_BLOCK)
             num_warps = min(max(block_positions // 256, 1), 16)
-            _select_kernel[(batch,)](
+            launch(
+                _select_kernel, (batch,),
                 token_ids, logprob, selected, keys, choice, choice_logprob, *state, tokens, seed, step, num_positions,
                 mask_token_id, share, IS_PAPER=is_paper, CHUNK_POSITIONS=min(block_positions, 128 * num_warps),
                 BLOCK_POSITIONS=block_positions, IN_REGISTERS=block_positions >= num_positions, num_warps=num_warps,
@@ -633,7 +635,8 @@ def differential_sample(
         if edits_history:
             block_positions, block_columns = (1, WORD_WIDTH.value) if token_major else (16, 32)
             num_tiles = ceil_div(num_tokens, _TILE_WIDTH.value)
-            _edit_history_kernel[(batch * ceil_div(num_positions, block_positions), num_tiles)](
+            launch(
+                _edit_history_kernel, (batch * ceil_div(num_positions, block_positions), num_tiles),
                 history, softmax, selected, logits, uncond_logits, seed, step, *rows, MAY_FORBID=may_forbid,
                 HAS_NOISE=noisy, BLOCK_POSITIONS=block_positions, BLOCK_COLUMNS=block_columns, num_warps=4,
                 **LAUNCH_OPTIONS,

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mgt_kernels.triton.draws import LAUNCH_OPTIONS, STREAM_CONFIDENCE, gumbel, philox
-from mgt_kernels.triton.launch import next_power_of_2
+from mgt_kernels.triton.launch import launch, next_power_of_2
 from mgt_kernels.triton.scalars import SCALARS, has_noise, load_scalar
 
 # the key of +inf, which known positions have
@@ -138,13 +138,14 @@ def mask_by_confidence(
     batch, num_positions = token_ids.shape
     token_ids, logprob = token_ids.contiguous(), logprob.contiguous()
     mask_len, seed = mask_len.contiguous(), seed.contiguous()
-    tokens = torch.empty(token_ids.shape, dtype=token_ids.dtype, device=token_ids.device)
+    tokens = torch.empty_like(token_ids)
     if tokens.numel() == 0:
         return tokens
     block_positions = min(max(next_power_of_2(num_positions), 128), _MAX_BLOCK)
     num_warps = min(max(block_positions // 256, 1), 16)
     with torch.accelerator.device_index(token_ids.device.index):
-        _mask_by_confidence_kernel[(batch,)](
+        launch(
+            _mask_by_confidence_kernel, (batch,),
             tokens, token_ids, logprob, mask_len, seed, step, num_positions, mask_token_id, temperature,
             HAS_NOISE=has_noise(temperature), CHUNK_POSITIONS=min(block_positions, 128 * num_warps),
             BLOCK_POSITIONS=block_positions, IN_REGISTERS=block_positions >= num_positions, num_warps=num_warps,

@@ -26,7 +26,7 @@ from mgt_kernels.triton.draws import (
     log_f32,
     philox,
 )
-from mgt_kernels.triton.launch import ceil_div, next_power_of_2
+from mgt_kernels.triton.launch import ceil_div, launch, next_power_of_2
 from mgt_kernels.triton.scalars import (
     SCALARS,
     has_noise,
@@ -445,6 +445,17 @@ def _tiles_per_split(num_positions: int, num_tokens: int) -> int:
     return ceil_div(num_tiles, min(ceil_div(_FEW_ROWS, num_positions), _MAX_SPLITS))
 
 
+def strides_of(logits: Tensor, uncond_logits: Tensor | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return what a kernel takes as the strides of both guidance halves."""
+    return logits.stride(), (0, 0, 0) if uncond_logits is None else uncond_logits.stride()
+
+
+def is_token_major(shape: torch.Size, strides: tuple[int, ...], uncond_strides: tuple[int, ...]) -> bool:
+    """Tell whether tokens lie side by side; otherwise positions do, which then share every sector that is read."""
+    _, num_positions, num_tokens = shape
+    return num_positions == 1 or num_tokens == 1 or (strides[2] == 1 and uncond_strides[2] in (0, 1))
+
+
 def sample_tokens(
     logits: Tensor,
     tokens: Tensor,
@@ -463,16 +474,15 @@ def sample_tokens(
     """
     batch, num_positions, num_tokens = logits.shape
     tokens, seed = tokens.contiguous(), seed.contiguous()
-    token_ids = torch.empty(tokens.shape, dtype=tokens.dtype, device=tokens.device)
-    logprob = torch.empty(tokens.shape, dtype=torch.float32, device=tokens.device)
-    if tokens.numel() == 0:
+    token_ids, logprob = torch.empty_like(tokens), torch.empty_like(tokens, dtype=torch.float32)
+    num_rows = batch * num_positions
+    if num_rows == 0:
         return token_ids, logprob
 
     if num_tokens > _NO_TOKEN.value:
         raise ValueError(f"logits: expected at most 2^30 tokens on CUDA, got shape {tuple(logits.shape)}")
-    halves = [logits] if uncond_logits is None else [logits, uncond_logits]
-    # with unit stride over positions, neighbouring positions share every sector that is read
-    token_major = num_positions == 1 or all(num_tokens == 1 or half.stride(2) == 1 for half in halves)
+    strides, uncond_strides = strides_of(logits, uncond_logits)
+    token_major = is_token_major(logits.shape, strides, uncond_strides)
     block_positions, block_columns = (1, WORD_WIDTH.value) if token_major else (16, 32)
     noisy = has_noise(noise_scale)
     # eight columns of a word per thread are 16 bytes in 16 bits; with noise they would spill
@@ -483,20 +493,22 @@ def sample_tokens(
     num_splits = ceil_div(num_tokens, columns_per_split)
     partials = None
     if num_splits > 1:
-        partials = torch.empty((5, tokens.numel(), num_splits), dtype=torch.float32, device=tokens.device)
+        partials = logprob.new_empty((5, num_rows, num_splits))
     with torch.accelerator.device_index(logits.device.index):
-        _sample_tokens_kernel[(batch * ceil_div(num_positions, block_positions), num_splits)](
+        launch(
+            _sample_tokens_kernel, (batch * ceil_div(num_positions, block_positions), num_splits),
             token_ids, logprob, partials, logits, uncond_logits, tokens, seed, step, num_positions, num_tokens,
-            columns_per_split, *logits.stride(), *((0, 0, 0) if uncond_logits is None else uncond_logits.stride()),
-            mask_token_id, guidance_scale, noise_scale, inverse_of(temperature),
+            columns_per_split, *strides, *uncond_strides, mask_token_id, guidance_scale, noise_scale,
+            inverse_of(temperature),
             MAY_FORBID=uncond_logits is not None and may_be_negative(guidance_scale), HAS_NOISE=noisy,
             GREEDY=is_greedy(temperature),
             BLOCK_POSITIONS=block_positions, BLOCK_COLUMNS=block_columns, num_warps=num_warps,
             maxnreg=max_registers, **LAUNCH_OPTIONS,
         )  # fmt: skip
         if partials is not None:
-            _combine_splits_kernel[(ceil_div(tokens.numel(), 32),)](
-                token_ids, logprob, partials, tokens, tokens.numel(), num_splits, mask_token_id,
+            launch(
+                _combine_splits_kernel, (ceil_div(num_rows, 32),),
+                token_ids, logprob, partials, tokens, num_rows, num_splits, mask_token_id,
                 BLOCK_ROWS=32, BLOCK_SPLITS=next_power_of_2(num_splits), num_warps=4, **LAUNCH_OPTIONS,
             )  # fmt: skip
     return token_ids, logprob

@@ -9,8 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# the kernels' names for them; where a pointer points must not decide what is compiled
-SCALARS = ("guidance_scale", "noise_scale", "inverse_temperature", "temperature")
+# the kernels' names for them and for what else is loaded alone: there, where a pointer points does not decide what is
+# compiled, for a step of a schedule or the seed of one sample lies anywhere
+SCALARS = (
+    "guidance_scale", "noise_scale", "inverse_temperature", "temperature", "seed_ptr", "step_ptr", "mask_len_ptr",
+    "history_seed_ptr", "history_step_ptr",
+)  # fmt: skip
 
 # the smallest temperature but 0, as the checks of the ops have it
 _SMALLEST_TEMPERATURE = tl.constexpr(1e-30)

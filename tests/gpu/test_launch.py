@@ -7,6 +7,8 @@ from contextlib import contextmanager
 import driver
 import pytest
 import torch
+import triton
+import triton.language as tl
 from cases import CASES
 from driver import standin_gpu
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -16,6 +18,7 @@ import mgt_kernels
 from mgt_kernels import ops
 from mgt_kernels import triton as kernels
 from mgt_kernels.triton import differential_sample, mask_by_confidence, sample_tokens, w4a8_linear, w4a16_linear
+from mgt_kernels.triton import launch as launching
 
 SPLIT = next(case for case in CASES if case.name == "bf16 split over four programs")
 MASK = next(case for case in CASES if case.name == "N=256 temperature=1.3 digits=3")
@@ -177,3 +180,105 @@ def test_arithmetic_is_exact(case, monkeypatch):
     with pytest.raises(AssertionError):
         for launch in launches_of(*arguments, op=case.op):
             assert_exact_arithmetic(launch.ptx)
+
+
+EXACT = {"enable_fp_fusion": False}
+
+
+@triton.jit(do_not_specialize=["offset", "offset_ptr"])
+def _shift_kernel(y_ptr, x_ptr, bias_ptr, offset_ptr, num_elements, stride, offset, factor, BLOCK: tl.constexpr):  # noqa: N803
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < num_elements
+    x = tl.load(x_ptr + offs * stride, mask=mask)
+    if bias_ptr is not None:
+        x += tl.load(bias_ptr)
+    tl.store(y_ptr + offs, x * factor + offset + tl.load(offset_ptr), mask=mask)
+
+
+def variants() -> list[tuple[tuple, dict]]:
+    """Launches of which each is another variant than the first, but for those that differ from it in a value alone."""
+    x, y, one = torch.arange(80.0), torch.zeros(80), torch.ones(5)
+    plain = dict(y=y, x=x, bias=None, at=one, num=16, stride=2, offset=0, factor=2.0, BLOCK=32, num_warps=1)
+    changes: tuple[dict, ...] = (
+        {}, dict(x=x[4:]), dict(x=x[1:]), dict(y=y[1:]), dict(x=x.half()), dict(bias=one), dict(bias=one[1:]),
+        dict(at=one[1:]), dict(at=one.double()), dict(num=32), dict(num=17), dict(num=1), dict(stride=1),
+        dict(stride=16), dict(num=0), dict(offset=1), dict(offset=16), dict(offset=-5), dict(offset=2**31 - 1),
+        dict(offset=2**31), dict(offset=-(2**31)), dict(offset=-(2**31) - 1), dict(factor=-1.0), dict(BLOCK=64),
+        dict(num_warps=2), dict(num_warps=2, BLOCK=64),
+    )  # fmt: skip
+    launches = []
+    for change in changes:
+        *arguments, block, num_warps = (plain | change).values()
+        launches.append((tuple(arguments), dict(num_warps=num_warps, BLOCK=block, **EXACT)))
+    return launches
+
+
+def test_a_launch_is_tritons():
+    with standin_gpu(80, execute=False) as launches:
+        for arguments, settings in variants():
+            _shift_kernel[(3,)](*arguments, **settings)
+        expected = list(launches)
+        # the first meets every variant anew, the second none
+        for _ in range(2):
+            launches.clear()
+            for arguments, settings in variants():
+                launching.launch(_shift_kernel, (3,), *arguments, **settings)
+            for ours, theirs in zip(launches, expected, strict=True):
+                assert ours.cubin == theirs.cubin and ours.grid == theirs.grid == (3, 1, 1)
+                assert ours.num_warps == theirs.num_warps and ours.stream == theirs.stream
+                for of_ours, of_theirs in ((ours.arguments, theirs.arguments), (ours.constants, theirs.constants)):
+                    assert of_ours.keys() == of_theirs.keys()
+                    for name, value in of_ours.items():
+                        same = torch.equal if isinstance(value, torch.Tensor) else lambda a, b: a == b
+                        assert same(value, of_theirs[name])
+
+
+def test_a_loaded_variant_runs():
+    x, y = torch.arange(64.0), torch.zeros(64)
+    for offset in (3, 5):
+        with standin_gpu(80):
+            launching.launch(
+                _shift_kernel, (2,), y, x, None, torch.ones(1), 64, 1, offset, 2.0, BLOCK=32, num_warps=1, **EXACT
+            )
+        assert torch.equal(y, 2 * x + 1 + offset)
+
+
+def test_profilers_see_a_launch():
+    seen = []
+    x, y = torch.arange(64.0), torch.zeros(64)
+    hook = triton.knobs.runtime.launch_enter_hook
+
+    def enter(metadata):
+        seen.append(metadata.get()["name"])
+
+    original = driver._Launcher.__call__
+
+    def call(self, *arguments):
+        # as the launcher in C does it
+        if arguments[7] is not None:
+            arguments[7](arguments[6])
+        return original(self, *arguments)
+
+    driver._Launcher.__call__ = call
+    hook.add(enter)
+    try:
+        with standin_gpu(80, execute=False):
+            for _ in range(2):
+                launching.launch(_shift_kernel, (2,), y, x, None, x, 64, 1, 3, 2.0, BLOCK=32, num_warps=1, **EXACT)
+    finally:
+        hook.remove(enter)
+        driver._Launcher.__call__ = original
+    assert seen == ["_shift_kernel"] * 2
+
+
+def test_a_capture_loads_nothing(monkeypatch):
+    arguments = SPLIT.make_arguments()
+    launches_of(*arguments)
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert len(launches_of(*arguments)) == 2
+    noisy = (*arguments[:7], 1.25, *arguments[8:])
+    with pytest.raises(RuntimeError, match="_sample_tokens_kernel: expected a variant that is loaded before"):
+        launches_of(*noisy)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert len(launches_of(*noisy)) == 2
