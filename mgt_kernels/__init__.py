@@ -13,6 +13,7 @@ from mgt_kernels.ops import (
     sample_tokens,
 )
 from mgt_kernels.packing import PackedInt4, quantize_int4
+from mgt_kernels.warm_up import warm_up
 
 __all__ = [
     "BACKENDS",
@@ -32,4 +33,5 @@ __all__ = [
     "sample_tokens",
     "w4a8_linear",
     "w4a16_linear",
+    "warm_up",
 ]

@@ -63,7 +63,9 @@ def sample_tokens(
 
     Integers may be Python's or NumPy's, and tensors of any integer dtype. The three scales may be numbers of any kind,
     or 0-dimensional tensors on the CPU or the device of logits: then one compiled graph serves all values, and a CUDA
-    graph reads those on its device anew at each replay (their ranges go unchecked there).
+    graph reads those on its device anew at each replay (their ranges go unchecked there). What is a number, or a tensor
+    on the CPU, when a CUDA graph is captured stays what it was at every replay: with a seed and a step that are ints,
+    each replay draws the same noise.
 
     Args:
         logits: (B, N, V) float32, bfloat16 or float16, with unit stride over V or over N (then read without a copy).
@@ -73,8 +75,8 @@ def sample_tokens(
         mask_token_id: marks masked positions; may lie outside [0, V).
         seed: (B,), a seed per sample, or one integer, with which all samples get the same noise: two samples with
             equal logits get equal tokens.
-        step: index of the decoding step, within [0, 2^32); an integer, or a 0-dimensional tensor, which a CUDA graph
-            reads anew at each replay if it lies on the device of logits.
+        step: index of the decoding step, within [0, 2^32); an integer, which a CUDA graph keeps, or a 0-dimensional
+            tensor, which it reads anew at each replay if that lies on the device of logits.
         uncond_logits: (B, N, V) of the same dtype and device, or None for no guidance.
         guidance_scale: finite.
         noise_scale: standard deviation of the Gaussian logit noise, >= 0 (arXiv 2411.10781, noise regularization).
@@ -176,7 +178,7 @@ def differential_sample(
         mask_token_id: marks masked positions; may lie outside [0, V).
         seed: (B,), or one integer, with which all samples get the same noise; the same at all steps of a generation.
         step: index of the decoding step, within [0, 2^32), one more than the state's; an integer or a 0-dimensional
-            tensor.
+            tensor. A CUDA graph keeps an integer, and so ends the generation at its second replay.
         share: of the positions that are drawn from w, within [0, 1]; 0 gives `sample_tokens`' results.
         variant: "paper" or "official".
         uncond_logits: (B, N, V) of the same dtype and device, or None for no guidance.
@@ -271,7 +273,8 @@ def mask_by_confidence(
         mask_token_id: what masked positions hold.
         temperature: of the confidence noise, finite and >= 0; a number or a 0-dimensional tensor.
         seed: (B,), or one integer, with which all samples get the same noise.
-        step: index of the decoding step, within [0, 2^32); an integer or a 0-dimensional tensor.
+        step: index of the decoding step, within [0, 2^32); an integer, which a CUDA graph keeps, or a 0-dimensional
+            tensor.
         backend: as for `sample_tokens`.
 
     Returns:
@@ -330,7 +333,8 @@ def remask_tokens(
             and a bad row ranks lowest.)
         mask_token_id: what masked positions hold.
         seed: (B,), or one integer, with which all samples get the same noise; variant "random" alone draws.
-        step: index of the decoding step, within [0, 2^32); an integer or a 0-dimensional tensor.
+        step: index of the decoding step, within [0, 2^32); an integer, which a CUDA graph keeps, or a 0-dimensional
+            tensor.
         variant: "paper", "official" or "random".
         uncond_logits: (B, N, V) of the same dtype and device, or None for no guidance.
         guidance_scale: finite, the paper's inversion guidance; a number or a 0-dimensional tensor.

@@ -279,6 +279,7 @@ FLOORS = {
     "mgt_sampler.tables": 6,
     "mgt_sampler.tensor_file": 7,
     "mgt_sampler.techniques": 7,
+    "mgt_sampler.graphs": 7,
     "mgt_sampler.sampling": 8,
     "mgt_sampler.models": 9,
     "mgt_sampler.scheduler": 9,

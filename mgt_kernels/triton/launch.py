@@ -62,7 +62,7 @@ def launch(kernel: JITFunction, grid: tuple[int, ...], *arguments: Any, **settin
     if torch.backends.cuda.is_built() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f"{kernel.__name__}: expected a variant that is loaded before the capture of a CUDA graph, got a first "
-            "launch within it; run the step once before the capture"
+            "launch within it; call mgt_kernels.warm_up, or run the step once, before the capture"
         )
     compiled = kernel[grid](*arguments, **settings)
     _LOADED[variant] = compiled, tuple(settings[name] for name in kernel.arg_names[len(arguments) :])

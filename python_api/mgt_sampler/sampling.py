@@ -14,7 +14,8 @@ from tqdm.auto import tqdm
 from mgt_kernels import mask_by_confidence
 from mgt_kernels.checks import check_backend
 
-from .arguments import integer, kind
+from .arguments import integer, is_bool, kind
+from .graphs import GraphedSteps, Schedules, check_graphs
 from .schedules import (
     MaskSchedule,
     ValueSchedule,
@@ -96,6 +97,7 @@ def generate(
     callback: Callback | None = None,
     progress: bool = True,
     backend: str = "auto",
+    cuda_graph: bool = False,
 ) -> GenerateOutput:
     """Draw images from a masked generative transformer in T steps.
 
@@ -141,6 +143,12 @@ def generate(
         callback: called with a `SamplerStep` after every draw, whose tensors are its own to keep and to change.
         progress: show a progress bar.
         backend: of `mgt_kernels`: "auto", "reference", "triton" or an instruction set, as `sample_tokens` takes it.
+        cuda_graph: capture a step, the model's part with the sampler's, as a CUDA graph, and replay it: small models
+            wait for the host otherwise. The first step of each kind runs as ever, the next is captured, those after it
+            are replayed; kinds differ in which halves guidance asks for, in whether there is noise, and with
+            `differential` the first step is one of its own. The images are the same to the bit. `predict_logits` must
+            be what a graph can hold: the same kernels at each step, nothing that waits for the device or copies from
+            the host, no graphs of its own. Not with z_sampling, momentum and skip.
 
     Returns:
         The tokens, the images, each sample's seed and the number of model calls. Where nothing is masked at the start
@@ -160,6 +168,8 @@ def generate(
     for name, given, expected in (("differential", differential, Differential), ("z_sampling", z_sampling, ZSampling)):
         if not (given is None or isinstance(given, expected)):
             raise TypeError(f"{name}: expected a {expected.__name__} or None, got {kind(given)}")
+    if not is_bool(cuda_graph):
+        raise TypeError(f"cuda_graph: expected a bool, got {kind(cuda_graph)}")
     if not (callback is None or callable(callback)):
         raise TypeError(f"callback: expected a function or None, got {kind(callback)}")
     num_inference_steps = check_num_inference_steps(num_inference_steps)
@@ -210,10 +220,26 @@ def generate(
         return extrapolation.logits(momenta[k]), None, 1.0
 
     sampler = TokenSampler(mask_token_id, differential, backend)
+    graphed = None
+    if cuda_graph:
+        check_graphs(device)
+        if z_sampling is not None or extrapolation is not None:
+            raise ValueError("cuda_graph: expected False with z_sampling, momentum or skip, got True")
+        schedules = Schedules(guidance_scales, noise_scales, token_temperatures, temperatures, ratios)
+        graphed = GraphedSteps(predictor, sampler, tokens, seeds, schedules)
     keep = tokens != mask_token_id
     num_masked_at_start = (~keep).sum(-1).float()
     num_draws = 0
     for k in tqdm(range(num_inference_steps if anything_masked else 0), desc="sampling", disable=not progress):
+        if graphed is not None:
+            (token_ids, logprob, divergence), replayed = graphed.take(k)
+            predictor.num_calls += replayed * (1 if guidance_scales[k] in (0, 1) else 2)
+            if callback is not None:
+                # the next step writes over them
+                kept = None if divergence is None else divergence.clone()
+                mask = tokens == mask_token_id
+                callback(SamplerStep(k, k, token_ids.clone(), logprob.clone(), mask, kept))
+            continue
         num_masked = (tokens == mask_token_id).sum(-1)
         for second in (False, True) if k in zigzag else (False,):
             if second and z_sampling is not None:

@@ -1,0 +1,100 @@
+"""Compiling and loading, before the first step, what a generation on CUDA will launch."""
+
+from collections.abc import Callable, Hashable, Sequence
+from itertools import product
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from mgt_kernels.ops import DifferentialState, differential_sample, mask_by_confidence, sample_tokens
+
+Values: TypeAlias = float | Tensor | Sequence[float | Tensor]
+
+
+@torch.no_grad()
+def warm_up(
+    logits: Tensor,
+    tokens: Tensor,
+    *,
+    mask_token_id: int,
+    uncond_logits: Tensor | None = None,
+    guidance_scale: Values = 1.0,
+    noise_scale: Values = 0.0,
+    temperature: Values = 1.0,
+    confidence_temperature: Values = (1.0, 0.0),
+    variant: str | None = None,
+    aliased_history: bool = False,
+) -> None:
+    """Run the ops of a step once in every variant that a generation meets, so that no later step compiles or loads one.
+
+    On CUDA a kernel is compiled when a variant of it is first launched, which takes seconds, and loaded, which the
+    capture of a CUDA graph forbids. A variant depends on the dtype, shape, strides and alignment of the logits, on
+    whether there is an unguided half, on whether guidance may be negative, on whether noise and temperatures are 0, and
+    on which scalars are tensors; it does not depend on the number of samples, the seeds, the step and the values
+    themselves. So give logits and tokens as the model and the loop make them, and of each scalar all values that the
+    generation will take, or some that stand for them: `noise_scale=(1.0, 0.0)` for noise that ends early.
+
+    The results are thrown away, and nothing that is given is written to. Where the guidance scale passes 0 or 1,
+    which spare the loop one of the halves, the steps with one half are run too. `remask_tokens` draws
+    at temperature 0 without noise, and masks at confidence temperature 0. On the CPU nothing is compiled.
+
+    Args:
+        logits: (B, N, V), as for `sample_tokens`; the values matter as little as B.
+        tokens: (B, N) int64.
+        mask_token_id: marks masked positions.
+        uncond_logits: (B, N, V) of the same dtype and device, or None for no guidance.
+        guidance_scale: a number or a 0-dimensional tensor, or several, as the next three.
+        noise_scale: of the logits.
+        temperature: of the draw of a token.
+        confidence_temperature: of `mask_by_confidence`.
+        variant: "paper" or "official", for generations by `differential_sample`; None for `sample_tokens`.
+        aliased_history: as for `differential_sample`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as the ops raise them.
+    """
+    guidance_scales, noise_scales, temperatures, confidence_temperatures = (
+        [given] if isinstance(given, Tensor) or not isinstance(given, Sequence) else list(given)
+        for given in (guidance_scale, noise_scale, temperature, confidence_temperature)
+    )
+    guided: list[tuple[Tensor | None, float | Tensor]] = [
+        (uncond_logits, scale) for scale in _kinds(guidance_scales, lambda x: x < 0)
+    ]
+    if uncond_logits is not None and any(not isinstance(x, Tensor) and x in (0, 1) for x in guidance_scales):
+        guided.append((None, 1.0))
+    seed = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
+    mask_len = torch.zeros_like(seed)
+    for (uncond, guidance), noise, draw_temperature in product(
+        guided, _kinds(noise_scales, _is_zero), _kinds(temperatures, _is_zero)
+    ):
+        options: dict[str, Any] = dict(
+            mask_token_id=mask_token_id, seed=seed, uncond_logits=uncond, guidance_scale=guidance, noise_scale=noise,
+            temperature=draw_temperature,
+        )  # fmt: skip
+        if variant is None:
+            sample_tokens(logits, tokens, step=0, **options)
+            continue
+        state: DifferentialState | None = None
+        for step in range(2):
+            *_, state = differential_sample(
+                logits, tokens, state, step=step, variant=variant, aliased_history=aliased_history, **options
+            )
+    logprob = torch.zeros(tokens.shape, dtype=torch.float32, device=tokens.device)
+    for masking_temperature in _kinds(confidence_temperatures, _is_zero):
+        mask_by_confidence(
+            tokens, logprob, mask_len, mask_token_id=mask_token_id, temperature=masking_temperature, seed=seed, step=0
+        )
+
+
+def _is_zero(value: float) -> bool:
+    # as float32, which is what the kernels get
+    return value <= 2.0**-150
+
+
+def _kinds(values: Sequence[float | Tensor], kind: Callable[[float], bool]) -> list[float | Tensor]:
+    """Return one value of each kind: a tensor of each dtype, and numbers for which `kind` differs."""
+    found: dict[Hashable, float | Tensor] = {}
+    for value in values:
+        found.setdefault(value.dtype if isinstance(value, Tensor) else kind(value), value)
+    return list(found.values())
