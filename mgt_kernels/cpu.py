@@ -330,6 +330,8 @@ def int4_linear(
     stride = num_inputs if num_rows == 1 else x.stride(0)
     if x_scale is not None:
         x_scale = x_scale.contiguous()
+    if bias is not None:
+        bias = bias.float()
     weight = w_q.data_ptr(), scale.data_ptr(), _DTYPES[scale.dtype], zero_point.data_ptr(), group_size
     status, row = _C.int4_linear(
         a8, ISAS.index(isa), *_threads(), shape, dtype, x.data_ptr(), stride, weight,

@@ -77,7 +77,9 @@ def w4a8_linear(
     return y if x.ndim == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
-def w4a16_linear(x: Tensor, weight: PackedInt4, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
+def w4a16_linear(
+    x: Tensor, weight: PackedInt4, bias: Tensor | None = None, *, batch_invariant: bool = True, backend: str = "auto"
+) -> Tensor:
     r"""Multiply by a 4-bit matrix in bfloat16, accumulating in float32.
 
     With w_q, zero_point, scale and groups g as in `PackedInt4`, for each row m of x and output n::
@@ -85,12 +87,21 @@ def w4a16_linear(x: Tensor, weight: PackedInt4, bias: Tensor | None = None, *, b
         y[m, n] = sum_k bfloat16(x[m, k]) bfloat16((w_q[n, k] - zero_point[n, g]) scale[n, g]) + bias[n]
 
     Both operands are rounded on every backend, so all compute the same but for the order and rounding of the float32
-    sums. On one instruction set a row's result depends on nothing but the row.
+    sums. On one instruction set, and on one CUDA device, a row's sums are added in an order that depends on nothing but
+    K and the group size. With batch_invariant=False a CUDA device may choose it by the number M of rows, too::
+
+        M <= 16, few outputs, many inputs    parts of K by several programs, their sums added in order
+        M from a limit of the device on      the weights become bfloat16 in memory once, torch.mm multiplies
+
+    The limit is 512 to 2,304 rows by the device's compute capability; it is computed from counts of instructions, not
+    measured. torch.mm adds as PyTorch's own layers do: in an order that cuBLAS chooses, for bfloat16 results in parts
+    that are bfloat16 where torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction is on.
 
     Args:
         x: (..., K) float32 or bfloat16, finite, below 3.39e38.
         weight: (N, K), from `quantize_int4`, on the device of x.
-        bias: (N,) float32, bfloat16 or float16, or None.
+        bias: (N,) float32, bfloat16 or float16, or None. In the dtype of x it takes torch.mm no pass of its own.
+        batch_invariant: whether a row's result must not depend on how many rows there are. On a CPU it never does.
         backend: as for `w4a8_linear`.
 
     Returns:
@@ -100,15 +111,18 @@ def w4a16_linear(x: Tensor, weight: PackedInt4, bias: Tensor | None = None, *, b
         TypeError: if an argument has the wrong type or dtype.
         ValueError: if a shape or device is wrong, or a row of x holds NaN or inf, or rounds to inf (the message names
             it; on CUDA, where raising would wait for the device, such a row of y is NaN, and so is a sum that
-            overflows).
+            overflows; from torch.mm either may be infinite, too).
         RuntimeError: if the backend asked for is not available.
 
     Source: W4A16 of secondary calibration quantization, arXiv 2411.10781.
     """
     rows, bias = _check_linear(x, weight, bias)
+    if not isinstance(batch_invariant, bool):
+        raise TypeError(f"batch_invariant: expected a bool, got {type(batch_invariant).__name__}")
     y = _call_w4a16_linear(
-        rows, weight.w_q, weight.scale, weight.zero_point, weight.group_size, bias, check_backend(backend, x.device)
-    )
+        rows, weight.w_q, weight.scale, weight.zero_point, weight.group_size, bias, batch_invariant,
+        check_backend(backend, x.device),
+    )  # fmt: skip
     return y if x.ndim == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -130,7 +144,7 @@ def _check_linear(x: Tensor, weight: PackedInt4, bias: Tensor | None) -> tuple[T
     if bias is not None:
         check_tensor("bias", bias, 1, _BIAS_DTYPES, x.device)
         check_shape("bias", bias, (num_outputs,))
-        bias = bias.float().contiguous()
+        bias = bias.contiguous()
     return rows, bias
 
 
@@ -158,7 +172,14 @@ def _reference_w4a8_linear(
 
 
 def _reference_w4a16_linear(
-    x: Tensor, w_q: Tensor, scale: Tensor, zero_point: Tensor, group_size: int, bias: Tensor | None, backend: str
+    x: Tensor,
+    w_q: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    group_size: int,
+    bias: Tensor | None,
+    batch_invariant: bool,
+    backend: str,
 ) -> Tensor:
     if x.device.type == "cpu":
         _check_rows(x, x.bfloat16())
@@ -191,7 +212,9 @@ def _cpu_w4a8_linear(x, w_q, scale, zero_point, group_size, x_scale, bias, isa):
     return cpu.int4_linear(True, x, w_q, scale, zero_point, group_size, x_scale, bias, isa)
 
 
-def _cpu_w4a16_linear(x, w_q, scale, zero_point, group_size, bias, isa):  # type: ignore[no-untyped-def]
+def _cpu_w4a16_linear(  # type: ignore[no-untyped-def]
+    x, w_q, scale, zero_point, group_size, bias, batch_invariant, isa
+):
     return cpu.int4_linear(False, x, w_q, scale, zero_point, group_size, None, bias, isa)
 
 

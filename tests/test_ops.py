@@ -118,7 +118,7 @@ def test_linear_layers_pass_opcheck(layout, path):
     weight = mgt_kernels.quantize_int4(torch.randn(9, 40), 32)
     (x,) = in_layout(layout, torch.randn(4, 40))
     arguments = (x, weight.w_q, weight.scale, weight.zero_point, 32)
-    check_op("w4a16_linear", *arguments, torch.randn(9), path)
+    check_op("w4a16_linear", *arguments, torch.randn(9), True, path)
     check_op("w4a8_linear", *arguments, torch.tensor([0.05, 0.1]), None, path)
 
 

@@ -81,6 +81,7 @@ def test_the_comparison_can_fail():
         (dict(weight=None), TypeError, "weight: expected a PackedInt4"),
         (dict(bias=torch.zeros(1, 20)), ValueError, "bias: expected 1 dimensions"),
         (dict(backend="bf16"), ValueError, "backend: expected one of"),
+        (dict(batch_invariant=0), TypeError, "batch_invariant: expected a bool, got int"),
     ],
 )
 def test_bad_arguments_are_named(change, error, words):

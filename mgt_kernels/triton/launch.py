@@ -83,3 +83,14 @@ def laid_out(x: Tensor, *others: Tensor | None) -> list[Any]:
     """Return the tensors of a linear layer as its kernels assume them: each row of x dense, the others contiguous."""
     rows = x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
     return [rows, *(None if tensor is None else tensor.contiguous() for tensor in others)]
+
+
+# one warp for each scheduler of an A100, the fewest there are among the GPUs that the layers were made for
+_PROGRAMS = 4 * 108
+# steps that take about as long as a second launch: 0.25 to 0.3 us each, the latency of DRAM, against 2 us
+_STEPS = 8
+
+
+def splits_for(num_programs: int, num_steps: int) -> int:
+    """Return among how many programs to divide the loop of each, where there are too few to keep a GPU busy."""
+    return max(min(_PROGRAMS // num_programs, num_steps // _STEPS), 1)

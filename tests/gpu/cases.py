@@ -564,20 +564,24 @@ def w4a16_linear_case(
     *,
     dtype: torch.dtype = torch.bfloat16,
     scale_dtype: torch.dtype = torch.float16,
-    has_bias: bool = True,
+    bias_dtype: torch.dtype | None = torch.float32,
+    batch_invariant: bool = True,
     edit: Callable[[Linear], Linear] = lambda arguments: arguments,
     lost: tuple[int, ...] = (),
 ) -> Case:
-    """Make a case of random numbers; `lost` rows come out as NaN."""
+    """Make a case of random numbers, without a bias where its dtype is None; `lost` rows come out as NaN."""
 
     def make_arguments() -> tuple:
         x, weight, bias = linear_inputs(num_rows, num_outputs, num_inputs, group_size, dtype, scale_dtype)
         linear = edit(Linear(x, weight.w_q, weight.scale, weight.zero_point, group_size, None, bias))
         weight = linear.weight
-        return linear.x, weight.w_q, weight.scale, weight.zero_point, group_size, bias if has_bias else None
+        return (
+            linear.x, weight.w_q, weight.scale, weight.zero_point, group_size,
+            None if bias_dtype is None else bias.to(bias_dtype), batch_invariant,
+        )  # fmt: skip
 
     def linear_of(
-        x: Tensor, w_q: Tensor, scale: Tensor, zero_point: Tensor, group_size: int, bias: Tensor | None
+        x: Tensor, w_q: Tensor, scale: Tensor, zero_point: Tensor, group_size: int, bias: Tensor | None, _: bool
     ) -> Linear:
         return Linear(x, w_q, scale, zero_point, group_size, None, bias)
 
@@ -595,7 +599,7 @@ def w4a16_linear_case(
         x, weight = linear.x[kept].bfloat16().float(), linear.weight.dequantize(torch.bfloat16).float()
         exact, truncated = x.double() @ weight.double().T, truncating_product(x, weight)
         # in another order, or by wider steps, the largest of a few errors has been 2.2 times as large
-        naive = exact + 3 * (truncated - exact) + (0 if linear.bias is None else linear.bias)
+        naive = exact + 3 * (truncated - exact) + (0 if linear.bias is None else linear.bias.float())
         assert_no_worse_than_naive(outputs[0][kept], expected[0][kept], naive.to(linear.x.dtype))
 
     return Case("w4a16_linear", name, make_arguments, expected, check)
@@ -670,7 +674,7 @@ def bad_activations(linear: Linear) -> Linear:
     return replace(linear, x=x)
 
 
-FP32, FP16 = torch.float32, torch.float16
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 MANY_ROWS: dict[str, Any] = dict(batch=1, num_positions=5000, known_share=0.0, check=check_ids)
 
 CASES = [
@@ -744,6 +748,8 @@ CASES = [
     w4a8_linear_case("w4a8 fp32, groups of 32", 33, 40, 224, 32, dtype=FP32, edit=rows_apart),
     w4a8_linear_case("w4a8 fp32, few rows, groups of 64, odd", 7, 19, 333, 64, dtype=FP32, num_scales=7),
     w4a8_linear_case("w4a8 bf16, groups of 96", 20, 30, 450, 96, has_bias=False),
+    w4a8_linear_case("w4a8 bf16, split", 5, 33, 2100, num_scales=5),
+    w4a8_linear_case("w4a8 fp32, a row, split, groups of 32", 1, 72, 990, 32, dtype=FP32, has_bias=False),
     w4a8_linear_case("w4a8 fp32, groups of 256, an input past one", 18, 24, 257, 256, dtype=FP32, scale_dtype=FP32),
     w4a8_linear_case("w4a8 fp32, an input", 3, 5, 1, 32, dtype=FP32, has_bias=False),
     w4a8_linear_case("w4a8 fp32, the largest sums", 66, 16, 1024, dtype=FP32, edit=worst_sums),
@@ -756,8 +762,16 @@ CASES = [
     w4a16_linear_case("w4a16 fp32, a row, odd", 1, 33, 1000, dtype=FP32, scale_dtype=FP32),
     w4a16_linear_case("w4a16 fp32, groups of 32", 33, 40, 224, 32, dtype=FP32, edit=rows_apart),
     w4a16_linear_case("w4a16 fp32, few rows, groups of 64, odd", 7, 19, 333, 64, dtype=FP32),
-    w4a16_linear_case("w4a16 bf16, groups of 96", 20, 30, 450, 96, has_bias=False),
-    w4a16_linear_case("w4a16 fp32, an input", 3, 5, 1, 32, dtype=FP32, has_bias=False),
+    w4a16_linear_case("w4a16 bf16, groups of 96", 20, 30, 450, 96, bias_dtype=None),
+    w4a16_linear_case("w4a16 fp32, an input", 3, 5, 1, 32, dtype=FP32, bias_dtype=None),
+    w4a16_linear_case("w4a16 bf16, split", 5, 33, 2100, batch_invariant=False, bias_dtype=BF16),
+    w4a16_linear_case("w4a16 fp32, a row, split, groups of 32", 1, 72, 1000, 32, dtype=FP32, bias_dtype=None,
+                      batch_invariant=False),
+    w4a16_linear_case("w4a16 bf16, dequantized", 1030, 72, 576, batch_invariant=False, bias_dtype=BF16),
+    w4a16_linear_case("w4a16 bf16, dequantized, groups of 96, a bias of float32", 1024, 40, 450, 96,
+                      batch_invariant=False),
+    w4a16_linear_case("w4a16 fp32, dequantized, groups of 32, odd", 1024, 19, 333, 32, dtype=FP32,
+                      batch_invariant=False),
     w4a16_linear_case("w4a16 fp32, bad rows", 20, 16, 128, dtype=FP32, edit=bad_activations, lost=(3, 4, 5, 6)),
 ]  # fmt: skip
 

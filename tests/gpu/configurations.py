@@ -29,10 +29,7 @@ _BYTES_PER_SPLIT = 5 * 4
 # token, key, choice, its log-probability, divergence and whether the history is written
 _BYTES_PER_DIFFERENCE = 8 + 8 + 4 + 4 + 4 + 1
 
-# an int4 linear layer: nibbles, scales in float16, zero points and a bias in float32
-_NUM_INPUTS, _NUM_OUTPUTS, _GROUP_SIZE = 1024, 4096, 128
-_NUM_GROUPS = _NUM_INPUTS // _GROUP_SIZE
-_WEIGHT_BYTES = _NUM_OUTPUTS * (_NUM_INPUTS // 2 + _NUM_GROUPS * (2 + 1) + 4)
+_GROUP_SIZE = 128
 
 # from a loop's counts, the elements that a warp goes through and the warps of a program: how often the loop runs
 Iterations = Callable[[sass.Counts, float, int], float]
@@ -255,50 +252,91 @@ def _differential_sample(
     )
 
 
-def _w4a8_linear(num_rows: int, *, reason: str = "") -> Configuration:
+def _w4a8_linear(
+    num_rows: int, num_inputs: int = 1024, num_outputs: int = 4096, *, num_splits: int = 1, reason: str = ""
+) -> Configuration:
     """Describe a layer; an element is a byte that a kernel's main loop loads."""
+    num_groups = num_inputs // _GROUP_SIZE
 
     def launch() -> None:
-        x, w_q, scale, zero_point, bias = _linear_layer(num_rows)
+        x, w_q, scale, zero_point, bias = _linear_layer(num_rows, num_inputs, num_outputs)
         kernels.w4a8_linear(x, w_q, scale, zero_point, _GROUP_SIZE, None, bias)
 
     def quantized_bytes(launches: list[driver.Launch]) -> int:
-        return num_rows * _NUM_INPUTS * (2 + 1)
+        return num_rows * num_inputs * (2 + 1)
+
+    # of all groups, float32; they stay in the L2
+    sum_bytes = num_rows * num_groups * num_outputs * 4
 
     def linear_bytes(launches: list[driver.Launch]) -> int:
         # activations, their sums, their scales, outputs
-        return _WEIGHT_BYTES + num_rows * (_NUM_INPUTS + _NUM_GROUPS * 4 + 4 + _NUM_OUTPUTS * 2)
+        activations = num_rows * (num_inputs + num_groups * 4 + 4)
+        outputs = num_rows * num_outputs * 2 if num_splits == 1 else sum_bytes
+        return _weight_bytes(num_inputs, num_outputs) + activations + outputs
 
     quantize = Case("_quantize_rows_kernel", (loads(2), loads(2)), quantized_bytes, _FEW_ROWS)
-    linear = Case("_w4a8_linear_kernel", (times(_NUM_GROUPS),), linear_bytes, reason)
-    return Configuration("w4a8_linear", _rows(num_rows), launch, num_rows * _NUM_INPUTS, 1, (quantize, linear))
+    linear = Case("_w4a8_linear_kernel", (times(num_groups // num_splits),), linear_bytes, reason)
+    cases = [quantize, linear]
+    if num_splits > 1:
+        # four groups at a time, then the others
+        loops = (times(num_groups // 4), never)
+        cases.append(Case("_add_groups_kernel", loops, lambda launches: sum_bytes, _FEW_ROWS))
+    name = _rows(num_rows) + (", split" if num_splits > 1 else "")
+    return Configuration("w4a8_linear", name, launch, num_rows * num_inputs, 1, tuple(cases))
 
 
-def _w4a16_linear(num_rows: int, *, reason: str = "") -> Configuration:
-    """Describe a layer; an element is a byte that the main loop loads."""
+def _w4a16_linear(
+    num_rows: int, num_inputs: int = 1024, num_outputs: int = 4096, *, num_splits: int = 1, reason: str = ""
+) -> Configuration:
+    """Describe a layer, one that need not be batch-invariant where it is split; elements as in a W4A8 one."""
 
     def launch() -> None:
-        x, w_q, scale, zero_point, bias = _linear_layer(num_rows)
-        kernels.w4a16_linear(x, w_q, scale, zero_point, _GROUP_SIZE, bias)
+        x, w_q, scale, zero_point, bias = _linear_layer(num_rows, num_inputs, num_outputs)
+        kernels.w4a16_linear(x, w_q, scale, zero_point, _GROUP_SIZE, bias, num_splits == 1)
+
+    sum_bytes = num_splits * num_rows * num_outputs * 4
 
     def dram_bytes(launches: list[driver.Launch]) -> int:
-        return _WEIGHT_BYTES + num_rows * (_NUM_INPUTS + _NUM_OUTPUTS) * 2
+        outputs = num_rows * num_outputs * 2 if num_splits == 1 else sum_bytes
+        return _weight_bytes(num_inputs, num_outputs) + num_rows * num_inputs * 2 + outputs
 
-    linear = Case("_w4a16_linear_kernel", (times(_NUM_GROUPS),), dram_bytes, reason)
-    return Configuration("w4a16_linear", _rows(num_rows), launch, num_rows * _NUM_INPUTS, 1, (linear,))
+    cases = [Case("_w4a16_linear_kernel", (times(num_inputs // _GROUP_SIZE // num_splits),), dram_bytes, reason)]
+    if num_splits > 1:
+        cases.append(Case("_add_splits_kernel", (), lambda launches: sum_bytes, _FEW_ROWS))
+    name = _rows(num_rows) + (", split" if num_splits > 1 else "")
+    return Configuration("w4a16_linear", name, launch, num_rows * num_inputs, 1, tuple(cases))
+
+
+def _dequantize(num_inputs: int = 1024, num_outputs: int = 4096) -> Configuration:
+    """Describe what a layer of many rows does before PyTorch multiplies; an element is a byte of nibbles."""
+
+    def launch() -> None:
+        x, w_q, scale, zero_point, _ = _linear_layer(4096, num_inputs, num_outputs)
+        kernels.w4a16_linear(x, w_q, scale, zero_point, _GROUP_SIZE, None, False)
+
+    def dram_bytes(launches: list[driver.Launch]) -> int:
+        return _weight_bytes(num_inputs, num_outputs) + num_outputs * num_inputs * 2
+
+    case = Case("_dequantize_kernel", (), dram_bytes)
+    return Configuration("w4a16_linear", "dequantized", launch, num_outputs * num_inputs // 2, 1, (case,))
 
 
 def _rows(num_rows: int) -> str:
     return f"bf16, {num_rows} rows"
 
 
-def _linear_layer(num_rows: int) -> tuple[Tensor, ...]:
+def _weight_bytes(num_inputs: int, num_outputs: int) -> int:
+    """Count nibbles, scales in float16, zero points and a bias in float32."""
+    return num_outputs * (num_inputs // 2 + num_inputs // _GROUP_SIZE * (2 + 1) + 4)
+
+
+def _linear_layer(num_rows: int, num_inputs: int, num_outputs: int) -> tuple[Tensor, ...]:
     return (
-        torch.empty(num_rows, _NUM_INPUTS, dtype=torch.bfloat16),
-        torch.empty(_NUM_OUTPUTS, _NUM_INPUTS // 2, dtype=torch.uint8),
-        torch.empty(_NUM_OUTPUTS, _NUM_GROUPS, dtype=torch.float16),
-        torch.empty(_NUM_OUTPUTS, _NUM_GROUPS, dtype=torch.uint8),
-        torch.empty(_NUM_OUTPUTS),
+        torch.empty(num_rows, num_inputs, dtype=torch.bfloat16),
+        torch.empty(num_outputs, num_inputs // 2, dtype=torch.uint8),
+        torch.empty(num_outputs, num_inputs // _GROUP_SIZE, dtype=torch.float16),
+        torch.empty(num_outputs, num_inputs // _GROUP_SIZE, dtype=torch.uint8),
+        torch.empty(num_outputs),
     )
 
 
@@ -332,6 +370,9 @@ CONFIGURATIONS = (
     _mask_by_confidence(16384),
     _w4a8_linear(4096, reason=_GROUPS),
     _w4a8_linear(16),
+    _w4a8_linear(16, 4096, 1024, num_splits=4),
     _w4a16_linear(4096),
     _w4a16_linear(16, reason=_UNSHARED),
+    _w4a16_linear(16, 4096, 1024, num_splits=4, reason=_UNSHARED),
+    _dequantize(),
 )

@@ -274,11 +274,19 @@ def standin_gpu(
         raise ValueError("the emulator knows no PTX past sm_90: execute must be False")
     driver = StandinDriver(capability, _Settings(execute, approx_ulp, edit_ptx, check_races))
     config = triton.runtime.driver
-    previous, previous_load = config._active, CompiledKernel._init_handles
+    previous, previous_load, mm = config._active, CompiledKernel._init_handles, torch.mm
+
+    def mm_of_a_gpu(a: torch.Tensor, b: torch.Tensor, *, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+        dtype = out_dtype or a.dtype
+        return mm(a.to(dtype), b.to(dtype)) if execute else a.new_empty(len(a), b.shape[1], dtype=dtype)
+
     config.set_active(driver)
     CompiledKernel._init_handles = _load_with_ptx
+    # the CPU's has no out_dtype
+    torch.mm = mm_of_a_gpu  # type: ignore[assignment]
     try:
         yield driver.launches
     finally:
+        torch.mm = mm
         config._active = previous
         CompiledKernel._init_handles = previous_load

@@ -12,6 +12,7 @@ from mgt_kernels import ops
 from mgt_kernels import triton as kernels
 from mgt_kernels.reference.differential_sample import select_rows
 
+EMPTY = torch.empty
 MANY = [case for case in CASES if "many" in case.name]
 
 
@@ -178,12 +179,15 @@ def test_re_masking_is_made_of_these_kernels(capability, variant, monkeypatch):
 @pytest.mark.parametrize(
     "name", ["w4a8 bf16, groups of 128", "w4a8 fp32, few rows, groups of 64, odd", "w4a8 bf16, groups of 96"]
 )
-def test_activations_and_their_sums_are_the_references(name, capability):
+def test_activations_and_their_sums_are_the_references(name, capability, monkeypatch):
     arguments = case_named(name).make_arguments()
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: EMPTY(*size, **options).fill_(99))
     with standin_gpu(capability) as launches:
         case_named(name).run(arguments)
     linear, (num_rows, num_inputs) = Linear(*arguments), arguments[0].shape
-    x_q, x_sum = (launches[0].arguments[key] for key in ("x_q_ptr", "x_sum_ptr"))
+    x_q, x_sum, row_scale = (launches[0].arguments[key] for key in ("x_q_ptr", "x_sum_ptr", "row_scale_ptr"))
+    # what pads the rows is read by the next kernel
+    assert not x_q[num_rows:].any() and not x_sum[:, num_rows:].any() and not (row_scale[num_rows:] == 99).any()
     # from the planes of the nibbles to the order of the inputs
     x_q = x_q[:num_rows].view(num_rows, 2, -1, 32).transpose(1, 2).reshape(num_rows, -1)
     assert torch.equal(x_q[:, :num_inputs], linear.x_q) and not x_q[:, num_inputs:].any()
@@ -235,6 +239,43 @@ def test_a_product_that_tensor_cores_would_not_make_turns_it_red():
         with pytest.raises(AssertionError, match="exceeds the naive chain's"):
             case.check(arguments, expected, ((y + linear.bias).float(),))
     case.check(arguments, expected, ((x @ weight.T + linear.bias).float(),))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "w4a16 bf16, dequantized",
+        "w4a16 bf16, dequantized, groups of 96, a bias of float32",
+        "w4a16 fp32, dequantized, groups of 32, odd",
+    ],
+)
+def test_dequantized_weights_are_the_references(name):
+    arguments = case_named(name).make_arguments()
+    expected = Linear(*arguments[:5], None, None).weight.dequantize(torch.bfloat16)
+    with standin_gpu(80) as launches:
+        case_named(name).run(arguments)
+    assert torch.equal(launches[0].arguments["weight_ptr"][:, : expected.shape[1]], expected)
+
+
+@pytest.mark.parametrize("capability, limit", [(80, 512), (90, 1024)])
+def test_rows_choose_the_product_where_that_is_allowed(capability, limit):
+    x, *rest, _ = case_named("w4a16 bf16, groups of 128").make_arguments()
+    x = x[:1].expand(limit + 1, -1).contiguous()
+    with standin_gpu(capability, execute=False) as launches:
+        for num_rows, batch_invariant in ((limit - 1, False), (limit, False), (limit + 1, True)):
+            kernels.w4a16_linear(x[:num_rows], *rest, batch_invariant)
+    linear = "_w4a16_linear_kernel"
+    assert [launch.kernel for launch in launches] == [linear, "_dequantize_kernel", linear]
+
+
+def test_inputs_are_split_where_that_is_allowed():
+    *arguments, batch_invariant = case_named("w4a16 bf16, split").make_arguments()
+    assert batch_invariant is False
+    with standin_gpu(80, execute=False) as launches:
+        kernels.w4a16_linear(*arguments, True)
+        kernels.w4a16_linear(*arguments, False)
+    assert [launch.kernel for launch in launches] == ["_w4a16_linear_kernel"] * 2 + ["_add_splits_kernel"]
+    assert [launch.grid[1] for launch in launches[:2]] == [1, 2]
 
 
 # a constant of each file with kernels or what they share, as PTX writes it, and what to make of it
@@ -304,6 +345,7 @@ def drop_barrier(ptx: str, kernel: str, which: int) -> str:
         ("w4a8 bf16, groups of 128", "_quantize_rows_kernel", 0),
         ("w4a8 bf16, groups of 128", "_w4a8_linear_kernel", 0),
         ("w4a16 bf16, groups of 128", "_w4a16_linear_kernel", 0),
+        ("w4a16 bf16, dequantized", "_dequantize_kernel", 0),
     ],
 )
 def test_a_dropped_barrier_turns_it_red(name, kernel, barrier):

@@ -25,7 +25,10 @@ MASK = next(case for case in CASES if case.name == "N=256 temperature=1.3 digits
 DIFFERENCE = next(case for case in CASES if case.name == "official, aliased, bf16, noise")
 LINEAR = next(case for case in CASES if case.name == "w4a8 bf16, two static scales, a short group")
 LINEAR_16 = next(case for case in CASES if case.name == "w4a16 fp32, groups of 32")
-ONE_OF_EACH = [SPLIT, MASK, DIFFERENCE, LINEAR, LINEAR_16]
+SPLIT_LINEAR = next(case for case in CASES if case.name == "w4a8 bf16, split")
+SPLIT_LINEAR_16 = next(case for case in CASES if case.name == "w4a16 bf16, split")
+DEQUANTIZED = next(case for case in CASES if case.name == "w4a16 bf16, dequantized")
+ONE_OF_EACH = [SPLIT, MASK, DIFFERENCE, LINEAR, LINEAR_16, SPLIT_LINEAR, SPLIT_LINEAR_16, DEQUANTIZED]
 
 
 def launches_of(*arguments, op="sample_tokens"):
@@ -142,6 +145,17 @@ def test_programs_per_row_do_not_depend_on_the_batch(num_positions, num_splits):
         assert len(launches) == (1 if num_splits == 1 else 2)
 
 
+@pytest.mark.parametrize("case", [LINEAR, LINEAR_16], ids=str)
+def test_layers_with_many_outputs_fit_into_a_grid(case):
+    # 65,535 programs are the most there may be in any dimension but the first
+    num_outputs = 16 * 65_535 + 1
+    x, w_q, scale, zero_point, group_size, *_ = case.make_arguments()
+    wide = [torch.empty(num_outputs, tensor.shape[1], dtype=tensor.dtype) for tensor in (w_q, scale, zero_point)]
+    x_scale = (None,) if case is LINEAR else ()
+    for launch in launches_of(x[:3], *wide, group_size, *x_scale, None, op=case.op):
+        assert launch.grid[0] >= 1 and max(launch.grid[1:]) <= 65_535
+
+
 def test_settings_of_a_step_do_not_compile_anew():
     logits, tokens, seed, step, _, uncond, *_ = SPLIT.make_arguments()
     cubins = {
@@ -160,7 +174,7 @@ def test_nothing_is_tuned_at_run_time():
         if name.endswith("_kernel")
     ]
     # a tuner would wrap it; what is launched is a function of dtype, layout and shape
-    assert len(found) == 9 and all(type(kernel) is JITFunction for kernel in found)
+    assert len(found) == 12 and all(type(kernel) is JITFunction for kernel in found)
 
 
 def assert_exact_arithmetic(ptx: str) -> None:
