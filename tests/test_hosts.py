@@ -215,6 +215,19 @@ class TestWhatALinearHas:
         monkeypatch.setenv("MGT_ISA", "abacus")
         assert "kernel=" in repr(Int4Linear(packed))
 
+    @pytest.mark.parametrize("capability, limit", [((9, 0), 1024), ((8, 0), 512), ((12, 0), None)])
+    def test_the_product_of_many_rows_on_cuda_is_named(self, capability, limit, monkeypatch):
+        pytest.importorskip("triton")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        packed = quantize_int4(torch.randn(8, 32), 32)
+        layer = Int4Linear(packed, backend="triton")
+        a8 = Int4Linear(packed, None, torch.ones(1, 1), backend="triton", batch_invariant=False)
+        # the device is not there
+        monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+        assert layer.kernel == a8.kernel == "triton"
+        layer.batch_invariant = False
+        assert layer.kernel == ("triton" if limit is None else f"triton, torch.mm from {limit} rows")
+
     def test_copies_pickles_and_the_meta_device(self, x, tmp_path):
         _, quantized = pair(x)
         y, state = quantized(x), {name: tensor.clone() for name, tensor in quantized.state_dict().items()}

@@ -70,6 +70,7 @@ def quantize(
     fine_tune: Callable[[nn.Module], object] | None = None,
     scale_dtype: torch.dtype = torch.float16,
     backend: str = "auto",
+    batch_invariant: bool = True,
     progress: bool = False,
 ) -> tuple[nn.Module, QuantizationReport]:
     r"""Quantize a model's linear layers by secondary calibration; the model itself stays as it is.
@@ -115,6 +116,9 @@ def quantize(
             in the weights is what is packed. It may train other parameters too.
         scale_dtype: of the weights, as in `mgt_kernels.quantize_int4`.
         backend: of the kernels, now and in the quantized model.
+        batch_invariant: False lets the W4A16 layers choose by the number of rows how a CUDA device multiplies, as
+            `mgt_kernels.w4a16_linear` says; the report names the product and the number. W4A8 layers always have the
+            same bits.
         progress: show a progress bar.
 
     Returns:
@@ -146,6 +150,8 @@ def quantize(
         raise TypeError(f"mask_token_id: expected an int or None, got {mask_token_id!r}")
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
+    if not isinstance(batch_invariant, bool):
+        raise TypeError(f"batch_invariant: expected a bool, got {batch_invariant!r}")
     if isinstance(calibration, (Tensor, Mapping, str)) or not isinstance(calibration, Iterable):
         raise TypeError(f"calibration: expected an iterable of a model's inputs, got {type(calibration).__name__}")
     linears: dict[str, nn.Linear] = matching(model, include, exclude)
@@ -167,7 +173,10 @@ def quantize(
         # overwritten before it is read
         x_scale = torch.ones(num_timestep_buckets, 1 + guidance_halves, dtype=torch.float32, device=weight.device)
         bias = None if bias is None else bias.clone()
-        return Int4Linear(weight_q, bias, x_scale, backend=backend, dtype=weight.dtype, layer_name=name)
+        return Int4Linear(
+            weight_q, bias, x_scale, backend=backend, batch_invariant=batch_invariant, dtype=weight.dtype,
+            layer_name=name,
+        )  # fmt: skip
 
     def calibrated(label: str) -> dict[str, _Observer]:
         observers = {name: _Observer(name, layer, *floats[name], momentum) for name, layer in layers.items()}

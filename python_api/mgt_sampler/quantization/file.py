@@ -68,7 +68,11 @@ def save_quantized(model: nn.Module, path: str | Path) -> None:
 
 @torch.inference_mode(False)
 def load_quantized(
-    model_or_factory: nn.Module | Callable[[], nn.Module], path: str | Path, *, backend: str = "auto"
+    model_or_factory: nn.Module | Callable[[], nn.Module],
+    path: str | Path,
+    *,
+    backend: str = "auto",
+    batch_invariant: bool = True,
 ) -> nn.Module:
     """Rebuild the model that `save_quantized` wrote, bit for bit.
 
@@ -77,19 +81,22 @@ def load_quantized(
             one; its weights do not matter.
         path: the file.
         backend: of the kernels.
+        batch_invariant: of the W4A16 layers, as in `quantize`.
 
     Returns:
         The quantized model in evaluation mode, on the device of the model given where it is on one, else on the CPU.
         Its tensors have the file's dtypes; those that are tied in the file are tied.
 
     Raises:
-        TypeError: no model and nothing that makes one.
+        TypeError: no model and nothing that makes one, or no bool.
         FileNotFoundError: there is no such file.
         ValueError: the file is truncated or damaged, of another model or version, or no quantized model; the message
             names the file and the reason.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
+    if not isinstance(batch_invariant, bool):
+        raise TypeError(f"batch_invariant: expected a bool, got {batch_invariant!r}")
     file = read_tensor_file(path)
     if "mgt_quantized" not in file.metadata:
         file.refuse("not of save_quantized")
@@ -104,7 +111,7 @@ def load_quantized(
         if facts[what] != ours:
             file.refuse(f"made of another model: {what} {str(facts[what])[:2000]!r}, expected {ours!r}")
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
-    replacements = _layers_of(file, facts, model, backend)
+    replacements = _layers_of(file, facts, model, backend, batch_invariant)
     # what the file holds is not copied from the model first
     persistent = model.state_dict(keep_vars=True)
     memo: dict[int, Any] = {
@@ -149,7 +156,7 @@ def _version(file: TensorFile) -> int:
 
 
 def _layers_of(
-    file: TensorFile, facts: Mapping[str, Any], model: nn.Module, backend: str
+    file: TensorFile, facts: Mapping[str, Any], model: nn.Module, backend: str, batch_invariant: bool
 ) -> dict[nn.Module, nn.Module]:
     """The file's layers for the model's, with all facts about them checked."""
     modules = dict(model.named_modules())
@@ -171,8 +178,9 @@ def _layers_of(
             like = own["weight_like"]
             assert like is not None
             quantized = Int4Linear(
-                packed, own["bias"], own["x_scale"], backend=backend, dtype=like.dtype, layer_name=name
-            )
+                packed, own["bias"], own["x_scale"], backend=backend, batch_invariant=batch_invariant,
+                dtype=like.dtype, layer_name=name,
+            )  # fmt: skip
         except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
             file.refuse(f"{name}: {' '.join(str(error).split())}")
         replacements[linear] = quantized

@@ -33,6 +33,7 @@ class Int4Linear(nn.Linear):
             guidance half, one or two halves. Where there are several, `activation_scales` chooses for each sample.
             None: activations are rounded to bfloat16.
         backend: of the kernels.
+        batch_invariant: of `w4a16_linear`; W4A8 always is. It may be set at any time.
         layer_name: in its model, for messages.
     """
 
@@ -48,6 +49,7 @@ class Int4Linear(nn.Linear):
         x_scale: Tensor | None = None,
         *,
         backend: str = "auto",
+        batch_invariant: bool = True,
         dtype: torch.dtype = torch.float32,
         layer_name: str = "",
     ) -> None:
@@ -56,6 +58,7 @@ class Int4Linear(nn.Linear):
         self.out_features, self.in_features = weight.shape
         self.group_size = weight.group_size
         self.backend = backend
+        self.batch_invariant = batch_invariant
         self.layer_name = layer_name
         if x_scale is not None and (x_scale.ndim != 2 or x_scale.shape[1] not in (1, 2) or not len(x_scale)):
             raise ValueError(f"x_scale: expected shape (buckets, 1 or 2), got {tuple(x_scale.shape)}")
@@ -77,7 +80,19 @@ class Int4Linear(nn.Linear):
 
     @property
     def kernel(self) -> str:
-        """What runs the path here: an instruction set, "triton", "reference", or "none" where nothing can."""
+        """What runs the path here: an instruction set, "triton", "reference", or "none" where nothing can.
+
+        Where many rows get another product than few: "triton, torch.mm from 1024 rows".
+        """
+        if self.backend != "reference" and self.w_q.is_cuda and self.x_scale is None and not self.batch_invariant:
+            # Triton is not there for everybody
+            try:
+                from mgt_kernels.triton.w4a16_linear import dequantized_from
+            except RuntimeError:
+                return "none"
+            major, minor = torch.cuda.get_device_capability(self.w_q.device)
+            limit = dequantized_from(10 * major + minor)
+            return "triton" if limit is None else f"triton, torch.mm from {limit} rows"
         if self.backend in ("reference", "triton"):
             return self.backend
         if self.w_q.device.type != "cpu":
@@ -160,9 +175,9 @@ class Int4Linear(nn.Linear):
         if is_half:
             x = x.float()
         if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-            y = _Int4Function.apply(x, bias, self.packed, scales, self.backend)
+            y = _Int4Function.apply(x, bias, self.packed, scales, self.batch_invariant, self.backend)
         else:
-            y = _multiply(x, bias, self.packed, scales, self.backend)
+            y = _multiply(x, bias, self.packed, scales, self.batch_invariant, self.backend)
         return y.half() if is_half else y
 
     def extra_repr(self) -> str:
@@ -205,9 +220,16 @@ class Int4Linear(nn.Linear):
         return {**state, "_scale_index": None, "_chooser": None}
 
 
-def _multiply(x: Tensor, bias: Tensor | None, packed: PackedInt4, scales: Tensor | None, backend: str) -> Tensor:
+def _multiply(
+    x: Tensor,
+    bias: Tensor | None,
+    packed: PackedInt4,
+    scales: Tensor | None,
+    batch_invariant: bool,
+    backend: str,
+) -> Tensor:
     if scales is None:
-        return w4a16_linear(x, packed, bias, backend=backend)
+        return w4a16_linear(x, packed, bias, batch_invariant=batch_invariant, backend=backend)
     return w4a8_linear(x, packed, scales, bias, backend=backend)
 
 
@@ -216,19 +238,25 @@ class _Int4Function(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, bias: Tensor | None, packed: PackedInt4, scales: Tensor | None, backend: str
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        packed: PackedInt4,
+        scales: Tensor | None,
+        batch_invariant: bool,
+        backend: str,
     ) -> Tensor:
         ctx.packed, ctx.bias_dtype = packed, None if bias is None else bias.dtype
-        return _multiply(x, bias, packed, scales, backend)
+        return _multiply(x, bias, packed, scales, batch_invariant, backend)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         grad_x = grad @ ctx.packed.dequantize(grad.dtype) if ctx.needs_input_grad[0] else None
         grad_bias = None
         if ctx.needs_input_grad[1]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-        return grad_x, grad_bias, None, None, None
+        return grad_x, grad_bias, None, None, None, None
 
 
 class Int4Weight(Tensor):

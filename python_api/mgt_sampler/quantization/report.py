@@ -19,7 +19,7 @@ class LayerReport:
         name: in the model.
         shape: (N, K).
         activation: its path, "a8" or "a16".
-        kernel: what runs it on the machine that quantized it.
+        kernel: what runs it on the machine that quantized it, and from how many rows on another product does.
         x_scale: float32 (buckets, halves); None for "a16".
         output_scale: running max |y| / 127 in the first calibration, which `rank_by="scale"` ranks.
         error_a8, error_a16: |y - y_float| / |y_float| of each path, Frobenius norms, over the last calibration.
