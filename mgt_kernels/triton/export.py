@@ -32,22 +32,21 @@ LAYOUTS = ("token-major", "position-major")
 _C_DTYPES = {"fp32": "MGT_CUDA_FLOAT32", "bf16": "MGT_CUDA_BFLOAT16", "fp16": "MGT_CUDA_FLOAT16"}
 _AOT = Path(__file__).parent / "aot"
 
-# what the launchers in C pass, in their order
-_SAMPLE_TOKENS_TYPES = {
-    "token_ids_ptr": "*i64", "logprob_ptr": "*fp32", "partials_ptr": "*fp32", "logits_ptr": "*{dtype}",
-    "uncond_ptr": "*{dtype}", "tokens_ptr": "*i64", "seed_ptr": "*i64", "step_ptr": "*i64", "num_positions": "i32",
-    "num_tokens": "i32", "columns_per_split": "i32", "stride_sample": "i64", "stride_position": "i64",
-    "stride_token": "i64", "uncond_stride_sample": "i64", "uncond_stride_position": "i64", "uncond_stride_token": "i64",
-    "mask_token_id": "i32", "guidance_scale": "fp32", "noise_scale": "fp32", "inverse_temperature": "fp32",
+# types that the launchers in C pass, by the kernels' names for the arguments; sizes that are not here are i32
+_KINDS = {
+    "token_ids_ptr": "*i64", "logprob_ptr": "*fp32", "partials_ptr": "*fp32", "tokens_ptr": "*i64", "seed_ptr": "*i64",
+    "step_ptr": "*i64", "stride_sample": "i64", "stride_position": "i64", "stride_token": "i64",
+    "uncond_stride_sample": "i64", "uncond_stride_position": "i64", "uncond_stride_token": "i64",
+    "guidance_scale": "fp32", "noise_scale": "fp32", "inverse_temperature": "fp32",
+    "masked_tokens_ptr": "*i64", "mask_len_ptr": "*i64", "temperature": "fp32",
 }  # fmt: skip
-_COMBINE_SPLITS_TYPES = {
-    "token_ids_ptr": "*i64", "logprob_ptr": "*fp32", "partials_ptr": "*fp32", "tokens_ptr": "*i64", "num_rows": "i32",
-    "num_splits": "i32", "mask_token_id": "i32",
-}  # fmt: skip
-_MASK_BY_CONFIDENCE_TYPES = {
-    "masked_tokens_ptr": "*i64", "token_ids_ptr": "*i64", "logprob_ptr": "*fp32", "mask_len_ptr": "*i64",
-    "seed_ptr": "*i64", "step_ptr": "*i64", "num_positions": "i32", "mask_token_id": "i32", "temperature": "fp32",
-}  # fmt: skip
+
+
+def _types(kernel: JITFunction, **kinds: str) -> dict[str, str]:
+    """Return the arguments of a kernel that are not constexprs with their types; `kinds` has those that vary."""
+    names = [parameter.name for parameter in kernel.params if not parameter.is_constexpr]
+    known = _KINDS | kinds
+    return {name: known[name] if name.endswith("_ptr") else known.get(name, "i32") for name in names}
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +58,7 @@ class Variant:
     # a macro of mgt_kernels_cuda_variants.h
     key: str
     kernel: JITFunction
-    # C types of all run-time arguments of the launcher, those that are compiled in included
+    # all arguments that the launcher in C passes, in the kernel's order, those that are compiled in included
     types: Mapping[str, str]
     # the constexprs, None for an absent pointer, a stride
     constants: Mapping[str, Any]
@@ -176,9 +175,6 @@ def write_sources(
 def compile_for(variant: Variant, architecture: int) -> Compiled:
     """Compile a variant; no GPU and no driver is needed."""
     kernel = variant.kernel
-    arguments = [name for name in kernel.arg_names if name not in variant.constants or name in variant.types]
-    if arguments != list(variant.types):
-        raise RuntimeError(f"{kernel.__name__}: the launcher in C passes {list(variant.types)}, not {arguments}")
     signature = {name: variant.parameters.get(name, "constexpr") for name in kernel.arg_names}
     attributes = {
         (index,): [["tt.divisibility", 16]]
@@ -243,7 +239,7 @@ def _sample_tokens(
         group=f"sample_tokens_{dtype}",
         key=f"MGT_CUDA_SAMPLE_TOKENS({_C_DTYPES[dtype]}, {', '.join(f'{flag:d}' for flag in flags)})",
         kernel=_sample_tokens_kernel,
-        types={name: kind.format(dtype=dtype) for name, kind in _SAMPLE_TOKENS_TYPES.items()},
+        types=_types(_sample_tokens_kernel, logits_ptr=f"*{dtype}", uncond_ptr=f"*{dtype}"),
         constants=constants,
         multiples_of_16=frozenset(multiples_of_16),
         options={"num_warps": num_warps, "maxnreg": 168},
@@ -255,7 +251,7 @@ def _combine_splits(block_splits: int) -> Variant:
         group="combine_splits",
         key=f"MGT_CUDA_COMBINE_SPLITS({block_splits})",
         kernel=_combine_splits_kernel,
-        types=_COMBINE_SPLITS_TYPES,
+        types=_types(_combine_splits_kernel),
         constants={"BLOCK_ROWS": 32, "BLOCK_SPLITS": block_splits},
         multiples_of_16=frozenset(),
         options={"num_warps": 4},
@@ -269,7 +265,7 @@ def _mask_by_confidence(block_positions: int, in_registers: bool, noise: bool, a
         group="mask_by_confidence",
         key=f"MGT_CUDA_MASK_BY_CONFIDENCE({block_positions}, {in_registers:d}, {noise:d}, {aligned:d})",
         kernel=_mask_by_confidence_kernel,
-        types=_MASK_BY_CONFIDENCE_TYPES,
+        types=_types(_mask_by_confidence_kernel),
         constants={
             "HAS_NOISE": noise,
             "CHUNK_POSITIONS": min(block_positions, 128 * num_warps),

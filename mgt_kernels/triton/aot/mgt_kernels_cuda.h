@@ -5,9 +5,9 @@
  * thread, and returns CUDA_SUCCESS or the reason why it did nothing:
  *   CUDA_ERROR_INVALID_VALUE      a pointer, size, stride or scalar is outside its documented range
  *   CUDA_ERROR_NO_BINARY_FOR_GPU  the current device is of none of the architectures that were exported
- *   CUDA_ERROR_NOT_FOUND          the dtype or layout was left out of the export
- * or what the CUDA driver returned, and then the outputs are unspecified. The first call of each kind loads machine
- * code, which a stream capture may not allow: make one call of the kind before capturing a CUDA graph.
+ *   CUDA_ERROR_NOT_FOUND          the op, dtype, layout or group size was left out of the export
+ * or what the CUDA driver returned, and then the outputs are unspecified. The first launch of a kernel in a context
+ * loads its machine code, which a stream capture may not allow: mgt_cuda_load does it beforehand.
  *
  * guidance_scale, noise_scale and temperature are values, which a captured CUDA graph keeps; seeds, step and mask_len
  * are in device memory, and a replayed graph reads them anew.
@@ -25,6 +25,10 @@
 #ifdef __cplusplus
 extern "C" {
 #endif
+
+/* Loads every exported kernel for the current device into the current context; the one function here that may take
+ * milliseconds and wait for the device. Call it once for each context before a CUDA graph is captured there. */
+CUresult mgt_cuda_load(void);
 
 typedef enum { MGT_CUDA_FLOAT32 = 0, MGT_CUDA_BFLOAT16 = 1, MGT_CUDA_FLOAT16 = 2 } mgt_cuda_dtype;
 

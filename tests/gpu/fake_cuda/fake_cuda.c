@@ -1,7 +1,7 @@
 /* Stands in for libcuda: one device, no memory; hands every launch to fake_cuda_on_launch, or prints it.
  *
  * FAKE_CUDA_CAPABILITY is the device's compute capability, 10 major + minor; the function named in FAKE_CUDA_FAILS
- * fails.
+ * fails. With FAKE_CUDA_CAPTURES a stream is being captured: no machine code is loaded, be it by a launch.
  */
 #include <cuda.h>
 #include <stdatomic.h>
@@ -15,6 +15,8 @@ typedef struct {
   const unsigned char* cubin;
   const char* name;
   unsigned max_shared_bytes;
+  /* whether the one context has its machine code */
+  bool in_context;
 } kernel;
 
 enum { kDevice = 3, kDefaultSharedBytes = 48 * 1024, kMaxSharedBytes = 163 * 1024 };
@@ -31,6 +33,8 @@ static bool fails(const char* function) {
   const char* name = getenv("FAKE_CUDA_FAILS");
   return name != NULL && strcmp(name, function) == 0;
 }
+
+static bool captures(void) { return getenv("FAKE_CUDA_CAPTURES") != NULL; }
 
 static uint64_t end_of_table(const unsigned char* cubin, int offset_at, int size_at) {
   uint64_t offset;
@@ -76,6 +80,7 @@ CUresult CUDAAPI cuLibraryLoadData(CUlibrary* library, const void* code, CUjit_o
   kernel* loaded;
   if (jit_options || jit_values || num_jit_options || options || values || num_options) return CUDA_ERROR_INVALID_VALUE;
   if (memcmp(code, "\177ELF", 4) != 0) return CUDA_ERROR_INVALID_IMAGE;
+  if (captures()) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
   if (fails("cuLibraryLoadData")) return CUDA_ERROR_OUT_OF_MEMORY;
   loaded = calloc(1, sizeof *loaded);
   loaded->cubin = code;
@@ -103,6 +108,18 @@ CUresult CUDAAPI cuLibraryGetKernel(CUkernel* found, CUlibrary library, const ch
   return CUDA_SUCCESS;
 }
 
+static CUresult load_into_context(kernel* loaded) {
+  if (!loaded->in_context && captures()) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
+  loaded->in_context = true;
+  return CUDA_SUCCESS;
+}
+
+CUresult CUDAAPI cuKernelGetFunction(CUfunction* function, CUkernel kernel_) {
+  if (fails("cuKernelGetFunction")) return CUDA_ERROR_OUT_OF_MEMORY;
+  *function = (CUfunction)kernel_;
+  return load_into_context((kernel*)kernel_);
+}
+
 CUresult CUDAAPI cuKernelSetAttribute(CUfunction_attribute attribute, int value, CUkernel kernel_, CUdevice device) {
   if (attribute != CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES || device != kDevice || value < 0 ||
       value > kMaxSharedBytes)
@@ -114,13 +131,14 @@ CUresult CUDAAPI cuKernelSetAttribute(CUfunction_attribute attribute, int value,
 CUresult CUDAAPI cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z,
                                 unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared_bytes,
                                 CUstream stream, void** arguments, void** extra) {
-  const kernel* launched = (const kernel*)function;
+  kernel* launched = (kernel*)function;
   const unsigned geometry[] = {grid_x, grid_y, grid_z, block_x, block_y, block_z, shared_bytes};
   const uint64_t num_threads = (uint64_t)block_x * block_y * block_z;
   if (grid_x == 0 || grid_x > INT32_MAX || grid_y == 0 || grid_y > UINT16_MAX || grid_z == 0 || grid_z > UINT16_MAX ||
       num_threads == 0 || num_threads > 1024 || arguments == NULL || extra != NULL ||
       shared_bytes > launched->max_shared_bytes)
     return CUDA_ERROR_INVALID_VALUE;
+  if (load_into_context(launched) != CUDA_SUCCESS) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
   if (fake_cuda_on_launch != NULL)
     fake_cuda_on_launch(launched->name, launched->cubin, size_of(launched->cubin), geometry, stream, arguments);
   else
