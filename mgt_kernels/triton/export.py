@@ -20,14 +20,19 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
+from mgt_kernels.packing import check_group_size
 from mgt_kernels.triton.draws import LAUNCH_OPTIONS
+from mgt_kernels.triton.launch import next_power_of_2
 from mgt_kernels.triton.mask_by_confidence import _mask_by_confidence_kernel
 from mgt_kernels.triton.sample_tokens import _MAX_SPLITS, _combine_splits_kernel, _sample_tokens_kernel
+from mgt_kernels.triton.w4a8_linear import _quantize_rows_kernel, _w4a8_linear_kernel
+from mgt_kernels.triton.w4a16_linear import _w4a16_linear_kernel
 
 # 10 major + minor
 ARCHITECTURES = (80, 86, 89, 90, 100, 103, 120, 121)
 DTYPES = ("fp32", "bf16", "fp16")
 LAYOUTS = ("token-major", "position-major")
+OPS = ("sample_tokens", "mask_by_confidence", "w4a8_linear", "w4a16_linear")
 
 _C_DTYPES = {"fp32": "MGT_CUDA_FLOAT32", "bf16": "MGT_CUDA_BFLOAT16", "fp16": "MGT_CUDA_FLOAT16"}
 _AOT = Path(__file__).parent / "aot"
@@ -39,6 +44,8 @@ _KINDS = {
     "uncond_stride_sample": "i64", "uncond_stride_position": "i64", "uncond_stride_token": "i64",
     "guidance_scale": "fp32", "noise_scale": "fp32", "inverse_temperature": "fp32",
     "masked_tokens_ptr": "*i64", "mask_len_ptr": "*i64", "temperature": "fp32",
+    "w_q_ptr": "*u8", "zero_point_ptr": "*u8", "bias_ptr": "*fp32", "x_q_ptr": "*i8", "x_sum_ptr": "*i32",
+    "row_scale_ptr": "*fp32", "x_scale_ptr": "*fp32", "stride_row": "i64",
 }  # fmt: skip
 
 
@@ -90,43 +97,66 @@ def export(
     architectures: Sequence[int] = (80, 90),
     dtypes: Sequence[str] = DTYPES,
     layouts: Sequence[str] = LAYOUTS,
+    ops: Sequence[str] = OPS,
+    group_sizes: Sequence[int] = (128,),
     *,
     progress: bool = False,
 ) -> list[Path]:
     """Compile the kernels and write C sources: compile all of them as C11 and link with -lcuda.
 
-    The kernels are those of `sample_tokens` and `mask_by_confidence`. Takes minutes: 64 variants of `sample_tokens` per
-    architecture and dtype. `mgt_kernels_cuda.h` describes the result.
+    Takes minutes: of `sample_tokens` there are 64 variants per architecture and dtype. `mgt_kernels_cuda.h` describes
+    the result.
 
     Args:
         directory: made if need be; files of an earlier export in it are overwritten, not removed.
         architectures: compute capabilities, 10 major + minor, of ARCHITECTURES. Code for 8.x runs on later 8.x, other
             code on its own architecture alone.
-        dtypes: of the logits, of DTYPES.
+        dtypes: of the logits, and of what the linear layers return, of DTYPES; the layers know no fp16.
         layouts: of the logits, of LAYOUTS: which dimension has unit stride.
+        ops: of OPS.
+        group_sizes: of the linear layers' weights, multiples of 32 within [32, 16384].
         progress: show a progress bar.
 
     Returns:
         The files written.
 
     Raises:
-        ValueError: if an architecture, dtype or layout is unknown, or none is given.
+        TypeError: if a group size is not an integer.
+        ValueError: if an architecture, dtype, layout, op or group size is unknown, or none is given, or nothing is left
+            of them: the linear layers alone, in fp16 alone.
     """
     for name, given, known in (
         ("architectures", architectures, ARCHITECTURES), ("dtypes", dtypes, DTYPES), ("layouts", layouts, LAYOUTS),
+        ("ops", ops, OPS),
     ):  # fmt: skip
         unknown = [value for value in given if value not in known]
         if unknown or not given:
             got = unknown[0] if unknown else "none"
             raise ValueError(f"{name}: expected some of {', '.join(map(str, known))}, got {got}")
+    if not group_sizes:
+        raise ValueError("group_sizes: expected at least one, got none")
+    for group_size in group_sizes:
+        check_group_size(group_size)
     # in one order, whatever the order given
-    wanted = [dtype for dtype in DTYPES if dtype in dtypes], [layout for layout in LAYOUTS if layout in layouts]
-    return write_sources(Path(directory), sorted(set(architectures)), variants_of(*wanted), progress=progress)
+    dtypes, layouts, ops = (
+        [value for value in known if value in given]
+        for given, known in ((dtypes, DTYPES), (layouts, LAYOUTS), (ops, OPS))
+    )
+    variants = variants_of(dtypes, layouts, ops, sorted(set(group_sizes)))
+    if not variants:
+        raise ValueError("dtypes: expected fp32 or bf16 for the linear layers, got fp16")
+    return write_sources(Path(directory), sorted(set(architectures)), variants, progress=progress)
 
 
-def variants_of(dtypes: Sequence[str], layouts: Sequence[str]) -> list[Variant]:
+def variants_of(
+    dtypes: Sequence[str],
+    layouts: Sequence[str],
+    ops: Sequence[str] = OPS,
+    group_sizes: Sequence[int] = (128,),
+) -> list[Variant]:
     """List all that the launchers in C choose from."""
     flags = (False, True)
+    scale_dtypes = ("fp16", "fp32")
     sample_tokens = [
         _sample_tokens(dtype, layout == "position-major", *options)
         for dtype, layout in product(dtypes, layouts)
@@ -138,7 +168,26 @@ def variants_of(dtypes: Sequence[str], layouts: Sequence[str]) -> list[Variant]:
         for block_positions, in_registers in [*((2**i, True) for i in range(7, 15)), (2**14, False)]
         for noise, aligned in product(flags, flags)
     ]
-    return [*sample_tokens, *combine_splits, *mask_by_confidence]
+    # the ops take no float16
+    layers = [(dtype, group_size) for dtype in dtypes if dtype != "fp16" for group_size in group_sizes]
+    w4a8_linear = [
+        *(_quantize_rows(*layer, *options) for layer in layers for options in product(flags, repeat=2)),
+        *(
+            _w4a8_linear(*layer, scale_dtype, *options)
+            for layer, scale_dtype, options in product(layers, scale_dtypes, product(flags, repeat=2))
+        ),
+    ]
+    w4a16_linear = [
+        _w4a16_linear(*layer, scale_dtype, *options)
+        for layer, scale_dtype, options in product(layers, scale_dtypes, product(flags, repeat=3))
+    ]
+    by_op = {
+        "sample_tokens": [*sample_tokens, *combine_splits],
+        "mask_by_confidence": mask_by_confidence,
+        "w4a8_linear": w4a8_linear,
+        "w4a16_linear": w4a16_linear,
+    }
+    return [variant for op in ops for variant in by_op[op]]
 
 
 def write_sources(
@@ -275,6 +324,76 @@ def _mask_by_confidence(block_positions: int, in_registers: bool, noise: bool, a
         multiples_of_16=frozenset(multiples_of_16),
         options={"num_warps": num_warps},
     )
+
+
+def _quantize_rows(dtype: str, group_size: int, is_static: bool, aligned: bool) -> Variant:
+    block_inputs = next_power_of_2(group_size)
+    block_groups = max(1024 // block_inputs, 1)
+    # the rest is the workspace, which is aligned
+    multiples_of_16 = {"x_q_ptr", "x_sum_ptr", "row_scale_ptr", "stride_group", "plane_bytes"}
+    if aligned:
+        multiples_of_16 |= {"x_ptr", "stride_row", "num_inputs"}
+    return Variant(
+        group=f"w4a8_linear_{dtype}",
+        key=f"MGT_CUDA_QUANTIZE_ROWS({_C_DTYPES[dtype]}, {group_size}, {is_static:d}, {aligned:d})",
+        kernel=_quantize_rows_kernel,
+        types=_types(_quantize_rows_kernel, x_ptr=f"*{dtype}"),
+        constants={
+            **({} if is_static else {"x_scale_ptr": None}),
+            "IS_STATIC": is_static,
+            "GROUP_SIZE": group_size,
+            "BLOCK_GROUPS": block_groups,
+            "BLOCK_INPUTS": block_inputs,
+        },
+        multiples_of_16=frozenset(multiples_of_16),
+        options={"num_warps": min(max(block_groups * block_inputs // 256, 1), 16)},
+    )
+
+
+def _w4a8_linear(dtype: str, group_size: int, scale_dtype: str, has_bias: bool, few_rows: bool) -> Variant:
+    block_outputs, block_rows, num_warps = (16, 16, 1) if few_rows else (128, 64, 4)
+    flags = f"{_C_DTYPES[scale_dtype]}, {has_bias:d}, {few_rows:d}"
+    return Variant(
+        group=f"w4a8_linear_{dtype}",
+        key=f"MGT_CUDA_W4A8_LINEAR({_C_DTYPES[dtype]}, {group_size}, {flags})",
+        kernel=_w4a8_linear_kernel,
+        types=_types(_w4a8_linear_kernel, y_ptr=f"*{dtype}", scale_ptr=f"*{scale_dtype}"),
+        constants=_linear_constants(group_size, has_bias, block_outputs, block_rows),
+        multiples_of_16=frozenset(
+            {"x_q_ptr", "x_sum_ptr", "row_scale_ptr", "w_q_ptr", "stride_group", "row_bytes", "plane_bytes"}
+        ),
+        options={"num_warps": num_warps, "num_stages": 3},
+    )
+
+
+def _w4a16_linear(
+    dtype: str, group_size: int, scale_dtype: str, has_bias: bool, few_rows: bool, aligned: bool
+) -> Variant:
+    block_outputs, block_rows, num_warps = (16, 16, 1) if few_rows else (128, 128, 8)
+    multiples_of_16 = {"w_q_ptr", "row_bytes"}
+    if aligned:
+        multiples_of_16 |= {"x_ptr", "stride_row", "num_inputs"}
+    flags = f"{_C_DTYPES[scale_dtype]}, {has_bias:d}, {few_rows:d}, {aligned:d}"
+    return Variant(
+        group=f"w4a16_linear_{dtype}",
+        key=f"MGT_CUDA_W4A16_LINEAR({_C_DTYPES[dtype]}, {group_size}, {flags})",
+        kernel=_w4a16_linear_kernel,
+        types=_types(_w4a16_linear_kernel, y_ptr=f"*{dtype}", x_ptr="*bf16", scale_ptr=f"*{scale_dtype}"),
+        constants=_linear_constants(group_size, has_bias, block_outputs, block_rows),
+        multiples_of_16=frozenset(multiples_of_16),
+        options={"num_warps": num_warps, "num_stages": 3},
+    )
+
+
+def _linear_constants(group_size: int, has_bias: bool, block_outputs: int, block_rows: int) -> dict[str, Any]:
+    return {
+        **({} if has_bias else {"bias_ptr": None}),
+        "HAS_BIAS": has_bias,
+        "GROUP_SIZE": group_size,
+        "BLOCK_OUTPUTS": block_outputs,
+        "BLOCK_ROWS": block_rows,
+        "BLOCK_BYTES": 64 if group_size % 128 == 0 else 32,
+    }
 
 
 def _table_source(table: str, members: Iterable[tuple[Variant, Compiled]]) -> str:

@@ -441,11 +441,19 @@ def export(
     ] = None,
     dtype: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="Of the logits: fp32, bf16 or fp16; repeat for more. [default: all]"),
+        typer.Option(metavar="NAME", help="Of logits and layers: fp32, bf16 or fp16; repeat for more. [default: all]"),
     ] = None,
     layout: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME", help="Of the logits: token-major or position-major. [default: both]"),
+    ] = None,
+    op: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="As in sample_tokens or w4a16_linear; repeat for more. [default: all]"),
+    ] = None,
+    group_size: Annotated[
+        list[int] | None,
+        typer.Option(metavar="NUMBER", help="Of the weights of a linear layer; repeat for more. [default: 128]"),
     ] = None,
     progress: Progress = True,
 ) -> None:
@@ -458,8 +466,9 @@ def export(
     with _errors_of_users():
         make_folder("--out", out)
         files = kernels.export(
-            out, arch or (80, 90), dtype or kernels.DTYPES, layout or kernels.LAYOUTS, progress=progress
-        )
+            out, arch or (80, 90), dtype or kernels.DTYPES, layout or kernels.LAYOUTS, op or kernels.OPS,
+            group_size or (128,), progress=progress,
+        )  # fmt: skip
     for path in files:
         typer.echo(f"{path}: {path.stat().st_size:,} bytes")
 

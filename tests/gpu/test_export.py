@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -36,7 +37,7 @@ from mgt_sampler import cli
 
 FAKE_CUDA = Path(__file__).parent / "fake_cuda"
 INCLUDE = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
-LAUNCHERS = {path.name for path in export._AOT.iterdir()}
+LAUNCHERS = {path.name for path in export._AOT.glob("*.[ch]")}
 STRICT = ["-pedantic", "-Wall", "-Wextra", "-Wconversion", "-Werror"]
 
 # values of CUresult
@@ -80,11 +81,26 @@ class CMaskByConfidence(ctypes.Structure):
     )
 
 
+class CInt4Linear(ctypes.Structure):
+    _fields_ = (
+        *((f"num_{name}", ctypes.c_int64) for name in ("rows", "inputs", "outputs")),
+        ("dtype", ctypes.c_int),
+        ("x", ctypes.c_void_p),
+        ("x_stride", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("w_q", "scale")),
+        ("scale_dtype", ctypes.c_int),
+        ("zero_point", ctypes.c_void_p),
+        ("group_size", ctypes.c_int64),
+        ("bias", ctypes.c_void_p),
+    )
+
+
 ON_LAUNCH = ctypes.CFUNCTYPE(
     None, ctypes.c_char_p, ctypes.POINTER(ctypes.c_ubyte), ctypes.c_uint64, ctypes.POINTER(ctypes.c_uint),
     ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p),
 )  # fmt: skip
 
+C_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 READ: dict[str, Any] = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
 
 
@@ -108,7 +124,8 @@ class Library:
 
     def __init__(self, path: Path, compiled: dict[str, tuple[Variant, int, Compiled]]) -> None:
         self.so = ctypes.CDLL(str(path))
-        self.so.mgt_cuda_sample_tokens_workspace.restype = ctypes.c_size_t
+        for op in ("sample_tokens", "w4a8_linear"):
+            getattr(self.so, f"mgt_cuda_{op}_workspace").restype = ctypes.c_size_t
         self.compiled = compiled
         self.launches: list[Launch] = []
         # kept alive as long as the library may call it
@@ -144,6 +161,15 @@ class Library:
     def mask_by_confidence(self, mask: Mask, stream: int = 7) -> int:
         args = ctypes.byref(mask.c_args)
         return self.call("mgt_cuda_mask_by_confidence", args, pointer(mask.tokens), ctypes.c_void_p(stream))
+
+    def linear(self, layer: Layer, stream: int = 7) -> int:
+        outputs: tuple[Any, ...] = (pointer(layer.y),)
+        if layer.op == "w4a8_linear":
+            x_scale = layer.x_scale
+            scales = (None, 0) if x_scale is None else (pointer(x_scale), len(x_scale))
+            num_bytes = ctypes.c_size_t(layer.workspace.nbytes)
+            outputs = (scales[0], ctypes.c_int64(scales[1]), pointer(layer.y), pointer(layer.workspace), num_bytes)
+        return self.call(f"mgt_cuda_{layer.op}", ctypes.byref(layer.c_args), *outputs, ctypes.c_void_p(stream))
 
 
 def digest(cubin: bytes) -> str:
@@ -191,7 +217,7 @@ def stand_in(variant: Variant, architecture: int) -> Compiled:
 @pytest.fixture(scope="session")
 def every_variant(tmp_path_factory: pytest.TempPathFactory) -> Library:
     """All variants, none of which is really compiled."""
-    variants = variants_of(export.DTYPES, export.LAYOUTS)
+    variants = variants_of(export.DTYPES, export.LAYOUTS, group_sizes=(32, 96, 128, 256, 16384))
     return build(tmp_path_factory.mktemp("export"), (80, 86, 90), variants, stand_in)
 
 
@@ -234,7 +260,7 @@ class Draw:
         self.seed, self.step = torch.arange(self.batch) - 1, torch.tensor(5)
         self.c_args = CSampleTokens(
             self.batch, self.num_positions, self.num_tokens,
-            (torch.float32, torch.bfloat16, torch.float16).index(self.dtype),
+            C_DTYPES.index(self.dtype),
             CLogits(self.logits.data_ptr(), *self.logits.stride()),
             CLogits() if self.uncond is None else CLogits(self.uncond.data_ptr(), *self.uncond.stride()),
             self.tokens.data_ptr(), self.seed.data_ptr(), self.step.data_ptr(), self.num_tokens, 3.1,
@@ -281,7 +307,59 @@ class Mask:
         )
 
 
-def launches_from_python(call: Draw | Mask, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple, dict]]:
+@dataclass(eq=False)
+class Layer:
+    op: str
+    num_rows: int
+    num_outputs: int
+    num_inputs: int
+    group_size: int = 128
+    dtype: torch.dtype = torch.bfloat16
+    scale_dtype: torch.dtype = torch.float16
+    has_bias: bool = True
+    # static ones; 0: dynamic
+    num_scales: int = 0
+    # elements between two rows of x
+    padding: int = 0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        x = torch.zeros(self.num_rows, self.num_inputs + self.padding)
+        weight = torch.zeros(self.num_outputs, self.num_inputs)
+        self.bias = torch.zeros(self.num_outputs) if self.has_bias else None
+        if self.seed is not None:
+            generator = torch.Generator().manual_seed(self.seed)
+            for tensor in (x, weight, *([] if self.bias is None else [self.bias])):
+                tensor.copy_(torch.randn(tensor.shape, generator=generator))
+        self.x = x.to(self.dtype)[:, : self.num_inputs]
+        self.weight = mgt_kernels.quantize_int4(weight, self.group_size, scale_dtype=self.scale_dtype)
+        self.x_scale = 0.03 * (1 + torch.arange(self.num_scales)) if self.num_scales else None
+        self.y = torch.empty(self.num_rows, self.num_outputs, dtype=self.dtype)
+        # as a caller in C has it
+        self.c_x = self.x if self.op == "w4a8_linear" else self.x.bfloat16()
+        self.tensors = (self.weight.w_q, self.weight.scale, self.weight.zero_point)
+        w_q, scale, zero_point = (tensor.data_ptr() for tensor in self.tensors)
+        self.c_args = CInt4Linear(
+            self.num_rows, self.num_inputs, self.num_outputs, C_DTYPES.index(self.dtype), self.c_x.data_ptr(),
+            self.c_x.stride(0), w_q, scale, C_DTYPES.index(self.scale_dtype), zero_point, self.group_size,
+            None if self.bias is None else self.bias.data_ptr(),
+        )  # fmt: skip
+        self.workspace = torch.empty(0)
+
+    def allocate(self, library: Library) -> None:
+        if self.op == "w4a8_linear":
+            num_bytes = library.call("mgt_cuda_w4a8_linear_workspace", ctypes.byref(self.c_args))
+            self.workspace = torch.empty(num_bytes, dtype=torch.uint8)
+
+    def from_python(self) -> Any:
+        activations = (self.x_scale,) if self.op == "w4a8_linear" else ()
+        return getattr(kernels, self.op)(self.x, *self.tensors, self.group_size, *activations, self.bias)
+
+
+Call = Draw | Mask | Layer
+
+
+def launches_from_python(call: Call, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple, dict]]:
     """Kernel, grid, and all arguments by name, of every launch; nothing is compiled."""
     recorded = []
 
@@ -295,9 +373,18 @@ def launches_from_python(call: Draw | Mask, monkeypatch: pytest.MonkeyPatch) -> 
     return recorded
 
 
-def assert_same_launches(call: Draw | Mask, library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+# what a caller in C provides, where the launcher in Python makes a tensor
+OURS = {
+    "token_ids_ptr": "token_ids", "logprob_ptr": "logprob", "masked_tokens_ptr": "tokens", "x_ptr": "c_x", "y_ptr": "y",
+}  # fmt: skip
+WORKSPACE = {"partials_ptr", "x_q_ptr", "x_sum_ptr", "row_scale_ptr"}
+
+
+def assert_same_launches(call: Call, library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = launches_from_python(call, monkeypatch)
     assert [launch.name for launch in library.launches] == [name for name, _, _ in expected]
+    # first and last byte of the parts of the workspace
+    parts: dict[str, tuple[int, int]] = {}
     for launch, (_, grid, values) in zip(library.launches, expected, strict=True):
         assert launch.grid == grid
         assert launch.block == (32 * values["num_warps"], 1, 1)
@@ -305,16 +392,21 @@ def assert_same_launches(call: Draw | Mask, library: Library, monkeypatch: pytes
         assert launch.scratch == [0, 0]
         assert launch.variant.options == {name: values[name] for name in launch.variant.options}
         for name in launch.variant.kernel.arg_names:
-            assert_same_argument(name, values[name], launch, call)
+            if name in WORKSPACE & launch.arguments.keys():
+                part = launch.arguments[name], launch.arguments[name] + values[name].nbytes
+                assert parts.setdefault(name, part) == part
+            else:
+                assert_same_argument(name, values[name], launch, call)
         for name in launch.variant.multiples_of_16 & launch.arguments.keys():
             assert launch.arguments[name] % 16 == 0, name
+    if parts:
+        assert isinstance(call, Draw | Layer)
+        start = call.workspace.data_ptr()
+        bounds = [start, *(bound for part in sorted(parts.values()) for bound in part)]
+        assert bounds == sorted(bounds) and bounds[-1] <= start + call.workspace.nbytes
 
 
-# what a call writes: other memory in each
-OUTPUTS = {"token_ids_ptr": "token_ids", "logprob_ptr": "logprob", "partials_ptr": "workspace"}
-
-
-def assert_same_argument(name: str, value: Any, launch: Launch, call: Draw | Mask) -> None:
+def assert_same_argument(name: str, value: Any, launch: Launch, call: Call) -> None:
     if isinstance(call, Draw) and name in call.unused_strides():
         return
     if name == "MAY_FORBID":
@@ -324,10 +416,8 @@ def assert_same_argument(name: str, value: Any, launch: Launch, call: Draw | Mas
     if name in launch.variant.constants:
         assert launch.variant.constants[name] == value, name
         return
-    if name == "masked_tokens_ptr":
-        value = call.tokens
-    elif isinstance(call, Draw) and name in OUTPUTS:
-        value = getattr(call, OUTPUTS[name])
+    if name in OURS and not (isinstance(call, Mask) and name != "masked_tokens_ptr"):
+        value = getattr(call, OURS[name])
     if isinstance(value, torch.Tensor):
         value = value.data_ptr()
     if isinstance(value, float):
@@ -387,6 +477,55 @@ def test_mask_by_confidence_is_launched_as_from_python(num_positions, temperatur
     assert library.mask_by_confidence(mask) == SUCCESS
     assert bool(library.launches[0].variant.multiples_of_16) == (num_positions % 16 == 0)
     assert_same_launches(mask, library, monkeypatch)
+
+
+LAYER = dict(num_rows=70, num_outputs=48, num_inputs=256)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {}, {"num_rows": 16}, {"num_rows": 17}, {"num_rows": 1}, {"num_rows": 128}, {"num_outputs": 130},
+        {"num_inputs": 200}, {"num_inputs": 257}, {"num_inputs": 130, "num_rows": 1}, {"padding": 1}, {"padding": 16},
+        {"num_scales": 1}, {"num_scales": 70}, {"group_size": 32}, {"group_size": 32, "num_inputs": 96},
+        {"group_size": 96}, {"group_size": 256}, {"group_size": 16384, "num_inputs": 16390, "num_outputs": 2},
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("op", ["w4a8_linear", "w4a16_linear"])
+def test_linear_layers_are_launched_as_from_python(op, change, library, monkeypatch):
+    layer = Layer(op, **{**LAYER, **change})
+    layer.allocate(library)
+    assert library.linear(layer) == SUCCESS
+    assert_same_launches(layer, library, monkeypatch)
+    wide = layer.num_inputs % 16 == 0 and layer.padding % 16 == 0
+    assert ("x_ptr" in library.launches[0].variant.multiples_of_16) == wide
+
+
+@pytest.mark.parametrize("op", ["w4a8_linear", "w4a16_linear"])
+def test_every_variant_of_a_layer_is_chosen(op, library, monkeypatch):
+    chosen = set()
+    dtypes, scale_dtypes = C_DTYPES[:2], (torch.float16, torch.float32)
+    for dtype, scale_dtype, has_bias, num_rows, num_inputs, num_scales in itertools.product(
+        dtypes, scale_dtypes, [False, True], [16, 17], [64, 65], [0, 1]
+    ):
+        layer = Layer(op, num_rows, 8, num_inputs, 32, dtype, scale_dtype, has_bias, num_scales)
+        layer.allocate(library)
+        library.launches.clear()
+        assert library.linear(layer) == SUCCESS
+        assert_same_launches(layer, library, monkeypatch)
+        chosen |= {launch.variant for launch in library.launches}
+    exported = {v for v, architecture, _ in library.compiled.values() if architecture == 80}
+    assert chosen == {v for v in exported if v.group.startswith(op) and v.constants["GROUP_SIZE"] == 32}
+    assert len(chosen) == (24 if op == "w4a8_linear" else 32)
+
+
+def test_a_group_longer_than_the_inputs_is_computed_whole(library):
+    layer = Layer("w4a8_linear", 3, 8, 100, 256)
+    layer.allocate(library)
+    assert layer.workspace.nbytes == 16 * (256 + 4 + 4)
+    assert library.linear(layer) == SUCCESS
+    assert [launch.variant.constants["GROUP_SIZE"] for launch in library.launches] == [256, 256]
 
 
 @pytest.mark.parametrize(
@@ -483,6 +622,60 @@ def test_bad_arguments_of_mask_by_confidence(name, value, library):
     assert not library.launches
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("num_rows", -1), ("num_rows", 2**30 + 1), ("num_inputs", 0), ("num_inputs", 2**30 + 1), ("num_outputs", -1),
+     ("num_outputs", 1048561), ("dtype", 2), ("dtype", 3), ("dtype", -1), ("scale_dtype", 1), ("scale_dtype", 3),
+     ("x", None), ("x_stride", 255), ("w_q", None), ("w_q", 8), ("scale", None), ("zero_point", None),
+     ("group_size", 0), ("group_size", 48), ("group_size", 16416), ("group_size", -32)],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("op", ["w4a8_linear", "w4a16_linear"])
+def test_bad_arguments_of_layers(op, name, value, library):
+    layer = Layer(op, **LAYER)
+    layer.allocate(library)
+    setattr(layer.c_args, name, value)
+    assert library.linear(layer) == INVALID_VALUE and not library.launches
+
+
+def test_bad_outputs_and_scales_of_layers(library):
+    args, stream = ctypes.byref(Layer("w4a16_linear", **LAYER).c_args), None
+    y = ctypes.c_void_p(64)
+    assert library.call("mgt_cuda_w4a16_linear", args, None, stream) == INVALID_VALUE
+    assert library.call("mgt_cuda_w4a16_linear", None, y, stream) == INVALID_VALUE
+    assert library.call("mgt_cuda_w4a8_linear_workspace", None) == 0
+
+    num_bytes = library.call("mgt_cuda_w4a8_linear_workspace", args)
+    assert num_bytes == 128 * (256 + 4 * 2 + 4)
+
+    def w4a8(y=y, workspace=64, num_bytes=num_bytes, x_scale=64, num_scales=1, args=args):  # type: ignore[no-untyped-def]
+        pointers = ctypes.c_void_p(x_scale), ctypes.c_int64(num_scales), y, ctypes.c_void_p(workspace)
+        return library.call("mgt_cuda_w4a8_linear", args, *pointers, ctypes.c_size_t(num_bytes), stream)
+
+    for bad in (
+        dict(y=None), dict(workspace=None), dict(workspace=72), dict(num_bytes=num_bytes - 1), dict(x_scale=None),
+        dict(num_scales=-1), dict(num_scales=3), dict(args=None),
+    ):  # fmt: skip
+        assert w4a8(**bad) == INVALID_VALUE and not library.launches
+    assert w4a8() == SUCCESS and len(library.launches) == 2
+    assert w4a8(x_scale=None, num_scales=0) == SUCCESS
+
+    # more sums of groups than the kernels count
+    layer = Layer("w4a8_linear", **LAYER)
+    layer.c_args.num_rows, layer.c_args.num_inputs, layer.c_args.x_stride = 2**20, 2**18, 2**18
+    assert library.call("mgt_cuda_w4a8_linear_workspace", ctypes.byref(layer.c_args)) == 0
+    assert w4a8(num_bytes=2**62, args=ctypes.byref(layer.c_args)) == INVALID_VALUE
+
+
+@pytest.mark.parametrize("change", [{"num_rows": 0}, {"num_outputs": 0}], ids=str)
+@pytest.mark.parametrize("op", ["w4a8_linear", "w4a16_linear"])
+def test_layers_with_nothing_to_do(op, change, library):
+    layer = Layer(op, **LAYER)
+    for name, value in change.items():
+        setattr(layer.c_args, name, value)
+    assert library.linear(layer) == SUCCESS and not library.launches
+
+
 @pytest.mark.parametrize("shape", [(0, 16), (3, 0)])
 def test_nothing_to_do(shape, library):
     assert library.sample_tokens(Draw(*shape, 4096)) == SUCCESS
@@ -564,6 +757,8 @@ def test_what_was_not_exported_is_not_found(tmp_path, monkeypatch):
     library = build(tmp_path, (80,), variants_of(["bf16"], ["token-major"]), stand_in)
     for change, status in (({}, SUCCESS), ({"dtype": torch.float16}, NOT_FOUND), ({"position_major": True}, NOT_FOUND)):
         assert library.sample_tokens(Draw(1, 2048, 64, **change)) == status
+    for group_size, status in ((128, SUCCESS), (64, NOT_FOUND)):
+        assert library.linear(Layer("w4a16_linear", **LAYER, group_size=group_size)) == status
 
 
 def is_sampled(variant: Variant) -> bool:
@@ -573,6 +768,14 @@ def is_sampled(variant: Variant) -> bool:
         return constants["BLOCK_SPLITS"] == 2
     if variant.kernel.__name__ == "_mask_by_confidence_kernel":
         return constants["BLOCK_POSITIONS"] == 128 and constants["HAS_NOISE"] and bool(variant.multiples_of_16)
+    if "linear" in variant.group:
+        # those of LAYERS
+        return (
+            variant.types.get("scale_ptr", "*fp16") == "*fp16"
+            and variant.multiples_of_16 >= {"x_ptr"} & variant.types.keys()
+            and all(constants.get(name, True) for name in ("HAS_BIAS", "IS_STATIC"))
+            and constants.get("BLOCK_ROWS", 16) == 16
+        )
     guided, split = "uncond_ptr" not in constants, "partials_ptr" not in constants
     aligned = "logits_ptr" in variant.multiples_of_16
     wanted = [(False, True, False, True, True), (True, True, False, True, False), (False, False, True, False, False)]
@@ -583,13 +786,15 @@ def is_sampled(variant: Variant) -> bool:
 @pytest.fixture(scope="session")
 def compiled_library(tmp_path_factory: pytest.TempPathFactory) -> Library:
     variants = [variant for variant in variants_of(["bf16"], export.LAYOUTS) if is_sampled(variant)]
-    assert len(variants) == 5
+    assert len(variants) == 8
     return build(tmp_path_factory.mktemp("compiled"), (80,), variants, export.compile_for)
 
 
-def run_in_emulator(library: Library, call: Draw | Mask) -> None:
-    """Execute the launches of C on the memory that they point to."""
-    buffers = [storage_of(value) for value in vars(call).values() if isinstance(value, torch.Tensor) and value.numel()]
+def run_in_emulator(library: Library, call: Call, *others: torch.Tensor) -> None:
+    """Execute the launches of C on the memory that they point to: the tensors of the call, and others."""
+    tensors = [value for value in (*vars(call).values(), *others) if isinstance(value, torch.Tensor) and value.numel()]
+    # by address: the same memory twice is one buffer
+    buffers = list({tensor.untyped_storage().data_ptr(): storage_of(tensor) for tensor in tensors}.values())
     for launch in library.launches:
         bits = [
             int.from_bytes(struct.pack("<f", value), "little") if isinstance(value, float) else value
@@ -597,6 +802,32 @@ def run_in_emulator(library: Library, call: Draw | Mask) -> None:
         ]
         report = Emulator(Program(launch.compiled.ptx, 0), launch.shared).run(launch.grid, bits, buffers)
         assert not report.races
+
+
+LAYERS = {
+    "w4a8_linear": dict(num_rows=16, num_outputs=72, num_inputs=1024, num_scales=16),
+    "w4a16_linear": dict(num_rows=16, num_outputs=72, num_inputs=576),
+}
+
+
+@pytest.mark.parametrize("op", LAYERS)
+def test_exported_layers_are_those_of_the_emulated_launcher(op, compiled_library, monkeypatch):
+    monkeypatch.setenv("FAKE_CUDA_CAPABILITY", "80")
+    compiled_library.launches.clear()
+    layer = Layer(op, **LAYERS[op], seed=1)
+    layer.y.fill_(torch.nan)
+    layer.allocate(compiled_library)
+    assert compiled_library.linear(layer) == SUCCESS
+    run_in_emulator(compiled_library, layer, *layer.tensors)
+    with standin_gpu(80) as launches:
+        expected = layer.from_python()
+    assert torch.equal(layer.y, expected)
+    for ours, theirs in zip(compiled_library.launches, launches, strict=True):
+        assert (ours.name, ours.grid, ours.block[0], ours.shared) == (
+            theirs.kernel, theirs.grid, 32 * theirs.num_warps, theirs.shared,
+        )  # fmt: skip
+    if op == "w4a8_linear":
+        assert torch.equal(layer.y, mgt_kernels.w4a8_linear(layer.x, layer.weight, layer.x_scale, layer.bias))
 
 
 DRAWS = {
@@ -720,12 +951,27 @@ def test_the_command_writes_what_a_c_program_needs(uncompiled, tmp_path):
         ]
 
 
+def test_the_command_leaves_out_what_is_not_asked_for(uncompiled, tmp_path):
+    result = mgt("--arch", 90, "--op", "w4a16_linear", "--group-size", 64, "--group-size", 32, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    tables = [path for path in tmp_path.iterdir() if "_sm90_" in path.name]
+    assert {path.name for path in tables} == {f"mgt_kernels_cuda_sm90_w4a16_linear_{t}.c" for t in ("fp32", "bf16")}
+    sizes = re.findall(r"MGT_CUDA_W4A16_LINEAR\(MGT_CUDA_\w+, (\d+),", "".join(path.read_text() for path in tables))
+    assert set(sizes) == {"32", "64"} and len(sizes) == 64
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("--arch", 70), "architectures: expected some of 80, 86, 89, 90, 100, 103, 120, 121, got 70"),
         (("--dtype", "bf17"), "dtypes: expected some of fp32, bf16, fp16, got bf17"),
         (("--layout", "flat"), "layouts: expected some of token-major, position-major, got flat"),
+        (("--op", "w4a4"), f"ops: expected some of {', '.join(export.OPS)}, got w4a4"),
+        (("--group-size", 48), "group_size: expected a multiple of 32 within [32, 16384], got 48"),
+        (
+            ("--op", "w4a8_linear", "--dtype", "fp16"),
+            "dtypes: expected fp32 or bf16 for the linear layers, got fp16",
+        ),
     ],
 )
 def test_errors_are_one_kind_line(uncompiled, arguments, message, tmp_path):

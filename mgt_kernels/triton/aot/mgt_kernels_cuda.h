@@ -115,6 +115,61 @@ typedef struct {
  * mask_len is larger than the number of others; a logprob of NaN is masked first. */
 CUresult mgt_cuda_mask_by_confidence(const mgt_cuda_mask_by_confidence_args* args, int64_t* tokens, CUstream stream);
 
+/* Weights (N, K) in 4 bits, w = (w_q - zero_point) * scale, and what they are multiplied with. Known from the CPU:
+ * mgt_int4_linear_args of mgt_kernels.h. All pointers are to device memory. */
+typedef struct {
+  /* at most 2^30 */
+  int64_t num_rows;
+  /* in [1, 2^30] */
+  int64_t num_inputs;
+  /* at most 1048560 */
+  int64_t num_outputs;
+  /* of y: MGT_CUDA_FLOAT32 or MGT_CUDA_BFLOAT16 */
+  mgt_cuda_dtype dtype;
+  /* (num_rows, num_inputs), unit stride over inputs. mgt_cuda_w4a8_linear: of dtype; mgt_cuda_w4a16_linear: bfloat16,
+   * whatever dtype is. Fastest where x is aligned to 16 bytes, and x_stride and num_inputs are multiples of 16 */
+  const void* x;
+  /* from row to row, at least num_inputs; does not matter for one row */
+  int64_t x_stride;
+  /* (num_outputs, 32 ceil(num_inputs / 64)) contiguous, aligned to 16 bytes: byte 32 c + j of a row holds input
+   * 64 c + j in its low nibble and input 64 c + 32 + j in its high one; inputs past the last one are 0 */
+  const uint8_t* w_q;
+  /* (num_outputs, ceil(num_inputs / group_size)) contiguous, positive; MGT_CUDA_FLOAT32 or MGT_CUDA_FLOAT16 */
+  const void* scale;
+  mgt_cuda_dtype scale_dtype;
+  /* as scale, in [0, 15] */
+  const uint8_t* zero_point;
+  /* one that was exported: a multiple of 32 in [32, 16384]. A group is computed whole: where a single one holds all
+   * inputs, num_inputs rounded up to a multiple of 32 is the faster size */
+  int64_t group_size;
+  /* (num_outputs), or NULL */
+  const float* bias;
+} mgt_cuda_int4_linear_args;
+
+/* Bytes of device memory that mgt_cuda_w4a8_linear needs besides its outputs: a function of the sizes alone. 0 where
+ * they are invalid, or nothing is to be done. */
+size_t mgt_cuda_w4a8_linear_workspace(const mgt_cuda_int4_linear_args* args);
+
+/* A linear layer in 8-bit integers. For each row m and output n, with the inputs k of group g:
+ *   x_q[m, k] = clamp(round(x[m, k] * (1 / x_scale[m])), -128, 127)     halves to even, in float32
+ *   sum[m, g] = sum_k x_q[m, k] (w_q[n, k] - zero_point[n, g])          exact in 32 bits
+ *   y[m, n]   = x_scale[m] * sum_g scale[n, g] sum[m, g] + bias[n]      fused float32, g in order
+ * so y has the bits of the CPU's.
+ *
+ * x_scale: (num_x_scales) in device memory, positive and normal; num_x_scales divides num_rows, and each of as many
+ * equal runs of rows has its own. num_x_scales 0: the largest magnitude of each row / 127. y: (num_rows, num_outputs)
+ * contiguous. A row that holds NaN or inf becomes NaN. workspace: device memory, aligned to 16 bytes, in use until the
+ * work is done. CUDA_ERROR_INVALID_VALUE also where num_rows times the number of groups, each rounded up, is 2^31 or
+ * more. */
+CUresult mgt_cuda_w4a8_linear(const mgt_cuda_int4_linear_args* args, const float* x_scale, int64_t num_x_scales,
+                              void* y, void* workspace, size_t workspace_bytes, CUstream stream);
+
+/* A linear layer on bfloat16, accumulated in float32:
+ *   y[m, n] = sum_k x[m, k] bfloat16((w_q[n, k] - zero_point[n, g]) scale[n, g]) + bias[n]
+ * Activations of another type are to be rounded to bfloat16 first. y: (num_rows, num_outputs) contiguous. A sum that is
+ * NaN or inf becomes NaN. */
+CUresult mgt_cuda_w4a16_linear(const mgt_cuda_int4_linear_args* args, void* y, CUstream stream);
+
 #ifdef __cplusplus
 }
 #endif

@@ -15,6 +15,15 @@
 #define MGT_CUDA_MASK_BY_CONFIDENCE(block_positions, in_registers, noise, aligned)                        \
   (3u << 24 | (unsigned)(block_positions) << 3 | (unsigned)(in_registers) << 2 | (unsigned)(noise) << 1 | \
    (unsigned)(aligned))
+/* group_size is a multiple of 32, at most 2^14 */
+#define MGT_CUDA_QUANTIZE_ROWS(dtype, group_size, is_static, aligned) \
+  (4u << 24 | (unsigned)(group_size) << 4 | (unsigned)(dtype) << 2 | (unsigned)(is_static) << 1 | (unsigned)(aligned))
+#define MGT_CUDA_W4A8_LINEAR(dtype, group_size, scale_dtype, bias, few_rows)                        \
+  (5u << 24 | (unsigned)(group_size) << 4 | (unsigned)(dtype) << 4 | (unsigned)(scale_dtype) << 2 | \
+   (unsigned)(bias) << 1 | (unsigned)(few_rows))
+#define MGT_CUDA_W4A16_LINEAR(dtype, group_size, scale_dtype, bias, few_rows, aligned)              \
+  (6u << 24 | (unsigned)(group_size) << 4 | (unsigned)(dtype) << 5 | (unsigned)(scale_dtype) << 3 | \
+   (unsigned)(bias) << 2 | (unsigned)(few_rows) << 1 | (unsigned)(aligned))
 
 typedef struct {
   unsigned key;
