@@ -20,8 +20,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
+from mgt_kernels.info import OPS
 from mgt_kernels.packing import check_group_size
+from mgt_kernels.triton.differential_sample import (
+    _MAX_REGISTERS,
+    _compare_kernel,
+    _edit_history_kernel,
+    _select_kernel,
+)
 from mgt_kernels.triton.draws import LAUNCH_OPTIONS
+from mgt_kernels.triton.history_step import _advance_history_step_kernel
 from mgt_kernels.triton.launch import next_power_of_2
 from mgt_kernels.triton.mask_by_confidence import _mask_by_confidence_kernel
 from mgt_kernels.triton.sample_tokens import _MAX_SPLITS, _combine_splits_kernel, _sample_tokens_kernel
@@ -32,7 +40,6 @@ from mgt_kernels.triton.w4a16_linear import _w4a16_linear_kernel
 ARCHITECTURES = (80, 86, 89, 90, 100, 103, 120, 121)
 DTYPES = ("fp32", "bf16", "fp16")
 LAYOUTS = ("token-major", "position-major")
-OPS = ("sample_tokens", "mask_by_confidence", "w4a8_linear", "w4a16_linear")
 
 _C_DTYPES = {"fp32": "MGT_CUDA_FLOAT32", "bf16": "MGT_CUDA_BFLOAT16", "fp16": "MGT_CUDA_FLOAT16"}
 _AOT = Path(__file__).parent / "aot"
@@ -44,6 +51,9 @@ _KINDS = {
     "uncond_stride_sample": "i64", "uncond_stride_position": "i64", "uncond_stride_token": "i64",
     "guidance_scale": "fp32", "noise_scale": "fp32", "inverse_temperature": "fp32",
     "masked_tokens_ptr": "*i64", "mask_len_ptr": "*i64", "temperature": "fp32",
+    "divergence_ptr": "*fp32", "keys_ptr": "*i64", "choice_ptr": "*i32", "choice_logprob_ptr": "*fp32",
+    "softmax_ptr": "*fp32", "selected_ptr": "*u8", "history_ptr": "*i16", "written_ptr": "*u8",
+    "history_seed_ptr": "*i64", "history_step_ptr": "*i64", "share": "fp64",
     "w_q_ptr": "*u8", "zero_point_ptr": "*u8", "bias_ptr": "*fp32", "x_q_ptr": "*i8", "x_sum_ptr": "*i32",
     "row_scale_ptr": "*fp32", "x_scale_ptr": "*fp32", "stride_row": "i64",
 }  # fmt: skip
@@ -104,8 +114,8 @@ def export(
 ) -> list[Path]:
     """Compile the kernels and write C sources: compile all of them as C11 and link with -lcuda.
 
-    Takes minutes: of `sample_tokens` there are 64 variants per architecture and dtype. `mgt_kernels_cuda.h` describes
-    the result.
+    Takes minutes: of `sample_tokens` there are 64 variants per architecture and dtype, of `differential_sample` 80, and
+    each takes some seconds of a CPU. `mgt_kernels_cuda.h` describes the result.
 
     Args:
         directory: made if need be; files of an earlier export in it are overwritten, not removed.
@@ -113,7 +123,7 @@ def export(
             code on its own architecture alone.
         dtypes: of the logits, and of what the linear layers return, of DTYPES; the layers know no fp16.
         layouts: of the logits, of LAYOUTS: which dimension has unit stride.
-        ops: of OPS.
+        ops: of OPS; `differential_sample` comes with `sample_tokens`, which it calls.
         group_sizes: of the linear layers' weights, multiples of 32 within [32, 16384].
         progress: show a progress bar.
 
@@ -157,37 +167,43 @@ def variants_of(
     """List all that the launchers in C choose from."""
     flags = (False, True)
     scale_dtypes = ("fp16", "fp32")
-    sample_tokens = [
-        _sample_tokens(dtype, layout == "position-major", *options)
-        for dtype, layout in product(dtypes, layouts)
-        for options in product(flags, repeat=5)
-    ]
-    combine_splits = [_combine_splits(2**i) for i in range(1, _MAX_SPLITS.bit_length())]
-    mask_by_confidence = [
-        _mask_by_confidence(block_positions, in_registers, noise, aligned)
-        for block_positions, in_registers in [*((2**i, True) for i in range(7, 15)), (2**14, False)]
-        for noise, aligned in product(flags, flags)
-    ]
+    logits = [(dtype, layout == "position-major") for dtype, layout in product(dtypes, layouts)]
     # the ops take no float16
     layers = [(dtype, group_size) for dtype in dtypes if dtype != "fp16" for group_size in group_sizes]
-    w4a8_linear = [
-        *(_quantize_rows(*layer, *options) for layer in layers for options in product(flags, repeat=2)),
-        *(
-            _w4a8_linear(*layer, scale_dtype, *options)
-            for layer, scale_dtype, options in product(layers, scale_dtypes, product(flags, repeat=2))
-        ),
-    ]
-    w4a16_linear = [
-        _w4a16_linear(*layer, scale_dtype, *options)
-        for layer, scale_dtype, options in product(layers, scale_dtypes, product(flags, repeat=3))
-    ]
+    # positions of a sample, as many as a program takes at a time, and whether that is all of them
+    blocks = [*((2**i, True) for i in range(7, 15)), (2**14, False)]
     by_op = {
-        "sample_tokens": [*sample_tokens, *combine_splits],
-        "mask_by_confidence": mask_by_confidence,
-        "w4a8_linear": w4a8_linear,
-        "w4a16_linear": w4a16_linear,
+        "sample_tokens": [
+            *(_sample_tokens(*half, *options) for half in logits for options in product(flags, repeat=5)),
+            *(_combine_splits(2**i) for i in range(1, _MAX_SPLITS.bit_length())),
+        ],
+        "differential_sample": [
+            *(
+                _compare(*half, guided, noise, comparison)
+                for half, guided, noise, comparison in product(logits, flags, flags, _COMPARISONS)
+            ),
+            *(_select(*block, *options) for block in blocks for options in product(_SELECTIONS, flags)),
+            *(_edit_history(*half, *options) for half in logits for options in product(flags, repeat=3)),
+            *(_advance_history_step(has_history) for has_history in flags),
+        ],
+        "mask_by_confidence": [
+            _mask_by_confidence(*block, *options) for block in blocks for options in product(flags, repeat=2)
+        ],
+        "w4a8_linear": [
+            *(_quantize_rows(*layer, *options) for layer in layers for options in product(flags, repeat=2)),
+            *(
+                _w4a8_linear(*layer, scale_dtype, *options)
+                for layer, scale_dtype, options in product(layers, scale_dtypes, product(flags, repeat=2))
+            ),
+        ],
+        "w4a16_linear": [
+            _w4a16_linear(*layer, scale_dtype, *options)
+            for layer, scale_dtype, options in product(layers, scale_dtypes, product(flags, repeat=3))
+        ],
     }
-    return [variant for op in ops for variant in by_op[op]]
+    # differential_sample begins with a plain draw
+    drawn = {"sample_tokens"} if "differential_sample" in ops else set()
+    return [variant for op in OPS if op in drawn.union(ops) for variant in by_op[op]]
 
 
 def write_sources(
@@ -256,31 +272,37 @@ def _num_bits(kind: str) -> int:
     return 64 if kind.startswith("*") else int(kind.lstrip("ifp"))
 
 
+def _layout_constants(position_major: bool, guided: bool) -> dict[str, Any]:
+    """Return what is compiled in of the logits' halves."""
+    unit = "position" if position_major else "token"
+    constants: dict[str, Any] = {f"stride_{unit}": 1, f"uncond_stride_{unit}": 1}
+    if not guided:
+        constants["uncond_ptr"] = None
+        constants |= {f"uncond_stride_{dimension}": 0 for dimension in ("sample", "position", "token")}
+    # one variant for all guidance scales
+    return {**constants, "MAY_FORBID": guided}
+
+
+def _aligned_logits(position_major: bool) -> set[str]:
+    """Return the arguments that are multiples of 16 where logits are read 16 bytes at a time."""
+    unit, other = ("position", "token") if position_major else ("token", "position")
+    return {
+        "logits_ptr", "uncond_ptr", f"num_{unit}s", "stride_sample", f"stride_{other}", "uncond_stride_sample",
+        f"uncond_stride_{other}",
+    }  # fmt: skip
+
+
 def _sample_tokens(
     dtype: str, position_major: bool, guided: bool, noise: bool, greedy: bool, split: bool, aligned: bool
 ) -> Variant:
-    unit, other = ("position", "token") if position_major else ("token", "position")
-    constants: dict[str, Any] = {
-        f"stride_{unit}": 1,
-        f"uncond_stride_{unit}": 1,
-        # one variant for all guidance scales
-        "MAY_FORBID": guided,
+    constants = {
+        **_layout_constants(position_major, guided),
+        **({} if split else {"partials_ptr": None}),
         "HAS_NOISE": noise,
         "GREEDY": greedy,
         "BLOCK_POSITIONS": 16 if position_major else 1,
         "BLOCK_COLUMNS": 32 if position_major else 512,
     }
-    if not split:
-        constants["partials_ptr"] = None
-    if not guided:
-        constants["uncond_ptr"] = None
-        constants |= {f"uncond_stride_{dimension}": 0 for dimension in ("sample", "position", "token")}
-    multiples_of_16 = {"columns_per_split"}
-    if aligned:
-        multiples_of_16 |= {
-            "logits_ptr", "uncond_ptr", f"num_{unit}s", "stride_sample", f"stride_{other}", "uncond_stride_sample",
-            f"uncond_stride_{other}",
-        }  # fmt: skip
     # as in the launcher in Python
     num_warps = 2 if not position_major and dtype != "fp32" and not noise else 4
     flags = (position_major, guided, noise, greedy, split, aligned)
@@ -290,7 +312,7 @@ def _sample_tokens(
         kernel=_sample_tokens_kernel,
         types=_types(_sample_tokens_kernel, logits_ptr=f"*{dtype}", uncond_ptr=f"*{dtype}"),
         constants=constants,
-        multiples_of_16=frozenset(multiples_of_16),
+        multiples_of_16=frozenset({"columns_per_split"} | (_aligned_logits(position_major) if aligned else set())),
         options={"num_warps": num_warps, "maxnreg": 168},
     )
 
@@ -307,22 +329,121 @@ def _combine_splits(block_splits: int) -> Variant:
     )
 
 
-def _mask_by_confidence(block_positions: int, in_registers: bool, noise: bool, aligned: bool) -> Variant:
+def _sample_constants(block_positions: int, in_registers: bool) -> tuple[dict[str, Any], int]:
+    """Return what is compiled into a kernel with a program per sample, and its warps."""
     num_warps = min(max(block_positions // 256, 1), 16)
+    return {
+        "CHUNK_POSITIONS": min(block_positions, 128 * num_warps),
+        "BLOCK_POSITIONS": block_positions,
+        "IN_REGISTERS": in_registers,
+    }, num_warps
+
+
+def _mask_by_confidence(block_positions: int, in_registers: bool, noise: bool, aligned: bool) -> Variant:
+    constants, num_warps = _sample_constants(block_positions, in_registers)
     multiples_of_16 = {"masked_tokens_ptr", "token_ids_ptr", "logprob_ptr", "num_positions"} if aligned else set()
     return Variant(
         group="mask_by_confidence",
         key=f"MGT_CUDA_MASK_BY_CONFIDENCE({block_positions}, {in_registers:d}, {noise:d}, {aligned:d})",
         kernel=_mask_by_confidence_kernel,
         types=_types(_mask_by_confidence_kernel),
-        constants={
-            "HAS_NOISE": noise,
-            "CHUNK_POSITIONS": min(block_positions, 128 * num_warps),
-            "BLOCK_POSITIONS": block_positions,
-            "IN_REGISTERS": in_registers,
-        },
+        constants={"HAS_NOISE": noise, **constants},
         multiples_of_16=frozenset(multiples_of_16),
         options={"num_warps": num_warps},
+    )
+
+
+# greedy, has_history, is_paper, edits_history: without a history nothing races, and what is edited later is official
+_COMPARISONS = (
+    (False, False, False, False), (False, False, True, False), (False, True, False, False), (False, True, True, False),
+    (False, True, False, True), (True, True, False, False), (True, True, True, False), (True, True, False, True),
+)  # fmt: skip
+# is_paper, edits_history
+_SELECTIONS = ((True, False), (False, False), (False, True))
+
+
+def _compare(
+    dtype: str,
+    position_major: bool,
+    guided: bool,
+    noise: bool,
+    comparison: tuple[bool, bool, bool, bool],
+) -> Variant:
+    greedy, has_history, is_paper, edits_history = comparison
+    absent = [] if edits_history else ["softmax_ptr"]
+    if not has_history:
+        absent += ["keys_ptr", "choice_ptr", "choice_logprob_ptr"]
+    block_positions = 16 if position_major else 2
+    flags = (position_major, guided, noise, *comparison)
+    return Variant(
+        group=f"differential_sample_{dtype}",
+        key=f"MGT_CUDA_COMPARE({_C_DTYPES[dtype]}, {', '.join(f'{flag:d}' for flag in flags)})",
+        kernel=_compare_kernel,
+        types=_types(_compare_kernel, logits_ptr=f"*{dtype}", uncond_ptr=f"*{dtype}"),
+        constants={
+            **_layout_constants(position_major, guided),
+            **dict.fromkeys(absent),
+            "HAS_HISTORY": has_history,
+            "IS_PAPER": is_paper,
+            "HAS_NOISE": noise,
+            "GREEDY": greedy,
+            "BLOCK_POSITIONS": block_positions,
+        },
+        # a thread reads a column at a time
+        multiples_of_16=frozenset(),
+        options={"num_warps": block_positions // 2, "maxnreg": _MAX_REGISTERS},
+    )
+
+
+def _select(block_positions: int, in_registers: bool, selection: tuple[bool, bool], aligned: bool) -> Variant:
+    is_paper, edits_history = selection
+    constants, num_warps = _sample_constants(block_positions, in_registers)
+    # the rest is the workspace, which is aligned
+    multiples_of_16 = {"selected_ptr", "keys_ptr", "choice_ptr", "choice_logprob_ptr"}
+    if aligned:
+        multiples_of_16 |= {"token_ids_ptr", "logprob_ptr", "tokens_ptr", "num_positions"}
+    flags = f"{is_paper:d}, {edits_history:d}, {aligned:d}"
+    return Variant(
+        group="differential_sample",
+        key=f"MGT_CUDA_SELECT({block_positions}, {in_registers:d}, {flags})",
+        kernel=_select_kernel,
+        types=_types(_select_kernel),
+        constants={**({} if edits_history else {"selected_ptr": None}), "IS_PAPER": is_paper, **constants},
+        multiples_of_16=frozenset(multiples_of_16),
+        options={"num_warps": num_warps},
+    )
+
+
+def _edit_history(dtype: str, position_major: bool, guided: bool, noise: bool, aligned: bool) -> Variant:
+    multiples_of_16 = {"softmax_ptr", "selected_ptr"}
+    if aligned:
+        multiples_of_16 |= {"history_ptr", "num_tokens"} | _aligned_logits(position_major)
+    flags = (position_major, guided, noise, aligned)
+    return Variant(
+        group=f"differential_sample_{dtype}",
+        key=f"MGT_CUDA_EDIT_HISTORY({_C_DTYPES[dtype]}, {', '.join(f'{flag:d}' for flag in flags)})",
+        kernel=_edit_history_kernel,
+        types=_types(_edit_history_kernel, logits_ptr=f"*{dtype}", uncond_ptr=f"*{dtype}"),
+        constants={
+            **_layout_constants(position_major, guided),
+            "HAS_NOISE": noise,
+            "BLOCK_POSITIONS": 16 if position_major else 1,
+            "BLOCK_COLUMNS": 32 if position_major else 512,
+        },
+        multiples_of_16=frozenset(multiples_of_16),
+        options={"num_warps": 4},
+    )
+
+
+def _advance_history_step(has_history: bool) -> Variant:
+    return Variant(
+        group="differential_sample",
+        key=f"MGT_CUDA_ADVANCE_HISTORY_STEP({has_history:d})",
+        kernel=_advance_history_step_kernel,
+        types=_types(_advance_history_step_kernel),
+        constants={"HAS_HISTORY": has_history},
+        multiples_of_16=frozenset(),
+        options={"num_warps": 1},
     )
 
 

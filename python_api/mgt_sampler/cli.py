@@ -449,7 +449,7 @@ def export(
     ] = None,
     op: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="As in sample_tokens or w4a16_linear; repeat for more. [default: all]"),
+        typer.Option(metavar="NAME", help="An op, as in sample_tokens; repeat for more. [default: all]"),
     ] = None,
     group_size: Annotated[
         list[int] | None,

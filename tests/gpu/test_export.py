@@ -72,6 +72,19 @@ class CSampleTokens(ctypes.Structure):
     )
 
 
+class CDifferentialSample(ctypes.Structure):
+    _fields_ = (
+        ("sample", CSampleTokens),
+        ("variant", ctypes.c_int),
+        *((name, ctypes.c_int32) for name in ("aliased_history", "has_history")),
+        ("share", ctypes.c_double),
+    )
+
+
+class CDifferentialState(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("history", "written", "seeds", "step"))
+
+
 class CMaskByConfidence(ctypes.Structure):
     _fields_ = (
         *((f"num_{name}", ctypes.c_int64) for name in ("samples", "positions")),
@@ -101,7 +114,7 @@ ON_LAUNCH = ctypes.CFUNCTYPE(
 )  # fmt: skip
 
 C_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-READ: dict[str, Any] = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
+READ: dict[str, Any] = {"fp64": ctypes.c_double, "i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
 
 
 @dataclass
@@ -124,7 +137,7 @@ class Library:
 
     def __init__(self, path: Path, compiled: dict[str, tuple[Variant, int, Compiled]]) -> None:
         self.so = ctypes.CDLL(str(path))
-        for op in ("sample_tokens", "w4a8_linear"):
+        for op in ("sample_tokens", "differential_sample", "w4a8_linear"):
             getattr(self.so, f"mgt_cuda_{op}_workspace").restype = ctypes.c_size_t
         self.compiled = compiled
         self.launches: list[Launch] = []
@@ -156,6 +169,13 @@ class Library:
         return self.call(
             "mgt_cuda_sample_tokens", args, *map(pointer, (draw.token_ids, draw.logprob, draw.workspace)),
             ctypes.c_size_t(draw.workspace.nbytes), ctypes.c_void_p(stream),
+        )  # fmt: skip
+
+    def differential_sample(self, draw: Differential, stream: int = 7) -> int:
+        outputs = (draw.token_ids, draw.logprob, draw.divergence, draw.workspace)
+        return self.call(
+            "mgt_cuda_differential_sample", ctypes.byref(draw.c_differential), ctypes.byref(draw.c_state),
+            *map(pointer, outputs), ctypes.c_size_t(draw.workspace.nbytes), ctypes.c_void_p(stream),
         )  # fmt: skip
 
     def mask_by_confidence(self, mask: Mask, stream: int = 7) -> int:
@@ -285,6 +305,37 @@ class Draw:
 
 
 @dataclass(eq=False)
+class Differential(Draw):
+    variant: str = "paper"
+    aliased_history: bool = False
+    has_history: bool = True
+    share: float = 0.75
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.history = torch.zeros(self.logits.shape, dtype=torch.int16)
+        self.written = torch.zeros(self.tokens.shape, dtype=torch.bool)
+        self.history_seed, self.history_step = self.seed.clone(), self.step - 1
+        self.divergence = torch.empty(self.tokens.shape)
+        self.c_differential = CDifferentialSample(
+            self.c_args, ("paper", "official").index(self.variant), self.aliased_history, self.has_history, self.share
+        )
+        state = (self.history, self.written, self.history_seed, self.history_step)
+        self.c_state = CDifferentialState(*(tensor.data_ptr() for tensor in state))
+
+    def allocate(self, library: Library) -> None:
+        num_bytes = library.call("mgt_cuda_differential_sample_workspace", ctypes.byref(self.c_differential))
+        self.workspace = torch.empty(num_bytes, dtype=torch.uint8)
+
+    def from_python(self) -> Any:
+        return kernels.differential_sample(
+            self.logits, self.tokens, self.history, self.written, self.history_step, self.history_seed,
+            self.has_history, self.seed, self.step, self.num_tokens, self.uncond, 3.1, self.noise_scale,
+            self.temperature, self.share, self.variant, self.aliased_history,
+        )  # fmt: skip
+
+
+@dataclass(eq=False)
 class Mask:
     batch: int
     num_positions: int
@@ -375,9 +426,13 @@ def launches_from_python(call: Call, monkeypatch: pytest.MonkeyPatch) -> list[tu
 
 # what a caller in C provides, where the launcher in Python makes a tensor
 OURS = {
-    "token_ids_ptr": "token_ids", "logprob_ptr": "logprob", "masked_tokens_ptr": "tokens", "x_ptr": "c_x", "y_ptr": "y",
+    "token_ids_ptr": "token_ids", "logprob_ptr": "logprob", "divergence_ptr": "divergence",
+    "masked_tokens_ptr": "tokens", "x_ptr": "c_x", "y_ptr": "y",
 }  # fmt: skip
-WORKSPACE = {"partials_ptr", "x_q_ptr", "x_sum_ptr", "row_scale_ptr"}
+WORKSPACE = {
+    "partials_ptr", "keys_ptr", "choice_ptr", "choice_logprob_ptr", "softmax_ptr", "selected_ptr", "x_q_ptr",
+    "x_sum_ptr", "row_scale_ptr",
+}  # fmt: skip
 
 
 def assert_same_launches(call: Call, library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -413,6 +468,9 @@ def assert_same_argument(name: str, value: Any, launch: Launch, call: Call) -> N
         # exported code takes scales of either sign
         assert launch.variant.constants[name] >= value
         return
+    if name == "GREEDY" and not launch.variant.constants.get("HAS_HISTORY", True):
+        # nothing races
+        return
     if name in launch.variant.constants:
         assert launch.variant.constants[name] == value, name
         return
@@ -420,7 +478,7 @@ def assert_same_argument(name: str, value: Any, launch: Launch, call: Call) -> N
         value = getattr(call, OURS[name])
     if isinstance(value, torch.Tensor):
         value = value.data_ptr()
-    if isinstance(value, float):
+    if isinstance(value, float) and name != "share":
         value = ctypes.c_float(value).value
     assert launch.arguments[name] == value, name
 
@@ -477,6 +535,69 @@ def test_mask_by_confidence_is_launched_as_from_python(num_positions, temperatur
     assert library.mask_by_confidence(mask) == SUCCESS
     assert bool(library.launches[0].variant.multiples_of_16) == (num_positions % 16 == 0)
     assert_same_launches(mask, library, monkeypatch)
+
+
+def assert_same_differential_launches(draw: Differential, library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    # what torch does for the launcher in Python
+    last = library.launches.pop()
+    assert last.name == "_advance_history_step_kernel" and last.grid == (1, 1, 1) and last.stream == 7
+    assert last.variant.constants == {"HAS_HISTORY": draw.has_history}
+    assert last.arguments == {"history_step_ptr": draw.history_step.data_ptr(), "step_ptr": draw.step.data_ptr()}
+    assert_same_launches(draw, library, monkeypatch)
+
+
+@pytest.mark.parametrize("position_major", [False, True], ids=["token-major", "position-major"])
+@pytest.mark.parametrize(
+    ("shape", "num_launches"),
+    [((1, 1, 8192), 6), ((2, 17, 4097), 6), ((3, 256, 1025), 5), ((1, 2048, 300), 5)],
+    ids=str,
+)
+def test_differential_sample_is_launched_as_from_python(shape, num_launches, position_major, library, monkeypatch):
+    draw = Differential(*shape, position_major=position_major, variant="official", aliased_history=True, share=0.3)
+    draw.allocate(library)
+    assert library.differential_sample(draw) == SUCCESS
+    assert len(library.launches) == num_launches
+    assert_same_differential_launches(draw, library, monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", C_DTYPES, ids=str)
+def test_every_variant_of_a_comparison_is_chosen(dtype, library, monkeypatch):
+    chosen = set()
+    options = itertools.product([False, True], [False, True], [0.0, 0.3], [0.0, 1.7], [0, 1])
+    variants = [("paper", False), ("official", False), ("official", True)]
+    for option, variant, has_history in itertools.product(options, variants, [False, True]):
+        draw = Differential(1, 32, 32, dtype, *option, *variant, has_history)
+        draw.allocate(library)
+        library.launches.clear()
+        assert library.differential_sample(draw) == SUCCESS
+        assert_same_differential_launches(draw, library, monkeypatch)
+        chosen |= {launch.variant for launch in library.launches}
+    group = f"differential_sample_{export.DTYPES[C_DTYPES.index(dtype)]}"
+    exported = {v for v, architecture, _ in library.compiled.values() if (v.group, architecture) == (group, 80)}
+    assert {v for v in chosen if v.group == group} == exported
+    # comparisons, and edits of the history
+    assert len(exported) == 64 + 16
+
+
+@pytest.mark.parametrize("num_positions", [1, 128, 200, 256, 1000, 4096, 16384, 16385])
+@pytest.mark.parametrize("variant", [("paper", False), ("official", False), ("official", True)], ids=str)
+def test_positions_are_selected_as_from_python(num_positions, variant, library, monkeypatch):
+    draw = Differential(1, num_positions, 1, torch.float32, False, False, 0.0, 1.0, 0, *variant)
+    draw.allocate(library)
+    assert library.differential_sample(draw) == SUCCESS
+    (select,) = (launch.variant for launch in library.launches if launch.name == "_select_kernel")
+    assert ("num_positions" in select.multiples_of_16) == (num_positions % 16 == 0)
+    assert_same_differential_launches(draw, library, monkeypatch)
+
+
+@pytest.mark.parametrize("offset", [0, 2])
+def test_a_history_is_edited_in_wide_accesses_where_it_is_aligned(offset, library):
+    draw = Differential(1, 32, 32, variant="official", aliased_history=True)
+    draw.allocate(library)
+    draw.c_state.history += offset
+    assert library.differential_sample(draw) == SUCCESS
+    (edit,) = (launch.variant for launch in library.launches if launch.name == "_edit_history_kernel")
+    assert ("history_ptr" in edit.multiples_of_16) == (offset == 0)
 
 
 LAYER = dict(num_rows=70, num_outputs=48, num_inputs=256)
@@ -623,6 +744,54 @@ def test_bad_arguments_of_mask_by_confidence(name, value, library):
 
 
 @pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [("c_differential", "share", -0.1), ("c_differential", "share", 1.1), ("c_differential", "share", NAN),
+     ("c_differential", "variant", 2), ("c_differential", "variant", -1), ("c_differential", "variant", 0),
+     ("c_args", "num_tokens", 2**27 - 2047), ("c_args", "num_positions", -1), ("c_args", "temperature", -1.0),
+     ("c_args", "tokens", None), ("c_state", "history", None), ("c_state", "written", None),
+     ("c_state", "seeds", None), ("c_state", "step", None)],
+    ids=str,
+)  # fmt: skip
+def test_bad_arguments_of_differential_sample(part, name, value, library):
+    # variant 0 has no aliased history
+    draw = Differential(2, 16, 4096, variant="official", aliased_history=True)
+    draw.allocate(library)
+    setattr(getattr(draw, part), name, value)
+    draw.c_differential.sample = draw.c_args
+    assert library.differential_sample(draw) == INVALID_VALUE and not library.launches
+
+
+def test_bad_outputs_of_differential_sample(library):
+    draw = Differential(2, 16, 4096)
+    draw.allocate(library)
+    # keys, choices and their log-probabilities, parts of the draw
+    num_bytes = 32 * (8 + 4 + 4) + 32 * 2 * 5 * 4
+    assert draw.workspace.nbytes == num_bytes
+    args, state = ctypes.byref(draw.c_differential), ctypes.byref(draw.c_state)
+    good: list[Any] = [args, state, *(ctypes.c_void_p(64) for _ in range(4)), ctypes.c_size_t(num_bytes)]
+    bad = [(i, None) for i in range(6)] + [(5, ctypes.c_void_p(72)), (6, ctypes.c_size_t(num_bytes - 1))]
+    for index, value in bad:
+        arguments = [*good[:index], value, *good[index + 1 :]]
+        assert library.call("mgt_cuda_differential_sample", *arguments, None) == INVALID_VALUE
+    assert library.call("mgt_cuda_differential_sample_workspace", None) == 0
+    assert not library.launches
+    assert library.call("mgt_cuda_differential_sample", *good, None) == SUCCESS
+    # a first step of many positions needs none
+    first = Differential(1, 2048, 16, has_history=False)
+    first.allocate(library)
+    assert first.workspace.nbytes == 0 and library.differential_sample(first) == SUCCESS
+
+
+def test_differences_that_were_not_exported_leave_no_draw_behind(tmp_path, monkeypatch):
+    monkeypatch.setenv("FAKE_CUDA_CAPABILITY", "80")
+    library = build(tmp_path, (80,), variants_of(["fp32"], ["token-major"], ["sample_tokens"]), stand_in)
+    draw = Differential(2, 16, 64, torch.float32)
+    draw.allocate(library)
+    assert library.differential_sample(draw) == NOT_FOUND and not library.launches
+    assert library.sample_tokens(Draw(1, 2048, 64, torch.float32)) == SUCCESS
+
+
+@pytest.mark.parametrize(
     ("name", "value"),
     [("num_rows", -1), ("num_rows", 2**30 + 1), ("num_inputs", 0), ("num_inputs", 2**30 + 1), ("num_outputs", -1),
      ("num_outputs", 1048561), ("dtype", 2), ("dtype", 3), ("dtype", -1), ("scale_dtype", 1), ("scale_dtype", 3),
@@ -679,6 +848,7 @@ def test_layers_with_nothing_to_do(op, change, library):
 @pytest.mark.parametrize("shape", [(0, 16), (3, 0)])
 def test_nothing_to_do(shape, library):
     assert library.sample_tokens(Draw(*shape, 4096)) == SUCCESS
+    assert library.differential_sample(Differential(*shape, 4096)) == SUCCESS
     assert library.mask_by_confidence(Mask(*shape)) == SUCCESS
     assert not library.launches
 
@@ -766,6 +936,8 @@ def is_sampled(variant: Variant) -> bool:
     constants = variant.constants
     if variant.kernel.__name__ == "_combine_splits_kernel":
         return constants["BLOCK_SPLITS"] == 2
+    if variant.group.startswith("differential_sample"):
+        return False
     if variant.kernel.__name__ == "_mask_by_confidence_kernel":
         return constants["BLOCK_POSITIONS"] == 128 and constants["HAS_NOISE"] and bool(variant.multiples_of_16)
     if "linear" in variant.group:
@@ -796,9 +968,12 @@ def run_in_emulator(library: Library, call: Call, *others: torch.Tensor) -> None
     # by address: the same memory twice is one buffer
     buffers = list({tensor.untyped_storage().data_ptr(): storage_of(tensor) for tensor in tensors}.values())
     for launch in library.launches:
+        formats = {"fp32": "f", "fp64": "d"}
+        kinds = [*launch.variant.parameters.values(), "*scratch", "*scratch"]
+        values = (*launch.arguments.values(), *launch.scratch)
         bits = [
-            int.from_bytes(struct.pack("<f", value), "little") if isinstance(value, float) else value
-            for value in (*launch.arguments.values(), *launch.scratch)
+            int.from_bytes(struct.pack(f"<{formats[kind]}", value), "little") if kind in formats else value
+            for kind, value in zip(kinds, values, strict=True)
         ]
         report = Emulator(Program(launch.compiled.ptx, 0), launch.shared).run(launch.grid, bits, buffers)
         assert not report.races
@@ -863,6 +1038,47 @@ def test_exported_code_draws_what_the_cpu_draws(name, compiled_library, monkeypa
         assert (ours.name, ours.grid, ours.block[0], ours.shared) == (
             theirs.kernel, theirs.grid, 32 * theirs.num_warps, theirs.shared,
         )  # fmt: skip
+
+
+def test_exported_differences_are_those_of_the_cpu(tmp_path, monkeypatch):
+    monkeypatch.setenv("FAKE_CUDA_CAPABILITY", "80")
+    # temperature 0 takes a third of the time to compile
+    draw = Differential(2, 3, 304, temperature=0.0, variant="official", aliased_history=True)
+    every = build(tmp_path / "every", (80,), variants_of(["bf16"], ["token-major"], ["differential_sample"]), stand_in)
+    draw.allocate(every)
+    assert every.differential_sample(draw) == SUCCESS
+    library = build(tmp_path / "chosen", (80,), [launch.variant for launch in every.launches], export.compile_for)
+
+    generator = torch.Generator().manual_seed(1)
+    previous, change, uncond = 3 * torch.randn(3, *draw.logits.shape, generator=generator)
+    draw.logits.copy_(previous + 0.3 * change)
+    assert draw.uncond is not None
+    draw.uncond.copy_(uncond)
+    draw.tokens[0, 1] = 7
+    options: dict[str, Any] = dict(
+        mask_token_id=draw.num_tokens, seed=draw.seed, temperature=0.0, share=draw.share, variant=draw.variant,
+        aliased_history=True, uncond_logits=draw.uncond, guidance_scale=draw.c_args.guidance_scale,
+    )  # fmt: skip
+    *_, state = mgt_kernels.differential_sample(previous.bfloat16(), draw.tokens, None, step=draw.step - 1, **options)
+    draw.history.copy_(state.history)
+    draw.written.copy_(state.written)
+    assert library.differential_sample(draw) == SUCCESS
+    run_in_emulator(library, draw)
+    token_ids, logprob, state = mgt_kernels.differential_sample(
+        draw.logits, draw.tokens, state, step=draw.step, **options
+    )
+    for ours, theirs in (
+        (draw.token_ids, token_ids), (draw.divergence, state.divergence), (draw.history, state.history),
+        (draw.written, state.written), (draw.history_step, state.step),
+    ):  # fmt: skip
+        assert torch.equal(ours, theirs)
+    torch.testing.assert_close(draw.logprob, logprob, rtol=0, atol=1e-5)
+
+    # replayed with a step that is not the next one: nothing is drawn, and the state stays
+    draw.step += 2
+    run_in_emulator(library, draw)
+    assert torch.equal(draw.token_ids, draw.tokens)
+    assert torch.equal(draw.history, state.history) and torch.equal(draw.history_step, state.step)
 
 
 def test_exported_code_masks_what_the_cpu_masks(compiled_library, monkeypatch):

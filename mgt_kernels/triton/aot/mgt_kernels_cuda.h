@@ -88,6 +88,56 @@ size_t mgt_cuda_sample_tokens_workspace(const mgt_cuda_sample_tokens_args* args)
 CUresult mgt_cuda_sample_tokens(const mgt_cuda_sample_tokens_args* args, int64_t* token_ids, float* logprob,
                                 void* workspace, size_t workspace_bytes, CUstream stream);
 
+typedef enum { MGT_CUDA_DIFFERENTIAL_PAPER = 0, MGT_CUDA_DIFFERENTIAL_OFFICIAL = 1 } mgt_cuda_differential_variant;
+
+typedef struct {
+  /* num_tokens: at most 2^27 - 2^11 */
+  mgt_cuda_sample_tokens_args sample;
+  mgt_cuda_differential_variant variant;
+  /* MGT_CUDA_DIFFERENTIAL_OFFICIAL only: selected rows leave their weights in the history instead of p */
+  int32_t aliased_history;
+  /* 0: the first step of a generation, which is a plain one; nothing of the state but its seeds is read */
+  int32_t has_history;
+  /* in [0, 1] */
+  double share;
+} mgt_cuda_differential_sample_args;
+
+/* What a generation carries from step to step, in device memory; the same for all its steps. */
+typedef struct {
+  /* (B, N, V) contiguous: 16-bit codes c of -log q, the distribution of the previous step. c / 2048 nats for c < 49152,
+   * 24 + (c - 49152) / 16 nats above; 65535 also stands for q = 0. Fastest where it is aligned to 16 bytes */
+  uint16_t* history;
+  /* (B, N) contiguous: 1 where the row of history holds the previous step's distribution */
+  uint8_t* written;
+  /* (B): the seeds of the generation */
+  const int64_t* seeds;
+  /* one value: the index of the step that history is of */
+  int64_t* step;
+} mgt_cuda_differential_state;
+
+/* Bytes of device memory that mgt_cuda_differential_sample needs besides its outputs and state: a function of the three
+ * sizes, has_history and aliased_history. 0 where they are invalid, or nothing is to be done. */
+size_t mgt_cuda_differential_sample_workspace(const mgt_cuda_differential_sample_args* args);
+
+/* mgt_cuda_sample_tokens, but for the share of positions that changed least since the previous step, which are drawn
+ * from the difference of both distributions. With p = softmax(l), q the previous step's p, for each position:
+ *   D       = sum_j p_j (log p_j - log q_j)                  nats
+ *   w_j     = |p_j - q_j|                                    MGT_CUDA_DIFFERENTIAL_PAPER
+ *   w_j     = max(p_j - q_j, 1e-6)                           MGT_CUDA_DIFFERENTIAL_OFFICIAL
+ *   token   = argmax_j (log w_j + g_j)                       if selected, and else mgt_cuda_sample_tokens'
+ *   logprob = log(w_token / sum_j w_j)                       if selected
+ * PAPER ranks the M masked positions by D and selects the round(share M) smallest; OFFICIAL ranks all N and selects the
+ * floor(share N) smallest. Ties: the lower position. Temperature 0 takes the argmax of w.
+ *
+ * token_ids, logprob: as of mgt_cuda_sample_tokens; divergence: (B, N) contiguous, D, +inf where a row has no history.
+ * A row without a history is drawn from p and ranks last. A bad row ranks last, gets mask_token_id, and NaN for logprob
+ * and divergence, and counts as not written. So do all rows of a sample whose seed is not the state's; and all rows if
+ * the step is not one more than the state's, but then the state stays as it is.
+ * workspace: device memory, aligned to 16 bytes, in use until the work is done; may be NULL if its size is 0. */
+CUresult mgt_cuda_differential_sample(const mgt_cuda_differential_sample_args* args,
+                                      const mgt_cuda_differential_state* state, int64_t* token_ids, float* logprob,
+                                      float* divergence, void* workspace, size_t workspace_bytes, CUstream stream);
+
 typedef struct {
   /* below 2^31 */
   int64_t num_samples;

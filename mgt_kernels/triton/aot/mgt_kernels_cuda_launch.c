@@ -81,6 +81,12 @@ CUresult mgt_cuda_load(void) {
   return status;
 }
 
+CUresult mgt_cuda_find(unsigned key) {
+  CUdevice device;
+  mgt_cuda_variant* variant;
+  return find_variant(key, &device, &variant);
+}
+
 CUresult mgt_cuda_launch(unsigned key, int64_t grid_x, int64_t grid_y, void* const* arguments, CUstream stream) {
   CUdevice device;
   CUkernel kernel;

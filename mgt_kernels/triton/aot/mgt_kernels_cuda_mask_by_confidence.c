@@ -1,8 +1,6 @@
 /* The same grid as the launcher in Python. */
 #include "mgt_kernels_cuda_launch.h"
 
-enum { kMinBlockPositions = 128, kMaxBlockPositions = 16384 };
-
 CUresult mgt_cuda_mask_by_confidence(const mgt_cuda_mask_by_confidence_args* args, int64_t* tokens, CUstream stream) {
   if (args == NULL || args->num_samples < 0 || args->num_samples > INT32_MAX || args->num_positions < 0 ||
       args->num_positions > kMaxPositions || !fits_int32(args->mask_token_id) || !(args->temperature >= 0.0f) ||
@@ -13,8 +11,7 @@ CUresult mgt_cuda_mask_by_confidence(const mgt_cuda_mask_by_confidence_args* arg
   if (!a.token_ids || !a.logprob || !a.mask_len || !a.seeds || !a.step || !tokens) return CUDA_ERROR_INVALID_VALUE;
 
   const bool in_registers = a.num_positions <= kMaxBlockPositions;
-  unsigned block_positions = in_registers ? next_power_of_2(a.num_positions) : kMaxBlockPositions;
-  if (block_positions < kMinBlockPositions) block_positions = kMinBlockPositions;
+  const unsigned block_positions = block_positions_of(a.num_positions);
   const bool aligned =
       is_aligned(tokens) && is_aligned(a.token_ids) && is_aligned(a.logprob) && a.num_positions % 16 == 0;
   int32_t num_positions = (int32_t)a.num_positions, mask_token_id = (int32_t)a.mask_token_id;

@@ -2,12 +2,10 @@
 #include "mgt_kernels_cuda_launch.h"
 
 enum {
-  kTileWidth = 2048,
   /* programs that keep a large device busy; of the shape of one sample, so that a result does not depend on the batch
    */
   kFewRows = 2048,
   kMaxSplits = 64,
-  kGroupPositions = 16,
   kCombineRows = 32,
   /* of a partial result: maximum, sum, score, logit, token */
   kNumFields = 5,
@@ -22,16 +20,17 @@ static int64_t num_splits_of(int64_t num_positions, int64_t num_tokens) {
   return ceil_div(ceil_div(num_tokens, kTileWidth), tiles_per_split(num_positions, num_tokens));
 }
 
-static bool valid_sizes(const mgt_cuda_sample_tokens_args* a) {
-  return a->num_samples >= 0 && a->num_positions >= 0 && a->num_positions <= kMaxPositions && a->num_tokens >= 1 &&
-         a->num_tokens <= kMaxTokens && (a->num_positions == 0 || a->num_samples <= INT32_MAX / a->num_positions);
-}
-
 static bool valid_scalars(const mgt_cuda_sample_tokens_args* a) {
   return a->dtype >= MGT_CUDA_FLOAT32 && a->dtype <= MGT_CUDA_FLOAT16 && fits_int32(a->mask_token_id) &&
          isfinite(a->guidance_scale) && a->noise_scale >= 0.0f && isfinite(a->noise_scale) &&
          (a->temperature == 0.0f ||
           (a->temperature > 0.0f && isfinite(a->temperature) && isfinite(1.0f / a->temperature)));
+}
+
+bool mgt_cuda_valid_draw(const mgt_cuda_sample_tokens_args* a) {
+  if (!valid_sizes(a) || !valid_scalars(a)) return false;
+  if (a->num_samples * a->num_positions == 0) return true;
+  return a->logits.data && a->tokens && a->seeds && a->step && (is_token_major(a) || is_position_major(a));
 }
 
 size_t mgt_cuda_sample_tokens_workspace(const mgt_cuda_sample_tokens_args* args) {
@@ -42,33 +41,22 @@ size_t mgt_cuda_sample_tokens_workspace(const mgt_cuda_sample_tokens_args* args)
   return kNumFields * sizeof(float) * (size_t)(args->num_samples * args->num_positions * num_splits);
 }
 
-/* Whether all accesses may be as wide as 16 bytes, for a half whose stride over tokens or positions is 1. */
-static bool is_half_aligned(const mgt_cuda_logits* half, int64_t other_stride) {
-  return is_aligned(half->data) && half->stride_sample % 16 == 0 && other_stride % 16 == 0;
-}
-
 CUresult mgt_cuda_sample_tokens(const mgt_cuda_sample_tokens_args* args, int64_t* token_ids, float* logprob,
                                 void* workspace, size_t workspace_bytes, CUstream stream) {
-  if (args == NULL || !valid_sizes(args) || !valid_scalars(args)) return CUDA_ERROR_INVALID_VALUE;
+  if (args == NULL || !mgt_cuda_valid_draw(args)) return CUDA_ERROR_INVALID_VALUE;
   mgt_cuda_sample_tokens_args a = *args;
   const size_t needed_bytes = mgt_cuda_sample_tokens_workspace(args);
   if (a.num_samples * a.num_positions == 0) return CUDA_SUCCESS;
-  if (!a.logits.data || !a.tokens || !a.seeds || !a.step || !token_ids || !logprob) return CUDA_ERROR_INVALID_VALUE;
+  if (!token_ids || !logprob) return CUDA_ERROR_INVALID_VALUE;
   if (needed_bytes > 0 && (workspace == NULL || workspace_bytes < needed_bytes)) return CUDA_ERROR_INVALID_VALUE;
 
-  const bool guided = a.uncond_logits.data != NULL;
-  const mgt_cuda_logits *c = &a.logits, *u = guided ? &a.uncond_logits : &a.logits;
-  const bool token_major = a.num_tokens == 1 || (c->stride_token == 1 && u->stride_token == 1);
-  if (!token_major && a.num_positions > 1 && (c->stride_position != 1 || u->stride_position != 1))
-    return CUDA_ERROR_INVALID_VALUE;
-  const bool aligned = (token_major ? a.num_tokens : a.num_positions) % 16 == 0 &&
-                       is_half_aligned(c, token_major ? c->stride_position : c->stride_token) &&
-                       is_half_aligned(u, token_major ? u->stride_position : u->stride_token);
+  const bool guided = a.uncond_logits.data != NULL, token_major = is_token_major(&a);
+  const bool aligned = are_logits_aligned(&a);
 
   int32_t num_positions = (int32_t)a.num_positions, num_tokens = (int32_t)a.num_tokens;
   int32_t mask_token_id = (int32_t)a.mask_token_id;
   int32_t columns_per_split = (int32_t)tiles_per_split(a.num_positions, a.num_tokens) * kTileWidth;
-  float inverse_temperature = a.temperature == 0.0f ? 1.0f : 1.0f / a.temperature;
+  float inverse_temperature = inverse_of(a.temperature);
   int32_t num_splits = (int32_t)num_splits_of(a.num_positions, a.num_tokens);
   void* const arguments[kMaxParameters] = {&token_ids,
                                            &logprob,

@@ -24,6 +24,18 @@
 #define MGT_CUDA_W4A16_LINEAR(dtype, group_size, scale_dtype, bias, few_rows, aligned)              \
   (6u << 24 | (unsigned)(group_size) << 4 | (unsigned)(dtype) << 5 | (unsigned)(scale_dtype) << 3 | \
    (unsigned)(bias) << 2 | (unsigned)(few_rows) << 1 | (unsigned)(aligned))
+/* edits_history: the history is edited once it is known what is selected, so that its row's softmax is kept */
+#define MGT_CUDA_COMPARE(dtype, position_major, guided, noise, greedy, has_history, is_paper, edits_history)     \
+  (7u << 24 | (unsigned)(dtype) << 7 | (unsigned)(position_major) << 6 | (unsigned)(guided) << 5 |               \
+   (unsigned)(noise) << 4 | (unsigned)(greedy) << 3 | (unsigned)(has_history) << 2 | (unsigned)(is_paper) << 1 | \
+   (unsigned)(edits_history))
+#define MGT_CUDA_SELECT(block_positions, in_registers, is_paper, edits_history, aligned)                     \
+  (8u << 24 | (unsigned)(block_positions) << 4 | (unsigned)(in_registers) << 3 | (unsigned)(is_paper) << 2 | \
+   (unsigned)(edits_history) << 1 | (unsigned)(aligned))
+#define MGT_CUDA_EDIT_HISTORY(dtype, position_major, guided, noise, aligned)                       \
+  (9u << 24 | (unsigned)(dtype) << 4 | (unsigned)(position_major) << 3 | (unsigned)(guided) << 2 | \
+   (unsigned)(noise) << 1 | (unsigned)(aligned))
+#define MGT_CUDA_ADVANCE_HISTORY_STEP(has_history) (10u << 24 | (unsigned)(has_history))
 
 typedef struct {
   unsigned key;

@@ -9,6 +9,7 @@ static char memory[64];
 int main(void) {
   mgt_cuda_sample_tokens_args draw = {0};
   mgt_cuda_mask_by_confidence_args mask = {0};
+  if (mgt_cuda_load() != CUDA_SUCCESS) return 4;
   draw.num_samples = 2;
   draw.num_positions = 256;
   draw.num_tokens = 8192;
