@@ -3,6 +3,7 @@
 import io
 import math
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +28,54 @@ def write_page(folder: Path, table: list[Row], machine: dict[str, str]) -> list[
     if curves:
         plots["curves"] = _curves(dict(curves))
         titles["curves"] = "How the cost grows"
+    lines = [(cells(row), _kind(row)) for row in table]
+    missed = sum(bool(row["missed"]) for row in table)
+    warning = f"{missed} of the cases miss what they are held to; they are red below." if missed else ""
+    headed = [(titles[name], plot) for name, plot in plots.items()]
+    page = render("mgt bench", _INTRODUCTION, machine, warning, headed, COLUMNS, lines)
+    return write_files(folder, {"report.html": page, **{f"{name}.svg": plot for name, plot in plots.items()}})
+
+
+_INTRODUCTION = (
+    "Every case was checked against its float64 oracle before it was timed. Ours, the peers and the machine's limits "
+    "were timed in turns, round by round; figures are medians, ranges are quartiles of the rounds. Times hold for this "
+    "machine at that hour; ratios and shares travel further."
+)
+
+
+def _kind(row: Row) -> str:
+    kinds = {"ours": row["contestant"] == OURS, "missed": row["missed"], "skipped": row["skipped"]}
+    return " ".join(kind for kind, is_so in kinds.items() if is_so)
+
+
+def render(
+    title: str,
+    introduction: str,
+    machine: Mapping[str, str],
+    warning: str,
+    plots: Sequence[tuple[str, str]],
+    columns: Sequence[str],
+    lines: Sequence[tuple[Sequence[str], str]],
+) -> str:
+    """Return a page: plots are SVG with a heading, lines are rows with a kind, of "ours", "missed" and "skipped"."""
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(Path(__file__).with_name("page.html.jinja").read_text(encoding="utf-8"))
-    lines = [(cells(row), row["contestant"] == OURS, bool(row["missed"]), bool(row["skipped"])) for row in table]
-    page = template.render(
-        machine=machine, plots=[(titles[name], plot) for name, plot in plots.items()], columns=COLUMNS, lines=lines,
-        missed=sum(line[2] for line in lines),
+    return template.render(
+        title=title, introduction=introduction, machine=machine, warning=warning, plots=plots, columns=columns,
+        lines=lines,
     )  # fmt: skip
-    files = {"report.html": page, **{f"{name}.svg": plot for name, plot in plots.items()}}
+
+
+def write_files(folder: Path, files: Mapping[str, str]) -> list[Path]:
+    """Write files of these names, each whole or not at all; return their paths."""
     for name, text in files.items():
         with whole_file(folder / name) as file:
             file.write(text.encode())
     return [folder / name for name in files]
 
 
-def _svg(figure: Any) -> str:
+def svg(figure: Any) -> str:
+    """Return a figure of matplotlib's as an element of a page."""
     from matplotlib import rc_context
 
     buffer = io.StringIO()
@@ -83,7 +117,7 @@ def _ratios(table: list[Row]) -> str:
     axes.set_xlabel("time over ours, median and quartiles of the rounds; right of 1 we are faster")
     axes.grid(axis="x", alpha=0.3)
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
-    return _svg(figure)
+    return svg(figure)
 
 
 def _roofline(table: list[Row]) -> str:
@@ -101,7 +135,7 @@ def _roofline(table: list[Row]) -> str:
     axes.set_ylim(len(shown) - 0.5, -0.5)
     axes.set_xlabel("time at the bandwidth, or arithmetic peak, of the same rounds over ours; above 1: out of a cache")
     axes.grid(axis="x", alpha=0.3)
-    return _svg(figure)
+    return svg(figure)
 
 
 def _curves(curves: dict[str, list[Row]]) -> str:
@@ -140,4 +174,4 @@ def _curves(curves: dict[str, list[Row]]) -> str:
     for axes in list(grid.flat)[len(curves) :]:
         axes.remove()
     figure.tight_layout()
-    return _svg(figure)
+    return svg(figure)
