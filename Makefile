@@ -84,7 +84,7 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp benchmarks/*.c tests/consumers/*/*.c* fuzz/*.h fuzz/*.cpp \
-		mgt_kernels/triton/aot/*.[ch] tests/gpu/fake_cuda/*.c
+		mgt_kernels/triton/aot/*.[ch] tests/gpu/*/*.c
 	$(BIN)/mypy mgt_kernels python_api/mgt_sampler benchmarks tests/gpu
 
 clean:
