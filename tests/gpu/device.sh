@@ -3,22 +3,22 @@
 #
 #     bash tests/gpu/device.sh [--rehearse] [PART ...]
 #
-# OUT is the folder that it writes to (build/device), PYTHON the interpreter (python3), WHEEL a wheel of the package to
-# install in the place of a build. --rehearse runs every part without a GPU, on tiny inputs, and times nothing.
+# OUT is the folder of the results and SCRATCH that of what can be made again (both build/device), PYTHON the interpreter
+# (python3), WHEEL a wheel of the package to install in the place of a build. --rehearse runs every part without a GPU, on
+# tiny inputs, and times nothing.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-mkdir -p "${OUT:=$root/build/device}"
+mkdir -p "${OUT:=$root/build/device}" "${SCRATCH:=$root/build/device}"
 OUT=$(cd "$OUT" && pwd)
-export OUT
+SCRATCH=$(cd "$SCRATCH" && pwd)
+export OUT SCRATCH
 if [ "${1:-}" = --rehearse ]; then
   shift
   export DEVICE_REHEARSAL=1
 fi
 python=${PYTHON:-python3}
-export PYTHONPATH=$root/tests/gpu:$root/tests:$OUT/site${PYTHONPATH:+:$PYTHONPATH}
-export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$OUT/triton}
-# what is read before it is written shall be NaN, which PyTorch does in its deterministic mode, and cuBLAS asks for this
-export CUBLAS_WORKSPACE_CONFIG=:4096:8
+export PYTHONPATH=$root/tests/gpu:$root/tests:$SCRATCH/site${PYTHONPATH:+:$PYTHONPATH}
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$SCRATCH/triton}
 status=0
 "$python" -m device.timetable "$@" || status=$?
 "$python" -m mgt_benchmarks.device_report "$OUT/results.jsonl" || status=$?

@@ -38,7 +38,8 @@ def tools(tmp_path_factory):
 
 
 def start(out, tools, *parts):
-    variables = {"OUT": str(out), "PYTHON": sys.executable, "PATH": tools, "TRITON_CACHE_DIR": str(knobs.cache.dir)}
+    folders = {"OUT": str(out), "SCRATCH": str(out / "scratch"), "TRITON_CACHE_DIR": str(knobs.cache.dir)}
+    variables = folders | {"PYTHON": sys.executable, "PATH": tools}
     command = ["bash", str(GPU / "device.sh"), "--rehearse", *parts]
     pipe = subprocess.PIPE
     return subprocess.Popen(
@@ -61,7 +62,7 @@ def killed_at(num_lines, out, tools, *parts):
 def rehearsal(tmp_path_factory, tools):
     """One folder: a run killed in its first part, one killed among the timings, a line cut off, then a whole run."""
     out = tmp_path_factory.mktemp("device")
-    written = [killed_at(2, out, tools), killed_at(30, out, tools, "timings")]
+    written = [killed_at(2, out, tools), killed_at(60, out, tools, "timings")]
     with (out / "results.jsonl").open("ab") as file:
         file.write(b'{"part": "timings", "na')
     process = start(out, tools)
@@ -108,6 +109,29 @@ def test_nothing_that_was_rehearsed_looks_measured(rehearsal):
     assert "nothing here was measured" in page and "GB/s" not in page
 
 
+def test_without_a_device_nothing_is_tried(tmp_path, monkeypatch):
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["timetable"])
+    monkeypatch.setattr(timetable, "REHEARSED", False)
+    monkeypatch.setattr(timetable.CONTEXT, "set_forkserver_preload", lambda modules: None)
+    begun = []
+    monkeypatch.setattr(timetable, "run", lambda part: begun.append(part.name) or {"card": "absent"})
+    with pytest.raises(SystemExit, match="expected a CUDA device, and a build of PyTorch that sees it"):
+        timetable.main()
+    assert begun == ["environment"]
+
+
+def test_a_failure_is_the_status_of_the_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["timetable", "repeats"])
+    monkeypatch.setattr(timetable.CONTEXT, "set_forkserver_preload", lambda modules: None)
+    monkeypatch.setattr(timetable, "run", lambda part: {"an item": "crashed", "a tool": "absent"})
+    with pytest.raises(SystemExit, match="2 items failed, crashed or timed out"):
+        timetable.main()
+
+
 def test_the_report_knows_the_parts_of_the_timetable():
     assert device_report.PARTS == ("build", *(part.name for part in timetable.PARTS))
 
@@ -150,7 +174,7 @@ def test_what_breaks_an_item_does_not_break_the_next(tmp_path):
     assert statuses == ["ok", "failed", "absent", "failed", "crashed", "timed out", "ok"]
     assert lines[1]["why"] == "AssertionError: 2 differ" and lines[3]["why"] == "RuntimeError: illegal access"
     assert lines[0]["process"] != lines[-1]["process"] and lines[5]["seconds"] >= 3
-    assert "in hanging" in (tmp_path / "a part.log").read_text()
+    assert "in hanging" in (tmp_path / "log.txt").read_text()
 
 
 def test_processes_share_the_items(tmp_path):

@@ -9,16 +9,15 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from device.results import append, folder
+from device.results import append, scratch
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).resolve().parents[3]
 NAMES = ("requirements", "package")
 SECONDS = 120
 
 
 def build() -> bool:
-    """Build and install the package into $OUT/site, if need be; return whether it is there."""
-    site = folder() / "site"
+    """Build and install the package into $SCRATCH/site, if need be; return whether it is there."""
     wheel = os.environ.get("WHEEL")
     if not wheel and _is_installed():
         append("build", "requirements", "ok", how="nothing is built: the package of this tree is installed")
@@ -34,9 +33,11 @@ def build() -> bool:
             return False
         append("build", "requirements", "ok")
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
-    command += ["--upgrade", "--target", str(site), wheel or str(ROOT)]
+    command += ["--upgrade", "--target", str(scratch() / "site"), wheel or str(ROOT)]
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS)
+        done = subprocess.run(
+            command, cwd=ROOT, env=os.environ | {"PATH": _path()}, capture_output=True, text=True, timeout=SECONDS
+        )
         why = done.stderr.strip()[-2000:] if done.returncode else ""
     except subprocess.TimeoutExpired:
         why = f"took longer than {SECONDS} s"
@@ -59,19 +60,22 @@ def missing_requirements() -> list[str]:
         numbers = tuple(int(number) for number in version.split(".")[: len(least)] if number.isdecimal())
         if numbers < least:
             missing.append(f"{name} >= {'.'.join(map(str, least))} ({version} is here)")
-    # cmake and ninja come as packages of Python too, whose programs lie beside it
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     compiler = os.environ.get("CXX") or "c++"
     for program in ("cmake", "ninja", compiler):
-        if shutil.which(program, path=path) is None:
+        if shutil.which(program, path=_path()) is None:
             missing.append(program if program != compiler else f"a C++ compiler ({compiler})")
     return missing
+
+
+def _path() -> str:
+    # cmake and ninja come as packages of Python too, whose programs lie beside it
+    return f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
 
 
 def _is_installed() -> bool:
     package = importlib.util.find_spec("mgt_kernels")
     if package is None or package.origin is None or importlib.util.find_spec("mgt_benchmarks") is None:
         return False
-    path = Path(package.origin).parent
+    path = Path(package.origin).resolve().parent
     # another tree's would be tested in the place of this one's
     return path == ROOT / "mgt_kernels" and (path / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").exists()

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -84,6 +85,6 @@ FACTS: dict[str, Callable[[], object]] = {
     "C compiler": lambda: printed(os.environ.get("CC", "cc"), "--version"),
     "setuptools": _version("setuptools"),
     "processors": lambda: len(os.sched_getaffinity(0)),
-    "commit": lambda: printed("git", "rev-parse", "HEAD"),
+    "commit": lambda: printed("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"),
     "system": lambda: f"{platform.platform()}, {sys.byteorder}-endian",
 }

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import mgt_kernels
 from device.precompile import capability
-from device.results import REHEARSED, AbsentError, folder
+from device.results import REHEARSED, AbsentError, scratch
 from mgt_kernels.triton.export import variants_of, write_sources
 
 HERE = Path(__file__).parent
@@ -34,8 +34,8 @@ def names() -> list[str]:
 
 def work(name: str) -> dict[str, object]:
     """Export, compile, link and run; AssertionError where the tokens are not the CPU's."""
-    directory = folder() / "exported"
-    directory.mkdir(exist_ok=True)
+    directory = scratch() / "exported"
+    directory.mkdir(parents=True, exist_ok=True)
     program = build(directory)
     generator = torch.Generator().manual_seed(0)
     logits, uncond = torch.randn(2, BATCH, NUM_POSITIONS, NUM_TOKENS, generator=generator).mul_(3).bfloat16()

@@ -34,20 +34,25 @@ class Part:
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
-def run(part: Part) -> None:
+def run(part: Part) -> dict[str, str]:
     """Run a part's items; AssertionError fails an item, any other error also ends its process, as a crash does.
 
     After an error the GPU may answer nothing but errors to a process. The next item begins in a new one.
+
+    Returns:
+        What came of each item, and, where one could not begin, under "" of the part.
     """
     deadline = time.monotonic() + part.seconds
+    statuses: dict[str, str] = {}
     with ThreadPoolExecutor(part.processes) as pool:
-        list(pool.map(lambda index: _run_share(part, index, deadline), range(part.processes)))
+        list(pool.map(lambda index: _run_share(part, index, deadline, statuses), range(part.processes)))
+    return statuses
 
 
-def _run_share(part: Part, index: int, deadline: float) -> None:
+def _run_share(part: Part, index: int, deadline: float, statuses: dict[str, str]) -> None:
     """Run every item whose number leaves `index` when divided by the number of processes."""
     num_done = 0
-    log = folder() / f"{part.name}.log"
+    log = folder() / "log.txt"
     while time.monotonic() < deadline:
         receiver, sender = CONTEXT.Pipe(duplex=False)
         process = CONTEXT.Process(target=_work, args=(part, index, num_done, log, sender), daemon=True)
@@ -71,6 +76,8 @@ def _run_share(part: Part, index: int, deadline: float) -> None:
                     facts["seconds"] = round(time.monotonic() - began, 3)
                     item, num_done = "", num_done + 1
                 append(part.name, name, kind, **facts)
+                if name or kind != "begun":
+                    statuses[name] = kind
                 if not name and kind != "begun":
                     process.join()
                     return
@@ -81,9 +88,11 @@ def _run_share(part: Part, index: int, deadline: float) -> None:
         seconds = round(time.monotonic() - began, 3)
         if item:
             append(part.name, item, status, why=f"exit code {process.exitcode}", seconds=seconds)
+            statuses[item] = status
             num_done += 1
         elif num_done == num_before:
             append(part.name, "", "failed", why=f"{status} before any item, exit code {process.exitcode}")
+            statuses[""] = "failed"
             return
 
 
@@ -102,6 +111,7 @@ def _work(part: Part, index: int, num_done: int, log: Path, sender: Connection) 
         sender.send(("begun", "", {"names": names}))
     for name in names[index :: part.processes][num_done:]:
         sender.send(("item", name, {}))
+        print(f"{part.name}: {name}", flush=True)
         try:
             facts = module.work(name)
         except Exception as error:

@@ -15,8 +15,13 @@ class AbsentError(Exception):
 
 
 def folder() -> Path:
-    """Return the folder of results, logs and builds."""
+    """Return the folder of what a reader wants: results.jsonl, the report, what programs printed."""
     return Path(os.environ["OUT"])
+
+
+def scratch() -> Path:
+    """Return the folder of what can be made again: the installed package, compiled kernels, exported sources."""
+    return Path(os.environ["SCRATCH"])
 
 
 def append(part: str, name: str, status: str, **facts: object) -> None:

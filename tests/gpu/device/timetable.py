@@ -3,11 +3,12 @@
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from device import build
 from device.isolation import CONTEXT, Part, run
-from device.results import REHEARSED, append, folder
+from device.results import REHEARSED, append
 
 # seconds that all parts may take together, so that with the report ten minutes are enough
 SECONDS = 570
@@ -28,27 +29,33 @@ PARTS = (
 
 
 def main() -> None:
-    """Run the parts that are named, or all, until their time is over; exit with 1 where the package is not there."""
+    """Run the environment and the parts that are named, or all, until their time is over.
+
+    Exits with 1 where the package or the GPU is not there, or an item came to something else than a result.
+    """
     parts = {part.name: part for part in PARTS}
     names = sys.argv[1:] or list(parts)
     unknown = [name for name in names if name not in parts]
     if unknown:
         sys.exit(f"expected parts of {', '.join(parts)}, got {unknown[0]}")
     began = time.monotonic()
-    folder().mkdir(parents=True, exist_ok=True)
     append("build", "", "begun", names=list(build.NAMES))
     is_built = build.build()
     _end("build", began)
     CONTEXT.set_forkserver_preload(["torch", "triton", "mgt_kernels", "mgt_benchmarks.steps", "cases"])
-    for name in names if is_built else ["environment"]:
+    bad = 0 if is_built else 1
+    for name in dict.fromkeys(["environment", *(names if is_built else [])]):
         left = began + SECONDS - time.monotonic()
         if left < 5:
             append(name, "", "absent", why="no time was left")
             continue
         part, began_part = parts[name], time.monotonic()
-        run(Part(**{**vars(part), "seconds": min(part.seconds, left)}))
+        statuses = run(replace(part, seconds=min(part.seconds, left)))
         _end(name, began_part)
-    sys.exit(not is_built)
+        bad += sum(status not in ("ok", "absent") for status in statuses.values())
+        if name == "environment" and not REHEARSED and statuses.get("card") != "ok":
+            sys.exit("expected a CUDA device, and a build of PyTorch that sees it")
+    sys.exit(f"{bad} items failed, crashed or timed out" if bad else 0)
 
 
 def _end(name: str, began: float) -> None:

@@ -208,6 +208,33 @@ def our_remask(draw: Draw) -> Workload:
     return Workload(f"remask_tokens, {draw.name}", OURS, make, draw.num_bytes)
 
 
+def pytorchs_step(draw: Draw) -> Workload:
+    """PyTorch's draw and its sort for the re-masking."""
+
+    def make(device: str, filled: bool) -> Call:
+        return partial(_chain_step, pytorch_draw, *_step_arguments(draw, device, filled))
+
+    return replace(our_step(draw), contestant="PyTorch", make=make, captured=False)
+
+
+def compiled_step(draw: Draw) -> Workload:
+    """The same, waiting for nothing, through torch.compile."""
+
+    def make(device: str, filled: bool) -> Call:
+        return partial(_compiled(_chain_step), pytorch_race, *_step_arguments(draw, device, filled))
+
+    return replace(our_step(draw), contestant="torch.compile", make=make)
+
+
+def _chain_step(chain: Callable[..., tuple[Tensor, Tensor]], mask_len: Tensor, *arguments: Any) -> Tensor:
+    return pytorch_mask(*chain(*arguments), mask_len, arguments[-1])
+
+
+def _step_arguments(draw: Draw, device: str, filled: bool) -> tuple[Any, ...]:
+    mask_len = torch.full((draw.batch,), draw.model.num_positions // 2, device=device)
+    return (mask_len, *_chain_arguments(draw, device, filled))
+
+
 def pytorchs_draw(draw: Draw) -> Workload:
     """Guidance, softmax, multinomial and gather, which waits for the device to check the probabilities."""
 
@@ -386,6 +413,8 @@ def timed() -> list[Workload]:
         pytorchs_draw(Draw(small)),
         pytorchs_draw(Draw(big, fp32)),
         pytorchs_draw(Draw(llada, guided=False)),
+        pytorchs_step(Draw(small)),
+        pytorchs_step(guided),
         pytorchs_mask(big.num_positions),
         published_step(guided),
         our_draw(Draw(big, fp16)),
@@ -396,6 +425,7 @@ def timed() -> list[Workload]:
         our_draw(Draw(big, fp32, batch=8)),
         our_mask(big.num_positions, batch=8),
         compiled_draw(guided),
+        compiled_step(Draw(small)),
         compiled_draw(Draw(small)),
         compiled_draw(Draw(llada, guided=False)),
         flashinfers_draw(Draw(big, guided=False)),
