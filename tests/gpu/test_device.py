@@ -20,7 +20,18 @@ from mgt_benchmarks.run import OURS
 
 with pytest.MonkeyPatch.context() as rehearsing:
     rehearsing.setenv("DEVICE_REHEARSAL", "1")
-    from device import build, clock, correctness, environment, results, sanitizer, timetable, timings, workloads
+    from device import (
+        build,
+        clock,
+        correctness,
+        environment,
+        precompile,
+        results,
+        sanitizer,
+        timetable,
+        timings,
+        workloads,
+    )
 
 GPU = Path(__file__).parent
 SANITIZER = """#!/bin/sh
@@ -226,6 +237,25 @@ def test_what_a_build_lacks_is_said_first(tmp_path, monkeypatch, capsys):
     first = json.loads((tmp_path / "results.jsonl").read_text().splitlines()[0])
     wanted = "building needs setuptools >= 77 (65.5 is here) and cmake and ninja and a C++ compiler (c++)"
     assert first["status"] == "failed" and first["why"].startswith(wanted) and wanted in capsys.readouterr().out
+
+
+def test_a_line_that_was_cut_off_spoils_no_other(tmp_path, monkeypatch):
+    monkeypatch.setenv("OUT", str(tmp_path))
+    results.append("timings", "first", "ok")
+    with (tmp_path / "results.jsonl").open("ab") as file:
+        file.write(b'{"part": "timings", "na')
+    results.append("timings", "second", "ok")
+    found = device_report.read(tmp_path / "results.jsonl")
+    assert [name for _, name in found.items] == ["first", "second"] and found.num_unreadable == 1
+
+
+def test_public_ops_are_compiled_ahead_as_the_timings_call_them(monkeypatch):
+    for module in (precompile, workloads):
+        monkeypatch.setattr(module, "REHEARSED", False)
+    monkeypatch.setattr(precompile, "capability", lambda: 80)
+    name = f"mask_by_confidence, B=1 N=256 [{OURS}]"
+    assert {name, *map(str, CASES)} < set(precompile.names())
+    assert precompile.work(name) == {"launches": 1}
 
 
 def test_every_workload_has_a_name_of_its_own(monkeypatch):
