@@ -20,7 +20,6 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
-from mgt_kernels.info import OPS
 from mgt_kernels.packing import check_group_size
 from mgt_kernels.triton.differential_sample import (
     _MAX_REGISTERS,
@@ -40,6 +39,7 @@ from mgt_kernels.triton.w4a16_linear import _w4a16_linear_kernel
 ARCHITECTURES = (80, 86, 89, 90, 100, 103, 120, 121)
 DTYPES = ("fp32", "bf16", "fp16")
 LAYOUTS = ("token-major", "position-major")
+OPS = ("sample_tokens", "differential_sample", "mask_by_confidence", "w4a8_linear", "w4a16_linear")
 
 _C_DTYPES = {"fp32": "MGT_CUDA_FLOAT32", "bf16": "MGT_CUDA_BFLOAT16", "fp16": "MGT_CUDA_FLOAT16"}
 _AOT = Path(__file__).parent / "aot"
@@ -509,6 +509,7 @@ def _w4a16_linear(
 def _linear_constants(group_size: int, has_bias: bool, block_outputs: int, block_rows: int) -> dict[str, Any]:
     return {
         **({} if has_bias else {"bias_ptr": None}),
+        "IS_SPLIT": False,
         "HAS_BIAS": has_bias,
         "GROUP_SIZE": group_size,
         "BLOCK_OUTPUTS": block_outputs,

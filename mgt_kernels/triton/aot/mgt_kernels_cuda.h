@@ -172,7 +172,7 @@ typedef struct {
   int64_t num_rows;
   /* in [1, 2^30] */
   int64_t num_inputs;
-  /* at most 1048560 */
+  /* at most 2^30 */
   int64_t num_outputs;
   /* of y: MGT_CUDA_FLOAT32 or MGT_CUDA_BFLOAT16 */
   mgt_cuda_dtype dtype;
@@ -195,6 +195,9 @@ typedef struct {
   /* (num_outputs), or NULL */
   const float* bias;
 } mgt_cuda_int4_linear_args;
+
+/* Both layers compute a tile of outputs per program: 16 rows x 16 outputs of up to 16 rows, else 64 (W4A8) or 128
+ * (W4A16) rows x 128 outputs. 2^31 programs or more: CUDA_ERROR_INVALID_VALUE. */
 
 /* Bytes of device memory that mgt_cuda_w4a8_linear needs besides its outputs: a function of the sizes alone. 0 where
  * they are invalid, or nothing is to be done. */
