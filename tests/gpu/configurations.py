@@ -280,7 +280,7 @@ def _w4a8_linear(
     if num_splits > 1:
         # four groups at a time, then the others
         loops = (times(num_groups // 4), never)
-        cases.append(Case("_add_groups_kernel", loops, lambda launches: sum_bytes, _FEW_ROWS))
+        cases.append(Case("_add_groups_kernel", loops, lambda launches: sum_bytes))
     name = _rows(num_rows) + (", split" if num_splits > 1 else "")
     return Configuration("w4a8_linear", name, launch, num_rows * num_inputs, 1, tuple(cases))
 
