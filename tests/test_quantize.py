@@ -571,6 +571,19 @@ class TestFile:
         assert hashlib.sha256(data.replace(digest.encode(), b"0" * 64)).hexdigest() == digest
 
 
+@pytest.mark.parametrize("fine_tune", [None, lambda model: None])
+def test_batch_invariance_is_given_up_where_asked_for(fine_tune, tmp_path):
+    for batch_invariant in (True, False):
+        quantized, _ = quantize(Net(), fine_tune=fine_tune, batch_invariant=batch_invariant)
+        # a file holds no settings of the machine
+        save_quantized(quantized, tmp_path / "net.safetensors")
+        loaded = load_quantized(Net(), tmp_path / "net.safetensors", batch_invariant=batch_invariant)
+        for model in (quantized, copy.deepcopy(quantized), loaded):
+            assert {layer.batch_invariant for layer in model.layers} == {batch_invariant}
+    with pytest.raises(TypeError, match="batch_invariant: expected a bool, got None"):
+        load_quantized(Net(), tmp_path / "net.safetensors", batch_invariant=None)
+
+
 class TestBadInput:
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -605,6 +618,7 @@ class TestBadInput:
             ({"calibration": 3}, "calibration: expected an iterable"),
             ({"calibration": [torch.zeros(2, 40).double()]}, r"layers\.0: expected activations in float32"),
             ({"scale_dtype": torch.bfloat16}, "scale_dtype"),
+            ({"batch_invariant": 1}, "batch_invariant: expected a bool, got 1"),
         ],
     )
     def test_types(self, options, message):
