@@ -85,9 +85,9 @@ def laid_out(x: Tensor, *others: Tensor | None) -> list[Any]:
     return [rows, *(None if tensor is None else tensor.contiguous() for tensor in others)]
 
 
-# one warp for each scheduler of an A100, the fewest there are among the GPUs that the layers were made for
+# one warp for each scheduler of an A100, which has fewer than an H100 or an RTX 4090
 _PROGRAMS = 4 * 108
-# steps that take about as long as a second launch: 0.25 to 0.3 us each, the latency of DRAM, against 2 us
+# steps that take about as long as a second launch, estimated: 0.25 to 0.3 us each, the latency of DRAM, against 2 us
 _STEPS = 8
 
 
