@@ -799,7 +799,7 @@ def test_differences_that_were_not_exported_leave_no_draw_behind(tmp_path, monke
 @pytest.mark.parametrize(
     ("name", "value"),
     [("num_rows", -1), ("num_rows", 2**30 + 1), ("num_inputs", 0), ("num_inputs", 2**30 + 1), ("num_outputs", -1),
-     ("num_outputs", 1048561), ("dtype", 2), ("dtype", 3), ("dtype", -1), ("scale_dtype", 1), ("scale_dtype", 3),
+     ("num_outputs", 2**30 + 1), ("dtype", 2), ("dtype", 3), ("dtype", -1), ("scale_dtype", 1), ("scale_dtype", 3),
      ("x", None), ("x_stride", 255), ("w_q", None), ("w_q", 8), ("scale", None), ("zero_point", None),
      ("group_size", 0), ("group_size", 48), ("group_size", 16416), ("group_size", -32)],
     ids=str,
