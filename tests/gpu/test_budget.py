@@ -62,8 +62,9 @@ def test_a_version_without_a_budget_is_an_error(monkeypatch: pytest.MonkeyPatch)
         budget.check((90,))
 
 
+# with noise on sm_80 Triton 3.6.0 takes 70.4, 3.9.0 takes 69.8
 @of_a_triton_with_a_budget
-@pytest.mark.parametrize(("name", "most"), [("bf16 guided", 40), ("bf16 guided, noise", 70)])
+@pytest.mark.parametrize(("name", "most"), [("bf16 guided", 40), ("bf16 guided, noise", 71)])
 def test_instructions_per_element_of_a_draw(name: str, most: int, capability: int) -> None:
     configuration = next(x for x in CONFIGURATIONS if x.name == name)
     record = budget.record_of(compile_for(configuration, capability)[0])
