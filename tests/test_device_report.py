@@ -44,7 +44,7 @@ LINES = [
     timing("sample_tokens, bf16", "PyTorch", 600.0, how="calls"),
     timing("linear, M=16 K=1024 N=4096", "w4a8_linear", 6.0, OPERATIONS // 64),
     timing("linear, M=1101 K=1024 N=4096", "w4a8_linear", 20.0, OPERATIONS),
-    timing("linear, M=1101 K=1024 N=4096", "torch.mm bf16", 18.0, OPERATIONS),
+    timing("linear, M=1101 K=1024 N=4096", "torch.mm bf16", 18.0, OPERATIONS, bytes=13_000_000),
     begun("correctness", "case a", "case b", "case c"),
     {"part": "correctness", "name": "case a", "status": "ok", "seconds": 0.1},
     {"part": "correctness", "name": "case b", "status": "failed", "why": "AssertionError: 3 | token ids\ndiffer"},
@@ -70,11 +70,10 @@ def test_figures_are_those_of_the_lines(tmp_path):
     us, host_us = "60", "20"
     assert rows["sample_tokens, bf16", OURS] == [us, "60 to 66", host_us, "1", "2233 GB/s", "0.83", "graph"]
     assert rows["sample_tokens, bf16", "PyTorch"][3] == "10"
-    speed = OPERATIONS / 18e-6 / 1e12
-    assert rows["linear, M=1101 K=1024 N=4096", "torch.mm bf16"][3:5] == [
-        "0.9",
-        f"{device_report.short(speed)} TFLOP/s",
-    ]
+    speed = device_report.short(OPERATIONS / 18e-6 / 1e12)
+    # 1400 us for 8192^3 leave 11.8 us for this product, more than a copy of its bytes takes
+    product = rows["linear, M=1101 K=1024 N=4096", "torch.mm bf16"]
+    assert product[3:6] == ["0.9", f"{speed} TFLOP/s", "0.65"]
 
 
 def test_what_is_missing_is_named(tmp_path):

@@ -166,14 +166,16 @@ def work(name):
 """
 
 
-def ran(tmp_path, **options):
+def ran(tmp_path, lacking="", **options):
     """The lines of a part whose items end in every way."""
     (tmp_path / "items.py").write_text(ITEMS)
     program = f"from device.isolation import Part, run; run(Part('a part', 'items', **{options}))"
     path = os.pathsep.join((str(GPU), str(tmp_path)))
     variables = {name: value for name, value in os.environ.items() if name != "DEVICE_REHEARSAL"}
     subprocess.run(
-        [sys.executable, "-c", program], check=True, env=variables | {"OUT": str(tmp_path), "PYTHONPATH": path}
+        [sys.executable, "-c", program],
+        check=True,
+        env=variables | {"OUT": str(tmp_path), "PYTHONPATH": path, "LACKING": lacking},
     )
     return [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
 
@@ -197,7 +199,7 @@ def test_processes_share_the_items(tmp_path):
 
 
 def test_a_part_that_cannot_begin_says_why(tmp_path):
-    (line,) = ran(tmp_path, seconds=30, environment={"LACKING": "1"})
+    (line,) = ran(tmp_path, lacking="a tool", seconds=30)
     assert line["status"] == "absent" and line["why"] == "no such tool" and not line["name"]
 
 

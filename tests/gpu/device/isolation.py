@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import time
 import traceback
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -30,8 +29,6 @@ class Part:
     seconds: float
     item_seconds: float = 60
     processes: int = 1
-    # variables of the processes' environment
-    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 def run(part: Part) -> dict[str, str]:
@@ -97,7 +94,6 @@ def _run_share(part: Part, index: int, deadline: float, statuses: dict[str, str]
 
 
 def _work(part: Part, index: int, num_done: int, log: Path, sender: Connection) -> None:
-    os.environ.update(part.environment)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
