@@ -69,34 +69,33 @@ def killed_at(num_lines, out, tools, *parts):
     return path.read_bytes()
 
 
-@pytest.fixture(scope="module")
-def rehearsal(tmp_path_factory, tools):
-    """One folder: a run killed in its first part, one killed among the timings, a line cut off, then a whole run."""
-    out = tmp_path_factory.mktemp("device")
-    written = [killed_at(2, out, tools), killed_at(60, out, tools, "timings")]
-    with (out / "results.jsonl").open("ab") as file:
+def test_a_rehearsal_that_was_killed_twice_comes_to_its_end(tmp_path, tools):
+    # one test, as it is dear: killed in the first part, killed among the timings, a line cut off, and then whole
+    written = [killed_at(2, tmp_path, tools), killed_at(60, tmp_path, tools, "timings")]
+    with (tmp_path / "results.jsonl").open("ab") as file:
         file.write(b'{"part": "timings", "na')
-    process = start(out, tools)
+    process = start(tmp_path, tools)
     said, errors = process.communicate()
     assert process.returncode == 0, errors
-    return out, written, said
+    for part_of_it, state in zip(written, ("not begun", "cut off"), strict=True):
+        check_whole_lines(part_of_it, state, tmp_path / "cut_off.jsonl")
+    check_complete(device_report.read(tmp_path / "results.jsonl"))
+    check_nothing_looks_measured(tmp_path)
+    assert "Rehearsed without a GPU: nothing here was measured." in said
 
 
-def test_a_killed_run_leaves_whole_lines_and_a_report_of_them(rehearsal, tmp_path):
-    for number, written in enumerate(rehearsal[1]):
-        assert written.endswith(b"\n") and all(json.loads(line)["rehearsed"] for line in written.splitlines())
-        (tmp_path / "results.jsonl").write_bytes(written)
-        found = device_report.read(tmp_path / "results.jsonl")
-        assert found.state("correctness") == "not begun"
-        assert found.state("timings") == ("cut off" if number else "not begun")
-        assert bool(found.missing("timings")) == bool(number)
-        if number:
-            assert f"| timings | {found.missing('timings')[-1]} | missing" in device_report.text(found)
+def check_whole_lines(written, state, path):
+    assert written.endswith(b"\n") and all(json.loads(line)["rehearsed"] for line in written.splitlines())
+    path.write_bytes(written)
+    found = device_report.read(path)
+    assert found.state("correctness") == "not begun" and found.state("timings") == state
+    missing = found.missing("timings")
+    assert bool(missing) == (state == "cut off")
+    if missing:
+        assert f"| timings | {missing[-1]} | missing" in device_report.text(found)
 
 
-def test_every_part_is_rehearsed_to_its_end(rehearsal):
-    out, _, said = rehearsal
-    found = device_report.read(out / "results.jsonl")
+def check_complete(found):
     assert found.num_unreadable == 1
     states = {part: found.state(part) for part in device_report.PARTS}
     if "absent" in states["second ptxas"]:
@@ -108,15 +107,14 @@ def test_every_part_is_rehearsed_to_its_end(rehearsal):
     checked = [line for line in found.of("correctness") if line["status"] == "ok"]
     assert {line["name"].split(":")[0] for line in checked} == {case.op for case in CASES}
     assert found.of("sanitizer") and found.of("exported") and found.of("repeats")
-    assert "Rehearsed without a GPU: nothing here was measured." in said
 
 
-def test_nothing_that_was_rehearsed_looks_measured(rehearsal):
-    for text in (rehearsal[0] / "results.jsonl").read_text().splitlines():
+def check_nothing_looks_measured(out):
+    for text in (out / "results.jsonl").read_text().splitlines():
         with contextlib.suppress(ValueError):
             line = json.loads(text)
             assert line["rehearsed"] and not line.keys() & {"us", "host_us", "seconds"}
-    page = (rehearsal[0] / "device.html").read_text()
+    page = (out / "device.html").read_text()
     assert "nothing here was measured" in page and "GB/s" not in page
 
 
