@@ -170,10 +170,10 @@ def check_confidence_temperature(value: float) -> None:
 
 def per_sample(name: str, value: Any, batch: int, device: torch.device) -> int | Tensor:
     """Return an integer of any kind as an int for all samples, and a tensor or array of one for each as (B,) int64."""
-    if isinstance(value, np.ndarray) and value.ndim:
-        value = torch.tensor(value, device=device)
     if not isinstance(value, Tensor):
-        return integer(name, value)
+        if not (isinstance(value, np.ndarray) and value.ndim):
+            return integer(name, value)
+        value = torch.tensor(value, device=device)
     if value.dtype == torch.int64 and value.shape == (batch,) and value.device == device:
         check_layout(name, value)
         return value

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import DispatchKey, DispatchKeySet
+from torch._C import DispatchKey, DispatchKeySet, _dispatch_keys, _dispatch_tls_local_include_set
 
 from mgt_kernels.checks import check_capability
 
@@ -55,9 +55,9 @@ def is_plain(tensors: list[Tensor]) -> bool:
     """
     if torch.compiler.is_compiling() or torch.overrides.has_torch_function(tensors):
         return False
-    keys = torch._C._dispatch_tls_local_include_set().raw_repr()
+    keys = _dispatch_tls_local_include_set().raw_repr()
     for tensor in tensors:
-        keys |= torch._C._dispatch_keys(tensor).raw_repr()
+        keys |= _dispatch_keys(tensor).raw_repr()
     if keys & _OTHER_KEYS or torch._C._autograd._profiler_enabled():
         return False
     return not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in tensors)
