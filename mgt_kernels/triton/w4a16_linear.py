@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mgt_kernels.packing import CHUNK, packed_bytes
 from mgt_kernels.triton.draws import LAUNCH_OPTIONS
-from mgt_kernels.triton.launch import ceil_div, laid_out, splits_for
+from mgt_kernels.triton.launch import ceil_div, laid_out, launch, splits_for
 
 # inputs that one nibble of a run of bytes holds
 _RUN = tl.constexpr(CHUNK // 2)
@@ -234,7 +234,8 @@ def w4a16_linear(
         if limit is not None and num_rows >= limit:
             weight = torch.empty((num_outputs, 2 * row_bytes), dtype=torch.bfloat16, device=x.device)
             num_byte_blocks = ceil_div(row_bytes, block_bytes)
-            _dequantize_kernel[(num_byte_blocks * ceil_div(num_outputs, 64),)](
+            launch(
+                _dequantize_kernel, (num_byte_blocks * ceil_div(num_outputs, 64),),
                 weight, w_q, scale, zero_point, num_outputs, num_groups, row_bytes, num_byte_blocks,
                 GROUP_SIZE=group_size, BLOCK_OUTPUTS=64, BLOCK_BYTES=block_bytes, num_warps=4, **LAUNCH_OPTIONS,
             )  # fmt: skip
@@ -249,14 +250,16 @@ def w4a16_linear(
         split_steps = ceil_div(num_steps, num_splits)
         num_splits = ceil_div(num_steps, split_steps)
         target = y if num_splits == 1 else torch.empty((num_splits, *y.shape), dtype=torch.float32, device=x.device)
-        _w4a16_linear_kernel[(num_row_blocks * num_output_blocks, num_splits)](
+        launch(
+            _w4a16_linear_kernel, (num_row_blocks * num_output_blocks, num_splits),
             target, rounded, w_q, scale, zero_point, bias, rounded.stride(0), num_rows, num_outputs, num_inputs,
             num_groups, num_row_blocks, row_bytes, split_steps * block_bytes, IS_SPLIT=num_splits > 1,
             HAS_BIAS=bias is not None, GROUP_SIZE=group_size, BLOCK_OUTPUTS=block_outputs, BLOCK_ROWS=block_rows,
             BLOCK_BYTES=block_bytes, num_warps=num_warps, num_stages=3, **LAUNCH_OPTIONS,
         )  # fmt: skip
         if num_splits > 1:
-            _add_splits_kernel[(ceil_div(num_outputs, 64), num_rows)](
+            launch(
+                _add_splits_kernel, (ceil_div(num_outputs, 64), num_rows),
                 y, target, bias, num_outputs, y.numel(), NUM_SPLITS=num_splits, HAS_BIAS=bias is not None,
                 BLOCK_OUTPUTS=64, num_warps=1, **LAUNCH_OPTIONS,
             )  # fmt: skip

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mgt_kernels.packing import CHUNK, packed_bytes
 from mgt_kernels.triton.draws import LAUNCH_OPTIONS
-from mgt_kernels.triton.launch import ceil_div, laid_out, next_power_of_2, splits_for
+from mgt_kernels.triton.launch import ceil_div, laid_out, launch, next_power_of_2, splits_for
 
 # inputs that one nibble of a run of bytes holds
 _RUN = tl.constexpr(CHUNK // 2)
@@ -304,20 +304,23 @@ def w4a8_linear(
     block_groups = max(1024 // block_inputs, 1)
     block_bytes = next(n for n in (64, 32) if group_size % (2 * n) == 0 or n == 32)
     with torch.accelerator.device_index(x.device.index):
-        _quantize_rows_kernel[(padded_rows,)](
+        launch(
+            _quantize_rows_kernel, (padded_rows,),
             x_q, x_sum, row_scale, x, x_scale, x.stride(0), num_rows, num_inputs, padded_groups, padded_rows,
             plane_bytes, 1 if x_scale is None else num_rows // len(x_scale),
             IS_STATIC=x_scale is not None, GROUP_SIZE=group_size, BLOCK_GROUPS=block_groups, BLOCK_INPUTS=block_inputs,
             num_warps=min(max(block_groups * block_inputs // 256, 1), 16), **LAUNCH_OPTIONS,
         )  # fmt: skip
-        _w4a8_linear_kernel[(num_row_blocks * num_output_blocks, num_splits)](
+        launch(
+            _w4a8_linear_kernel, (num_row_blocks * num_output_blocks, num_splits),
             target, x_q, x_sum, row_scale, w_q, scale, zero_point, bias, num_rows, num_outputs, num_groups,
             num_row_blocks, split_groups, padded_rows, packed_bytes(num_inputs), plane_bytes, IS_SPLIT=num_splits > 1,
             HAS_BIAS=bias is not None, GROUP_SIZE=group_size, BLOCK_OUTPUTS=block_outputs, BLOCK_ROWS=block_rows,
             BLOCK_BYTES=block_bytes, num_warps=num_warps, num_stages=3, **LAUNCH_OPTIONS,
         )  # fmt: skip
         if num_splits > 1:
-            _add_groups_kernel[(ceil_div(num_outputs, 64), num_rows)](
+            launch(
+                _add_groups_kernel, (ceil_div(num_outputs, 64), num_rows),
                 y, target, row_scale, scale, bias, num_outputs, num_groups, y.numel(), HAS_BIAS=bias is not None,
                 BLOCK_OUTPUTS=64, num_warps=1, **LAUNCH_OPTIONS,
             )  # fmt: skip
