@@ -210,15 +210,15 @@ def _shift_kernel(y_ptr, x_ptr, bias_ptr, offset_ptr, num_elements, stride, offs
 
 
 def variants() -> list[tuple[tuple, dict]]:
-    """Launches of which each is another variant than the first, but for those that differ from it in a value alone."""
+    """Launches that differ from the first in one thing: in what a variant depends on, or in a value alone."""
     x, y, one = torch.arange(80.0), torch.zeros(80), torch.ones(5)
-    plain = dict(y=y, x=x, bias=None, at=one, num=16, stride=2, offset=0, factor=2.0, BLOCK=32, num_warps=1)
+    plain = dict(y=y, x=x, bias=None, at=one, num=16, stride=1, offset=0, factor=2.0, BLOCK=256, num_warps=1)
     changes: tuple[dict, ...] = (
         {}, dict(x=x[4:]), dict(x=x[1:]), dict(y=y[1:]), dict(x=x.half()), dict(bias=one), dict(bias=one[1:]),
-        dict(at=one[1:]), dict(at=one.double()), dict(num=32), dict(num=17), dict(num=1), dict(stride=1),
+        dict(at=one[1:]), dict(at=one.double()), dict(num=32), dict(num=17), dict(num=1), dict(stride=2),
         dict(stride=16), dict(num=0), dict(offset=1), dict(offset=16), dict(offset=-5), dict(offset=2**31 - 1),
-        dict(offset=2**31), dict(offset=-(2**31)), dict(offset=-(2**31) - 1), dict(factor=-1.0), dict(BLOCK=64),
-        dict(num_warps=2), dict(num_warps=2, BLOCK=64),
+        dict(offset=2**31), dict(offset=-(2**31)), dict(offset=-(2**31) - 1), dict(factor=-1.0), dict(BLOCK=128),
+        dict(num_warps=2), dict(num_warps=2, BLOCK=128),
     )  # fmt: skip
     launches = []
     for change in changes:
