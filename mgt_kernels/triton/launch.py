@@ -65,7 +65,9 @@ def launch(kernel: JITFunction, grid: tuple[int, ...], *arguments: Any, **settin
             "launch within it; call mgt_kernels.warm_up, or run the step once, before the capture"
         )
     compiled = kernel[grid](*arguments, **settings)
-    _LOADED[variant] = compiled, tuple(settings[name] for name in kernel.arg_names[len(arguments) :])
+    # a hook of Triton's may have kept it from compiling
+    if compiled is not None:
+        _LOADED[variant] = compiled, tuple(settings[name] for name in kernel.arg_names[len(arguments) :])
 
 
 # Triton's own functions for both take microseconds to tell numbers from constants
