@@ -12,7 +12,7 @@ _LOADED: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
 
 def launch(kernel: JITFunction, grid: tuple[int, ...], *arguments: Any, **settings: Any) -> None:
-    """Do what `kernel[grid](*arguments, **settings)` does, launch a kernel, in a fifth of the host's time.
+    """Do what `kernel[grid](*arguments, **settings)` does, launch a kernel, with less work on the host.
 
     At each launch Triton sorts the arguments anew and compares every global that the kernel reads. What a variant of
     these kernels depends on is less: the types of the arguments, whether pointers and integers are multiples of 16,
