@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from budget import Budget, Record
 from configurations import CAPABILITIES, CONFIGURATIONS, Case, Configuration, Counted, compile_for, loads, never
-from versions import tested_architecture
+from versions import architecture_to_compile
 
 of_a_triton_with_a_budget = pytest.mark.skipif(
     triton.__version__ not in budget.read(), reason=f"budget.json has no entries of Triton {triton.__version__}"
@@ -32,7 +32,7 @@ RECORD = Record(
 @of_a_triton_with_a_budget
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_kernels_keep_their_budget(capability: int, request: pytest.FixtureRequest) -> None:
-    if capability != tested_architecture() and not request.config.getoption("every_architecture"):
+    if capability != architecture_to_compile() and not request.config.getoption("every_architecture"):
         pytest.skip("takes half a minute to compile; --every-architecture counts it")
     found = budget.check((capability,))
     assert not found, "\n".join(found)

@@ -37,7 +37,7 @@ class Outcome:
     seconds: float
 
 
-def tested_architecture() -> int:
+def architecture_to_compile() -> int:
     """Return the one architecture that the tests compile for with the version that is imported."""
     import triton
 

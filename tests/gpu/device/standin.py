@@ -14,6 +14,7 @@ def cpu_tensors_on(capability: int, *, execute: bool) -> Iterator[list[Launch]]:
     with (
         mock.patch.object(torch.Tensor, "is_cuda", True),
         mock.patch.object(torch.Tensor, "is_cpu", False),
+        mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: divmod(capability, 10)),
         standin_gpu(capability, execute=execute) as launches,
     ):
         yield launches
