@@ -123,14 +123,18 @@ def check_step(inputs: Inputs) -> None:
         raise AssertionError("the number of masked positions is wrong")
 
 
+def pytorch_guidance(logits: Tensor, uncond: Tensor | None, guidance_scale: float, noise_scale: float) -> Tensor:
+    """Guidance and Gaussian noise as PyTorch users write them."""
+    if uncond is not None:
+        logits = uncond + guidance_scale * (logits - uncond)
+    return logits + noise_scale * torch.randn_like(logits) if noise_scale else logits
+
+
 def pytorch_draw(
     logits: Tensor, uncond: Tensor | None, tokens: Tensor, guidance_scale: float, noise_scale: float, mask_token_id: int
 ) -> tuple[Tensor, Tensor]:
     """The draw as PyTorch users write it: softmax, multinomial, gather, logarithm."""
-    if uncond is not None:
-        logits = uncond + guidance_scale * (logits - uncond)
-    if noise_scale:
-        logits = logits + noise_scale * torch.randn_like(logits)
+    logits = pytorch_guidance(logits, uncond, guidance_scale, noise_scale)
     probs = logits.float().softmax(-1)
     drawn = torch.multinomial(probs.flatten(0, 1), 1).view_as(tokens)
     masked = tokens == mask_token_id

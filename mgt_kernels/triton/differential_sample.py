@@ -557,6 +557,16 @@ def _edit_history_kernel(
         _edit(history_ptr, offs_token + 3 * WORD_WIDTH, logit_3, softmax, good, selected, num_tokens)
 
 
+@triton.jit(do_not_specialize=SCALARS)
+def _advance_history_step_kernel(history_step_ptr, step_ptr, HAS_HISTORY: tl.constexpr):
+    step = tl.load(step_ptr)
+    if HAS_HISTORY:
+        # a step that does not continue the generation leaves its index as it is
+        history_step = tl.load(history_step_ptr)
+        step = tl.where(history_step == step - 1, step, history_step)
+    tl.store(history_step_ptr, step)
+
+
 # for occupancy ptxas would spill a few
 _MAX_REGISTERS = 128
 
@@ -641,6 +651,8 @@ def differential_sample(
                 HAS_NOISE=noisy, BLOCK_POSITIONS=block_positions, BLOCK_COLUMNS=block_columns, num_warps=4,
                 **LAUNCH_OPTIONS,
             )  # fmt: skip
-        # a step that does not continue the generation leaves its index as it is
-        history_step.copy_(torch.where(history_step == step - 1, step, history_step) if has_history else step)
+        launch(
+            _advance_history_step_kernel, (1,), history_step, step, HAS_HISTORY=has_history, num_warps=1,
+            **LAUNCH_OPTIONS,
+        )  # fmt: skip
     return token_ids, logprob, divergence

@@ -23,12 +23,12 @@ from triton.runtime import JITFunction
 from mgt_kernels.packing import check_group_size
 from mgt_kernels.triton.differential_sample import (
     _MAX_REGISTERS,
+    _advance_history_step_kernel,
     _compare_kernel,
     _edit_history_kernel,
     _select_kernel,
 )
 from mgt_kernels.triton.draws import LAUNCH_OPTIONS
-from mgt_kernels.triton.history_step import _advance_history_step_kernel
 from mgt_kernels.triton.launch import next_power_of_2
 from mgt_kernels.triton.mask_by_confidence import _mask_by_confidence_kernel
 from mgt_kernels.triton.sample_tokens import _MAX_SPLITS, _combine_splits_kernel, _sample_tokens_kernel

@@ -247,6 +247,7 @@ def _differential_sample(
     ]
     if aliased_history:
         cases.append(Case("_edit_history_kernel", (), dram_bytes(2)))
+    cases.append(Case("_advance_history_step_kernel", (), lambda launches: 3 * 8, _ONE_NUMBER))
     return Configuration(
         "differential_sample", name, launch, num_positions * num_tokens, bytes_per_element, tuple(cases)
     )
@@ -351,6 +352,7 @@ _FEW_ROWS = "a few kilobytes: the launch itself takes longer"
 _GROUPS = (
     "issue: each group of 128 inputs ends in three instructions for each output, to add it in float32 and in order"
 )
+_ONE_NUMBER = "three numbers: the launch itself takes longer"
 _UNSHARED = "issue: four instructions make a weight a bfloat16, which only 16 rows share"
 
 CONFIGURATIONS = (

@@ -11,12 +11,14 @@ import time
 from pathlib import Path
 
 import pytest
+import recorder
 import torch
 from cases import CASES
 from triton import knobs
 
 from mgt_benchmarks import device_report
 from mgt_benchmarks.run import OURS
+from mgt_sampler import graphs, sampling
 
 with pytest.MonkeyPatch.context() as rehearsing:
     rehearsing.setenv("DEVICE_REHEARSAL", "1")
@@ -25,7 +27,9 @@ with pytest.MonkeyPatch.context() as rehearsing:
         clock,
         correctness,
         environment,
+        extras,
         precompile,
+        repeats,
         results,
         sanitizer,
         timetable,
@@ -256,6 +260,23 @@ def test_public_ops_are_compiled_ahead_as_the_timings_call_them(monkeypatch):
     name = f"mask_by_confidence, B=1 N=256 [{OURS}]"
     assert {name, *map(str, CASES)} < set(precompile.names())
     assert precompile.work(name) == {"launches": 1}
+
+
+def test_cases_that_only_a_gpu_runs_are_there():
+    named = {*repeats._NAMES, *sanitizer._NAMES}
+    assert named <= set(map(str, CASES))
+    # every kernel is in one of them
+    assert {name.split(":")[0] for name in named} == {case.op for case in CASES}
+
+
+def test_generations_in_graphs_are_compared(monkeypatch):
+    monkeypatch.setattr(sampling, "check_graphs", lambda device: None)
+    monkeypatch.setattr(graphs, "capture", recorder.capture)
+    extras.generations_in_graphs("cpu")
+    # a graph that keeps the first step's guidance
+    monkeypatch.setattr(graphs.GraphedSteps, "_value", lambda self, name: getattr(self._schedules, name)[0])
+    with pytest.raises(AssertionError, match="tokens differ"):
+        extras.generations_in_graphs("cpu")
 
 
 def test_every_workload_has_a_name_of_its_own(monkeypatch):

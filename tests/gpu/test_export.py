@@ -543,15 +543,6 @@ def test_mask_by_confidence_is_launched_as_from_python(num_positions, temperatur
     assert_same_launches(mask, library, monkeypatch)
 
 
-def assert_same_differential_launches(draw: Differential, library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
-    # what torch does for the launcher in Python
-    last = library.launches.pop()
-    assert last.name == "_advance_history_step_kernel" and last.grid == (1, 1, 1) and last.stream == 7
-    assert last.variant.constants == {"HAS_HISTORY": draw.has_history}
-    assert last.arguments == {"history_step_ptr": draw.history_step.data_ptr(), "step_ptr": draw.step.data_ptr()}
-    assert_same_launches(draw, library, monkeypatch)
-
-
 @pytest.mark.parametrize("position_major", [False, True], ids=["token-major", "position-major"])
 @pytest.mark.parametrize(
     ("shape", "num_launches"),
@@ -563,7 +554,7 @@ def test_differential_sample_is_launched_as_from_python(shape, num_launches, pos
     draw.allocate(library)
     assert library.differential_sample(draw) == SUCCESS
     assert len(library.launches) == num_launches
-    assert_same_differential_launches(draw, library, monkeypatch)
+    assert_same_launches(draw, library, monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", C_DTYPES, ids=str)
@@ -576,7 +567,7 @@ def test_every_variant_of_a_comparison_is_chosen(dtype, library, monkeypatch):
         draw.allocate(library)
         library.launches.clear()
         assert library.differential_sample(draw) == SUCCESS
-        assert_same_differential_launches(draw, library, monkeypatch)
+        assert_same_launches(draw, library, monkeypatch)
         chosen |= {launch.variant for launch in library.launches}
     group = f"differential_sample_{export.DTYPES[C_DTYPES.index(dtype)]}"
     exported = {v for v, architecture, _ in library.compiled.values() if (v.group, architecture) == (group, 80)}
@@ -593,7 +584,7 @@ def test_positions_are_selected_as_from_python(num_positions, variant, library, 
     assert library.differential_sample(draw) == SUCCESS
     (select,) = (launch.variant for launch in library.launches if launch.name == "_select_kernel")
     assert ("num_positions" in select.multiples_of_16) == (num_positions % 16 == 0)
-    assert_same_differential_launches(draw, library, monkeypatch)
+    assert_same_launches(draw, library, monkeypatch)
 
 
 @pytest.mark.parametrize("offset", [0, 2])

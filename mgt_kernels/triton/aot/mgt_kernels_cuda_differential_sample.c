@@ -1,4 +1,4 @@
-/* The same grids as the launcher in Python, and a kernel for what that leaves to torch: the index of the step. */
+/* The same grids as the launcher in Python. */
 #include "mgt_kernels_cuda_launch.h"
 
 enum { kMaxTiles = 65535, kAlignment = 16, kRowPositions = 2 };
@@ -86,16 +86,7 @@ CUresult mgt_cuda_differential_sample(const mgt_cuda_differential_sample_args* a
                                                    &a.step,
                                                    &num_positions,
                                                    &num_tokens,
-                                                   &a.logits.stride_sample,
-                                                   &a.logits.stride_position,
-                                                   &a.logits.stride_token,
-                                                   &a.uncond_logits.stride_sample,
-                                                   &a.uncond_logits.stride_position,
-                                                   &a.uncond_logits.stride_token,
-                                                   &mask_token_id,
-                                                   &a.guidance_scale,
-                                                   &a.noise_scale,
-                                                   &inverse_temperature};
+                                                   STRIDES_AND_SCALARS(a, mask_token_id, inverse_temperature)};
   const int64_t compared = token_major ? kRowPositions : kGroupPositions;
   status =
       mgt_cuda_launch(compare_key, a.num_samples * ceil_div(a.num_positions, compared), 1, compare_arguments, stream);
@@ -122,16 +113,7 @@ CUresult mgt_cuda_differential_sample(const mgt_cuda_differential_sample_args* a
                                              &a.step,
                                              &num_positions,
                                              &num_tokens,
-                                             &a.logits.stride_sample,
-                                             &a.logits.stride_position,
-                                             &a.logits.stride_token,
-                                             &a.uncond_logits.stride_sample,
-                                             &a.uncond_logits.stride_position,
-                                             &a.uncond_logits.stride_token,
-                                             &mask_token_id,
-                                             &a.guidance_scale,
-                                             &a.noise_scale,
-                                             &inverse_temperature};
+                                             STRIDES_AND_SCALARS(a, mask_token_id, inverse_temperature)};
     status = mgt_cuda_launch(MGT_CUDA_EDIT_HISTORY(a.dtype, !token_major, guided, noise, aligned),
                              a.num_samples * ceil_div(a.num_positions, token_major ? 1 : kGroupPositions),
                              ceil_div(a.num_tokens, kTileWidth), arguments, stream);

@@ -57,6 +57,13 @@ static inline bool are_logits_aligned(const mgt_cuda_sample_tokens_args* a) {
          is_half_aligned(uncond_or_logits(a), token_major);
 }
 
+/* The last arguments of every kernel that reads logits, of a copy of what the caller gave and two numbers made of it.
+ */
+#define STRIDES_AND_SCALARS(a, mask_token_id, inverse_temperature)                                                    \
+  &(a).logits.stride_sample, &(a).logits.stride_position, &(a).logits.stride_token, &(a).uncond_logits.stride_sample, \
+      &(a).uncond_logits.stride_position, &(a).uncond_logits.stride_token, &(mask_token_id), &(a).guidance_scale,     \
+      &(a).noise_scale, &(inverse_temperature)
+
 /* Positions that a kernel with a program per sample takes at a time. */
 static inline unsigned block_positions_of(int64_t num_positions) {
   if (num_positions > kMaxBlockPositions) return kMaxBlockPositions;

@@ -69,16 +69,7 @@ CUresult mgt_cuda_sample_tokens(const mgt_cuda_sample_tokens_args* args, int64_t
                                            &num_positions,
                                            &num_tokens,
                                            &columns_per_split,
-                                           &a.logits.stride_sample,
-                                           &a.logits.stride_position,
-                                           &a.logits.stride_token,
-                                           &a.uncond_logits.stride_sample,
-                                           &a.uncond_logits.stride_position,
-                                           &a.uncond_logits.stride_token,
-                                           &mask_token_id,
-                                           &a.guidance_scale,
-                                           &a.noise_scale,
-                                           &inverse_temperature};
+                                           STRIDES_AND_SCALARS(a, mask_token_id, inverse_temperature)};
   const unsigned key = MGT_CUDA_SAMPLE_TOKENS(a.dtype, !token_major, guided, a.noise_scale != 0.0f,
                                               a.temperature == 0.0f, num_splits > 1, aligned);
   const int64_t num_groups = ceil_div(a.num_positions, token_major ? 1 : kGroupPositions);

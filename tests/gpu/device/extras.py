@@ -6,6 +6,7 @@ import torch
 from cases import sample_tokens_case
 
 import mgt_kernels
+from device.results import AbsentError
 
 
 def _on(device: str, arguments: tuple) -> tuple:
@@ -73,6 +74,43 @@ def graph_replays_along_a_schedule() -> None:
         assert torch.equal(masked, expected)
 
 
+class _Model:
+    """A model of a few matrices, whose logits depend on all tokens and on the label."""
+
+    num_tokens, codebook_size, mask_token_id = 64, 1024, 1024
+
+    def __init__(self, device: str) -> None:
+        generator = torch.Generator().manual_seed(3)
+        self.device = torch.device(device)
+        self.embedding = torch.randn(1025, 1024, generator=generator).to(device)
+        self.position = torch.randn(64, 1024, generator=generator).to(device)
+
+    def predict_logits(self, tokens: torch.Tensor, condition: torch.Tensor | None) -> torch.Tensor:
+        logits = 2 * self.position + self.embedding[tokens].mean(1, keepdim=True)
+        return logits if condition is None else logits * (1.5 + condition[:, None, None])
+
+    def decode(self, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens[:, None, :, None].float() / 1024
+
+
+def generations_in_graphs(device: str = "cuda") -> None:
+    """Generations whose steps are replayed have the tokens of those whose steps are called."""
+    try:
+        from mgt_sampler import Differential, generate
+    except ImportError as error:
+        raise AbsentError(str(error)) from error
+    settings: tuple[dict[str, Any], ...] = (
+        dict(),
+        dict(noise_scale=(2.0, 0.0), token_temperature=(1.3, 0.7)),
+        dict(differential=Differential()),
+    )
+    model = _Model(device)
+    for setting in settings:
+        options: dict[str, Any] = dict(labels=[1, 2], guidance_scale=(1.5, 4.0), seed=5, progress=False, **setting)
+        called, replayed = (generate(model, cuda_graph=graph, **options).tokens for graph in (False, True))
+        assert torch.equal(called, replayed), f"{setting}: {int((called != replayed).sum())} tokens differ"
+
+
 def elements_past_two_pow_31() -> None:
     """Rows that lie further apart than 32-bit offsets reach."""
     small = torch.randn(2, 4, 2048, dtype=torch.bfloat16)
@@ -101,6 +139,7 @@ def compiled_step() -> None:
 EXTRAS = {
     "a CUDA graph replays with fresh draws": graph_replays_with_fresh_draws,
     "a CUDA graph replays along a schedule": graph_replays_along_a_schedule,
+    "generations in CUDA graphs": generations_in_graphs,
     "more than 2^31 elements": elements_past_two_pow_31,
     "torch.compile": compiled_step,
 }

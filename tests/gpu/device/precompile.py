@@ -9,7 +9,7 @@ from cases import CASES
 from device.correctness import REHEARSED_CASES, case_of
 from device.results import REHEARSED
 from device.standin import cpu_tensors_on
-from device.workloads import Workload, timed
+from device.workloads import NOT_INVARIANT, Workload, timed
 from mgt_benchmarks.run import OURS
 
 # PTX of which the emulator executes
@@ -43,5 +43,5 @@ def capability() -> int:
 
 
 def _workloads() -> dict[str, Workload]:
-    ours = (OURS, "w4a8_linear", "w4a16_linear")
+    ours = (OURS, "w4a8_linear", "w4a16_linear", NOT_INVARIANT)
     return {workload.item: workload for workload in timed() if workload.contestant in ours}

@@ -20,6 +20,9 @@ _NAMES = (
     "w4a8_linear: w4a8 bf16, few rows",
     "w4a16_linear: w4a16 bf16, groups of 128",
     "w4a16_linear: w4a16 bf16, few rows, a short group",
+    "w4a8_linear: w4a8 bf16, split",
+    "w4a16_linear: w4a16 bf16, split",
+    "w4a16_linear: w4a16 bf16, dequantized",
 )
 
 

@@ -16,8 +16,10 @@ from device.results import REHEARSED, AbsentError
 from mgt_benchmarks.case import DTYPE_NAMES
 from mgt_benchmarks.models import LLADA, MASKGIT_512, MEISSONIC_512, MEISSONIC_1024, MUSE_256, SHOW_O_256, Model
 from mgt_benchmarks.run import OURS
-from mgt_benchmarks.steps import published_differential_step, pytorch_draw, pytorch_mask
+from mgt_benchmarks.steps import published_differential_step, pytorch_draw, pytorch_guidance, pytorch_mask
 
+# splits few rows, and multiplies many by torch.mm; in between it is w4a16_linear once more
+NOT_INVARIANT = "w4a16_linear, batch_invariant=False"
 # token in, token id and log-probability out
 _BYTES_PER_POSITION = 8 + 8 + 4
 
@@ -256,10 +258,7 @@ def compiled_draw(draw: Draw) -> Workload:
 def pytorch_race(
     logits: Tensor, uncond: Tensor | None, tokens: Tensor, guidance_scale: float, noise_scale: float, mask_token_id: int
 ) -> tuple[Tensor, Tensor]:
-    if uncond is not None:
-        logits = uncond + guidance_scale * (logits - uncond)
-    if noise_scale:
-        logits = logits + noise_scale * torch.randn_like(logits)
+    logits = pytorch_guidance(logits, uncond, guidance_scale, noise_scale)
     logprobs = logits.float().log_softmax(-1)
     drawn = (logprobs.exp() / torch.empty_like(logprobs).exponential_()).argmax(-1)
     masked = tokens == mask_token_id
@@ -317,10 +316,10 @@ class Layer:
         ours = 0.5 + 3 / 128
         yield self.workload("w4a8_linear", partial(self._ours, "w4a8_linear"), ours, "int8 product")
         yield self.workload("w4a16_linear", partial(self._ours, "w4a16_linear"), ours, "bf16 product")
+        yield self.workload(NOT_INVARIANT, self._not_invariant, ours, "bf16 product")
         yield self.workload("torch.mm bf16", self._bf16, 2, "bf16 product")
         yield self.workload("torch._int_mm, product alone", self._int8, 1, "int8 product")
         yield self.workload("torch._scaled_mm fp8, product alone", self._fp8, 1, "fp8 product")
-        yield self.workload("dequantize, torch.mm", self._dequantized, ours, "bf16 product")
 
     def _rows(self, device: str) -> Tensor:
         return torch.randn(self.num_rows, self.num_inputs, device=device).bfloat16()
@@ -333,9 +332,9 @@ class Layer:
         x, weight = self._rows(device), torch.randn(self.num_outputs, self.num_inputs, device=device).bfloat16()
         return lambda: torch.mm(x, weight.T)
 
-    def _dequantized(self, device: str) -> Call:
+    def _not_invariant(self, device: str) -> Call:
         x, weight = self._rows(device), packed(self.num_outputs, self.num_inputs).to(device)
-        return lambda: torch.mm(x, weight.dequantize(torch.bfloat16).T)
+        return lambda: mgt_kernels.w4a16_linear(x, weight, batch_invariant=False)
 
     def _int8(self, device: str) -> Call:
         if self.num_rows <= 16 and not REHEARSED:
