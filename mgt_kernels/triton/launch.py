@@ -7,8 +7,14 @@ from torch import Tensor
 from triton import knobs
 from triton.runtime import JITFunction, driver
 
-# by all that Triton compiles a variant for: the variant, and the values of its constexprs in the kernel's order
-_LOADED: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+# what Triton compiled and loaded, and the values of the constexprs in the kernel's order
+_Variant = tuple[Any, tuple[Any, ...]]
+# by all that a variant depends on
+_LOADED: dict[tuple[Any, ...], _Variant] = {}
+# The same by the integers themselves, which is asked faster: the steps of a generation have the same sizes. Where sizes
+# do not repeat it would grow without end, so it is emptied when it is full.
+_LOADED_FOR: dict[tuple[Any, ...], _Variant] = {}
+_MOST_LOADED_FOR = 4096
 
 
 def launch(kernel: JITFunction, grid: tuple[int, ...], *arguments: Any, **settings: Any) -> None:
@@ -31,6 +37,42 @@ def launch(kernel: JITFunction, grid: tuple[int, ...], *arguments: Any, **settin
     active = driver.active
     device = active.get_current_device()
     # a kernel's own hash is that of its source; what is loaded keeps the kernel, and so its id
+    sizes = (
+        id(kernel), device, *settings, *settings.values(),
+        *[
+            x if (kind := type(x)) is int else kind if kind is float or x is None else (x.dtype, x.data_ptr() % 16 == 0)
+            for x in arguments
+        ],
+    )  # fmt: skip
+    variant = _LOADED_FOR.get(sizes)
+    if variant is None:
+        depends_on = _depends_on(device, kernel, arguments, settings)
+        variant = _LOADED.get(depends_on)
+        if variant is None:
+            variant = _launch_first(kernel, grid, arguments, settings)
+            if variant is not None:
+                _LOADED[depends_on] = variant
+            return
+        if len(_LOADED_FOR) == _MOST_LOADED_FOR:
+            _LOADED_FOR.clear()
+        _LOADED_FOR[sizes] = variant
+    compiled, constants = variant
+    grid = (*grid, 1, 1)[:3]
+    hooks = knobs.runtime
+    if hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:
+        # a profiler wants to know more
+        compiled[grid](*arguments, *constants)
+    else:
+        stream = active.get_current_stream(device)
+        compiled.run(
+            *grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments, *constants
+        )
+
+
+def _depends_on(
+    device: int, kernel: JITFunction, arguments: tuple[Any, ...], settings: dict[str, Any]
+) -> tuple[Any, ...]:
+    """Return all that Triton compiles a variant for."""
     key = [id(kernel), device, *settings, *settings.values()]
     for value, parameter in zip(arguments, kernel.params, strict=False):
         kind = type(value)
@@ -44,20 +86,13 @@ def launch(kernel: JITFunction, grid: tuple[int, ...], *arguments: Any, **settin
             key.append(value.dtype)
             if not parameter.do_not_specialize:
                 key.append(value.data_ptr() % 16 == 0)
-    loaded = _LOADED.get(variant := tuple(key))
-    if loaded is not None:
-        compiled, constants = loaded
-        grid = (*grid, 1, 1)[:3]
-        hooks = knobs.runtime
-        if hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:
-            # a profiler wants to know more
-            compiled[grid](*arguments, *constants)
-        else:
-            stream = active.get_current_stream(device)
-            compiled.run(
-                *grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments, *constants
-            )
-        return
+    return tuple(key)
+
+
+def _launch_first(
+    kernel: JITFunction, grid: tuple[int, ...], arguments: tuple[Any, ...], settings: dict[str, Any]
+) -> _Variant | None:
+    """Let Triton compile, load and launch a variant; return it, or None where a hook of Triton's kept it from that."""
     # PyTorch without CUDA has nothing to ask
     if torch.backends.cuda.is_built() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
@@ -65,9 +100,9 @@ def launch(kernel: JITFunction, grid: tuple[int, ...], *arguments: Any, **settin
             "launch within it; call mgt_kernels.warm_up, or run the step once, before the capture"
         )
     compiled = kernel[grid](*arguments, **settings)
-    # a hook of Triton's may have kept it from compiling
-    if compiled is not None:
-        _LOADED[variant] = compiled, tuple(settings[name] for name in kernel.arg_names[len(arguments) :])
+    if compiled is None:
+        return None
+    return compiled, tuple(settings[name] for name in kernel.arg_names[len(arguments) :])
 
 
 # Triton's own functions for both take microseconds to tell numbers from constants

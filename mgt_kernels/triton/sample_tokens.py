@@ -6,6 +6,7 @@ exponential variate. Only the token with the largest bound gets its exact score,
 another bound reaches that score is read again, every score of it exact.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -440,6 +441,7 @@ _FEW_ROWS = 2048
 _MAX_SPLITS = 64
 
 
+@functools.cache
 def _tiles_per_split(num_positions: int, num_tokens: int) -> int:
     num_tiles = ceil_div(num_tokens, _TILE_WIDTH.value)
     return ceil_div(num_tiles, min(ceil_div(_FEW_ROWS, num_positions), _MAX_SPLITS))
@@ -450,6 +452,7 @@ def strides_of(logits: Tensor, uncond_logits: Tensor | None) -> tuple[tuple[int,
     return logits.stride(), (0, 0, 0) if uncond_logits is None else uncond_logits.stride()
 
 
+@functools.cache
 def is_token_major(shape: torch.Size, strides: tuple[int, ...], uncond_strides: tuple[int, ...]) -> bool:
     """Tell whether tokens lie side by side; otherwise positions do, which then share every sector that is read."""
     _, num_positions, num_tokens = shape

@@ -423,6 +423,7 @@ def launches_from_python(call: Call, monkeypatch: pytest.MonkeyPatch) -> list[tu
         patch.setattr(JITFunction, "run", record)
         # what is loaded is launched past it
         patch.setattr(launching, "_LOADED", {})
+        patch.setattr(launching, "_LOADED_FOR", {})
         # exported layers are not split, which does not change their bits
         for op in ("w4a8_linear", "w4a16_linear"):
             patch.setattr(sys.modules[f"mgt_kernels.triton.{op}"], "splits_for", lambda *_: 1)

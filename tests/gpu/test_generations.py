@@ -67,6 +67,7 @@ def compiled(monkeypatch):
 
     monkeypatch.setattr(JITFunction, "run", run)
     monkeypatch.setattr(launching, "_LOADED", {})
+    monkeypatch.setattr(launching, "_LOADED_FOR", {})
     return names
 
 

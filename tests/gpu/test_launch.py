@@ -227,7 +227,10 @@ def variants() -> list[tuple[tuple, dict]]:
     return launches
 
 
-def test_a_launch_is_tritons():
+@pytest.mark.parametrize("most_sizes", [4096, 1])
+def test_a_launch_is_tritons(most_sizes, monkeypatch):
+    monkeypatch.setattr(launching, "_LOADED_FOR", {})
+    monkeypatch.setattr(launching, "_MOST_LOADED_FOR", most_sizes)
     with standin_gpu(80, execute=False) as launches:
         for arguments, settings in variants():
             _shift_kernel[(3,)](*arguments, **settings)
@@ -245,6 +248,7 @@ def test_a_launch_is_tritons():
                     for name, value in of_ours.items():
                         same = torch.equal if isinstance(value, torch.Tensor) else lambda a, b: a == b
                         assert same(value, of_theirs[name])
+    assert 1 <= len(launching._LOADED_FOR) <= most_sizes
 
 
 def test_a_loaded_variant_runs():
