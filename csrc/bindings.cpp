@@ -3,8 +3,10 @@
 // outlives a call, so that calls need no lock.
 #include <pybind11/pybind11.h>
 
+#include <cstring>
 #include <memory>
 #include <stdexcept>
+#include <string_view>
 
 #include "manylinux.h"
 #include "mgt_kernels.h"
@@ -23,9 +25,14 @@ mgt_context context(int isa, int num_threads, std::uintptr_t parallel) {
   return {static_cast<mgt_isa>(isa), num_threads, reinterpret_cast<mgt_parallel>(parallel)};
 }
 
-mgt_logits logits(py::tuple t) {
-  return {pointer<const void>(t[0].cast<std::uintptr_t>()), t[1].cast<int64_t>(), t[2].cast<int64_t>(),
-          t[3].cast<int64_t>()};
+// A structure of the C ABI as mgt_kernels/cpu.py packs it, its padding included.
+template <class T>
+T record(const py::bytes& packed) {
+  const std::string_view view = packed;
+  if (view.size() != sizeof(T)) throw std::length_error("a record has the wrong length");
+  T unpacked;
+  std::memcpy(&unpacked, view.data(), sizeof(T));
+  return unpacked;
 }
 
 // A call's workspace. A size of -1 stands for arguments that the call is about to refuse.
@@ -40,87 +47,37 @@ void require_length(const char* name, int64_t length, int64_t expected) {
   if (length != expected) throw std::length_error(std::string(name) + " has the wrong length");
 }
 
-mgt_sample_tokens_args sample_tokens_args(py::tuple shape, int dtype, py::tuple cond, py::tuple uncond,
-                                          std::uintptr_t tokens, std::uintptr_t seeds, int64_t mask_token_id,
-                                          int64_t step, float guidance_scale, float noise_scale, float temperature) {
-  mgt_sample_tokens_args args{};
-  args.num_samples = shape[0].cast<int64_t>();
-  args.num_positions = shape[1].cast<int64_t>();
-  args.num_tokens = shape[2].cast<int64_t>();
-  args.dtype = static_cast<mgt_dtype>(dtype);
-  args.logits = logits(cond);
-  args.uncond_logits = logits(uncond);
-  args.tokens = pointer<const int64_t>(tokens);
-  args.seeds = pointer<const int64_t>(seeds);
-  args.mask_token_id = mask_token_id;
-  args.step = step;
-  args.guidance_scale = guidance_scale;
-  args.noise_scale = noise_scale;
-  args.temperature = temperature;
-  return args;
-}
-
-py::tuple sample_tokens(int isa, int num_threads, std::uintptr_t parallel, py::tuple shape, int dtype, py::tuple cond,
-                        py::tuple uncond, std::uintptr_t tokens, std::uintptr_t seeds, int64_t mask_token_id,
-                        int64_t step, float guidance_scale, float noise_scale, float temperature,
-                        std::uintptr_t token_ids, int64_t token_ids_length, std::uintptr_t logprob,
-                        int64_t logprob_length) {
-  const mgt_sample_tokens_args args = sample_tokens_args(shape, dtype, cond, uncond, tokens, seeds, mask_token_id, step,
-                                                         guidance_scale, noise_scale, temperature);
-  require_length("token_ids", token_ids_length, args.num_samples * args.num_positions);
-  require_length("logprob", logprob_length, args.num_samples * args.num_positions);
+py::tuple sample_tokens(int isa, int num_threads, std::uintptr_t parallel, const py::bytes& packed_args,
+                        const py::bytes& packed_outputs) {
+  const auto args = record<mgt_sample_tokens_args>(packed_args);
+  const auto outputs = record<mgt_sample_tokens_outputs>(packed_outputs);
   const mgt_context where = context(isa, num_threads, parallel);
   int64_t error_index = -1;
   mgt_status status;
   {
     py::gil_scoped_release released;
     const Workspace workspace(mgt_sample_tokens_workspace(&where, &args));
-    status = mgt_sample_tokens(&where, &args, pointer<int64_t>(token_ids), pointer<float>(logprob),
-                               workspace.memory.get(), workspace.num_bytes, &error_index);
+    status = mgt_sample_tokens(&where, &args, &outputs, workspace.memory.get(), workspace.num_bytes, &error_index);
   }
   return py::make_tuple(static_cast<int>(status), error_index);
 }
 
-mgt_differential_sample_args differential_sample_args(const mgt_sample_tokens_args& sample, int variant,
-                                                      bool aliased_history, bool has_history, double share) {
-  mgt_differential_sample_args args{};
-  args.sample = sample;
-  args.variant = static_cast<mgt_differential_variant>(variant);
-  args.aliased_history = aliased_history;
-  args.has_history = has_history;
-  args.share = share;
-  return args;
-}
-
-// the buffers are (address, number of elements) pairs
-py::tuple differential_sample(int isa, int num_threads, std::uintptr_t parallel, py::tuple shape, int dtype,
-                              py::tuple cond, py::tuple uncond, std::uintptr_t tokens, std::uintptr_t seeds,
-                              int64_t mask_token_id, int64_t step, float guidance_scale, float noise_scale,
-                              float temperature, int variant, bool aliased_history, bool has_history, double share,
-                              py::tuple history, py::tuple written, py::tuple token_ids, py::tuple logprob,
-                              py::tuple divergence) {
-  const mgt_differential_sample_args args =
-      differential_sample_args(sample_tokens_args(shape, dtype, cond, uncond, tokens, seeds, mask_token_id, step,
-                                                  guidance_scale, noise_scale, temperature),
-                               variant, aliased_history, has_history, share);
-  const int64_t num_rows = args.sample.num_samples * args.sample.num_positions;
-  const auto address = [](const char* name, const py::tuple& buffer, int64_t expected) {
-    require_length(name, buffer[1].cast<int64_t>(), expected);
-    return buffer[0].cast<std::uintptr_t>();
-  };
-  auto* history_codes = pointer<uint16_t>(address("history", history, num_rows * args.sample.num_tokens));
-  auto* written_flags = pointer<uint8_t>(address("written", written, num_rows));
-  auto* ids = pointer<int64_t>(address("token_ids", token_ids, num_rows));
-  auto* nats = pointer<float>(address("logprob", logprob, num_rows));
-  auto* kl = pointer<float>(address("divergence", divergence, num_rows));
+// packed_args lacks the address of its sample; the outputs are addresses
+py::tuple differential_sample(int isa, int num_threads, std::uintptr_t parallel, const py::bytes& packed_sample,
+                              const py::bytes& packed_args, std::uintptr_t history, std::uintptr_t written,
+                              std::uintptr_t token_ids, std::uintptr_t logprob, std::uintptr_t divergence) {
+  const auto sample = record<mgt_sample_tokens_args>(packed_sample);
+  auto args = record<mgt_differential_sample_args>(packed_args);
+  args.sample = &sample;
   const mgt_context where = context(isa, num_threads, parallel);
   int64_t error_index = -1;
   mgt_status status;
   {
     py::gil_scoped_release released;
     const Workspace workspace(mgt_differential_sample_workspace(&where, &args));
-    status = mgt_differential_sample(&where, &args, history_codes, written_flags, ids, nats, kl, workspace.memory.get(),
-                                     workspace.num_bytes, &error_index);
+    status = mgt_differential_sample(&where, &args, pointer<uint16_t>(history), pointer<uint8_t>(written),
+                                     pointer<int64_t>(token_ids), pointer<float>(logprob), pointer<float>(divergence),
+                                     workspace.memory.get(), workspace.num_bytes, &error_index);
   }
   return py::make_tuple(static_cast<int>(status), error_index);
 }

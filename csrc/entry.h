@@ -14,6 +14,12 @@ namespace mgt {
 
 inline bool valid(const mgt_context* context) { return context != nullptr && context->num_threads >= 1; }
 
+// whether a structure of the caller's is there and is what this library knows; nothing else of it may be read before
+template <class T>
+bool whole(const T* given) {
+  return given != nullptr && given->struct_size == sizeof(T);
+}
+
 constexpr int64_t kLineBytes = 64;
 // the first cache line that begins inside; a workspace has room for it
 inline void* on_line(void* workspace) {

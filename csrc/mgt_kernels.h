@@ -6,6 +6,10 @@
  * Threads need 64 KiB of stack. Strides count elements; a dimension of size 1 is never stepped along, so that any
  * stride of it will do.
  *
+ * A structure of arguments or outputs begins with its size, sizeof it in the header that the caller is compiled with;
+ * another size is an invalid argument. Start from zeros: a zero means what each member says of it, and a later version
+ * that adds members at the end takes the sizes of before, and zero for what they lack.
+ *
  * Random draws are functions of (seed, step, position, token id) alone, so results do not depend on the batch, the
  * number of threads or the instruction set. Nor do they depend on the floating-point state of the calling thread or of
  * a lent pool's threads (MXCSR: rounding mode, flushing of denormals, traps): each op sets it aside and puts it back.
@@ -42,10 +46,11 @@ typedef enum MGT_INT32 {
   MGT_INVALID_ARGUMENT = 1,
   /* the instruction set asked for (by argument or by MGT_ISA) is unknown or missing on this processor */
   MGT_ISA_UNAVAILABLE = 2,
-  /* logits of a masked position hold NaN or +inf, overflow to +inf under guidance, noise or temperature, or forbid
-   * every token; error_index is its row b * N + n */
+  /* logits of a position that is read hold NaN or +inf, overflow to +inf under guidance, noise or temperature, or
+   * forbid every token; error_index is its row b * N + n */
   MGT_BAD_LOGITS = 3,
-  /* a known token is outside [0, num_tokens); error_index is its row b * N + n */
+  /* a known token whose log-probability was asked for is outside [0, num_tokens), or the mask's; error_index is its row
+   * b * N + n */
   MGT_BAD_TOKEN = 4,
   /* mask_len is outside [0, masked positions of the sample]; error_index is the sample */
   MGT_BAD_MASK_LEN = 5,
@@ -90,20 +95,31 @@ typedef struct {
   int64_t stride_token;
 } mgt_logits;
 
+/* The positions whose logits are read. */
+typedef enum MGT_INT32 { MGT_ROWS_MASKED = 0, MGT_ROWS_KNOWN = 1, MGT_ROWS_ALL = 2 } mgt_rows;
+
 typedef struct {
+  uint32_t struct_size;
+  mgt_dtype dtype;
   int64_t num_samples;
   /* below 2^32 */
   int64_t num_positions;
   /* within [1, 2^31) */
   int64_t num_tokens;
-  mgt_dtype dtype;
   mgt_logits logits;
   /* data NULL: no guidance */
   mgt_logits uncond_logits;
-  /* (B, N) contiguous */
+  /* (B, N) contiguous; known ones are any number where their log-probability is not asked for */
   const int64_t* tokens;
   /* (B) */
   const int64_t* seeds;
+  /* (B): the place in its sequence of a sample's first position, which random draws are functions of, so that a part
+   * of a sequence draws what the whole does; within [0, 2^32 - num_positions]. NULL: all 0 */
+  const int64_t* first_positions;
+  /* (B), finite, in the place of guidance_scale; or NULL */
+  const float* guidance_scales;
+  /* (V), added to the guided logits of every position; -inf forbids a token. Or NULL */
+  const float* token_bias;
   /* any; a token of the codebook that is the mask's is never drawn */
   int64_t mask_token_id;
   /* in [0, 2^32) */
@@ -114,15 +130,41 @@ typedef struct {
   float noise_scale;
   /* 0, or finite with a finite inverse */
   float temperature;
+  mgt_rows rows;
 } mgt_sample_tokens_args;
+
+/* What one read of the logits gives of a position, each (B, N) contiguous; NULL where it is not asked for, but
+ * token_ids, which every call gives. With l the logits after guidance, token_bias, noise and temperature (0 counts as
+ * 1), p = softmax(l), in nats. Positions that are not read get +inf, and their own token for argmax. */
+typedef struct {
+  uint32_t struct_size;
+  /* the drawn token of a masked position that is read; the others keep theirs */
+  int64_t* token_ids;
+  /* log p of the drawn token; +inf at known positions */
+  float* logprob;
+  /* the token with the largest l, the lowest of equal ones */
+  int64_t* argmax;
+  /* log p of argmax */
+  float* max_logprob;
+  /* p of argmax less the p of what is largest without it */
+  float* margin;
+  /* -sum p log p, at least 0 */
+  float* entropy;
+  /* log sum exp(l) */
+  float* logsumexp;
+  /* log p of a known position's token; +inf at masked positions */
+  float* known_logprob;
+  /* l of the drawn token before temperature; +inf at known positions */
+  float* logit;
+} mgt_sample_tokens_outputs;
 
 /* Bytes of workspace that mgt_sample_tokens needs for these arguments and context->num_threads; -1 where they are
  * invalid. Nothing is read: all that counts of the pointers is whether uncond_logits.data is NULL. */
 MGT_API int64_t mgt_sample_tokens_workspace(const mgt_context* context, const mgt_sample_tokens_args* args);
 
-/* Draws a token for every masked position and its log-probability (spec: "guided, noisy draw with confidence").
+/* Draws a token for every masked position that is read, and gives what is asked of all that are (spec: "guided, noisy
+ * draw with confidence", "statistics of the row").
  *
- * token_ids, logprob: (B, N) contiguous. Known positions keep their token and get logprob +inf.
  * workspace: at least mgt_sample_tokens_workspace bytes, of any alignment. On an error the outputs are unspecified and
  * error_index, if not NULL, names the first bad row.
  *
@@ -130,8 +172,9 @@ MGT_API int64_t mgt_sample_tokens_workspace(const mgt_context* context, const mg
  * rounded to float32, which is 2^(k - 23) apart for |l| within [2^k, 2^(k + 1)). Up to |l| = 2^10 the rounding (2^-13)
  * is not seen; at 2^20 scores are 1/8 apart; from 2^29 (5.4e8) on the noise is rounded away, and of equal logits the
  * lowest id always wins. Subtract the row's largest logit where logits may be that large: no probability changes. */
-MGT_API mgt_status mgt_sample_tokens(const mgt_context* context, const mgt_sample_tokens_args* args, int64_t* token_ids,
-                                     float* logprob, void* workspace, int64_t workspace_bytes, int64_t* error_index);
+MGT_API mgt_status mgt_sample_tokens(const mgt_context* context, const mgt_sample_tokens_args* args,
+                                     const mgt_sample_tokens_outputs* outputs, void* workspace, int64_t workspace_bytes,
+                                     int64_t* error_index);
 
 typedef enum MGT_INT32 {
   /* ranks masked positions; weights |p - q|; selects round(share * masked positions), halves away from zero */
@@ -141,8 +184,10 @@ typedef enum MGT_INT32 {
 } mgt_differential_variant;
 
 typedef struct {
-  mgt_sample_tokens_args sample;
+  uint32_t struct_size;
   mgt_differential_variant variant;
+  /* its rows are MGT_ROWS_MASKED */
+  const mgt_sample_tokens_args* sample;
   /* MGT_DIFFERENTIAL_OFFICIAL only: selected rows leave their weights in the history instead of p */
   int32_t aliased_history;
   /* 0: nothing has been written to history and written yet, so this is a plain step */

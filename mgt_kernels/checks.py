@@ -4,6 +4,7 @@ import functools
 import math
 import numbers
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -101,17 +102,46 @@ def integer(name: str, value: Any) -> int:
     return value
 
 
-def number(name: str, value: Any, device: torch.device) -> float | Tensor:
+def check_rows(rows: str) -> str:
+    """Check the positions that are read."""
+    if rows not in cpu.ROWS:
+        raise ValueError(f"rows: expected one of {cpu.ROWS}, got {rows!r}")
+    return rows
+
+
+def check_statistics(statistics: Sequence[str]) -> str:
+    """Return the names of statistics, in one order, in one string."""
+    if not statistics:
+        return ""
+    if isinstance(statistics, str) or any(name not in cpu.STATISTICS for name in statistics):
+        raise ValueError(f"statistics: expected names out of {tuple(cpu.STATISTICS)}, got {statistics!r}")
+    return ",".join(name for name in cpu.STATISTICS if name in statistics)
+
+
+def token_bias(allowed: Tensor | None, logits: Tensor) -> Tensor | None:
+    """Return what is added to every row of logits, (V,) float32 or None, for the tokens that are allowed."""
+    if allowed is None:
+        return None
+    check_tensor("allowed", allowed, 1, (torch.bool, torch.float32), logits.device)
+    check_shape("allowed", allowed, logits.shape[2:])
+    if allowed.dtype == torch.float32:
+        return allowed
+    return torch.zeros(allowed.shape, dtype=torch.float32, device=allowed.device).masked_fill_(~allowed, -math.inf)
+
+
+def number(name: str, value: Any, device: torch.device, batch: int | None = None) -> float | Tensor:
     """Return a number of any kind (Python's, NumPy's, a 0-dimensional array) as a float; a 0-dimensional tensor as is.
 
+    Where a batch is given, a tensor of one number for each of its samples is taken too.
     To look at a tensor's value here might wait for its device: `check_range` checks it once it is known.
     """
     if type(value) is float:
         return value
     if isinstance(value, Tensor):
         check_layout(name, value)
-        if value.ndim:
-            raise ValueError(f"{name}: expected a number or a 0-dimensional tensor, got shape {tuple(value.shape)}")
+        if value.ndim and value.shape != (batch,):
+            wanted = "a number or a 0-dimensional tensor" + ("" if batch is None else f", or shape ({batch},)")
+            raise ValueError(f"{name}: expected {wanted}, got shape {tuple(value.shape)}")
         if not (value.dtype.is_floating_point or value.dtype in _INTEGER_DTYPES):
             raise TypeError(f"{name}: expected a floating-point or integer dtype, got {value.dtype}")
         if value.device != device and value.device.type != "cpu":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import struct
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,17 @@ from mgt_kernels import _C
 
 ISAS = ("auto", "scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx")
 DIFFERENTIAL_VARIANTS = ("paper", "official")
+ROWS = ("masked", "known", "all")
+# what sample_tokens gives of a row besides token_ids and logprob, and the dtypes
+STATISTICS = {
+    "argmax": torch.int64,
+    "max_logprob": torch.float32,
+    "margin": torch.float32,
+    "entropy": torch.float32,
+    "logsumexp": torch.float32,
+    "known_logprob": torch.float32,
+    "logit": torch.float32,
+}
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -134,19 +146,72 @@ def _address(values: Tensor | array[int]) -> int:
     return values.data_ptr() if isinstance(values, Tensor) else values.buffer_info()[0]
 
 
+# mgt_sample_tokens_args: struct_size, dtype; sizes; logits; uncond_logits; tokens, seeds, first_positions,
+# guidance_scales, token_bias; mask_token_id, step; guidance_scale, noise_scale, temperature, rows
+_SAMPLE_TOKENS_ARGS = struct.Struct("@Ii 3q P3q P3q 5P 2q 3fi")
+# mgt_sample_tokens_outputs: struct_size; token_ids, logprob, then STATISTICS
+_SAMPLE_TOKENS_OUTPUTS = struct.Struct("@I 9P")
+# mgt_differential_sample_args: struct_size, variant; sample, which the binding fills in; aliased_history, has_history,
+# share
+_DIFFERENTIAL_SAMPLE_ARGS = struct.Struct("@Ii P 2i d")
+
+
+def _draw_record(
+    logits: Tensor,
+    tokens: Tensor,
+    seeds: Tensor | array[int],
+    step: int,
+    mask_token_id: int,
+    uncond_logits: Tensor | None,
+    guidance_scale: float | Tensor,
+    noise_scale: float,
+    temperature: float,
+    first_positions: Tensor | array[int],
+    token_bias: Tensor | None,
+    rows: str = "masked",
+) -> bytes:
+    """Pack mgt_sample_tokens_args; what it points to must outlive the call."""
+    scales = guidance_scale.data_ptr() if isinstance(guidance_scale, Tensor) else 0
+    return _SAMPLE_TOKENS_ARGS.pack(
+        _SAMPLE_TOKENS_ARGS.size, _DTYPES[logits.dtype], *logits.shape, *_half(logits), *_half(uncond_logits),
+        tokens.data_ptr(), _address(seeds), _address(first_positions), scales,
+        0 if token_bias is None else token_bias.data_ptr(), mask_token_id, step, 0.0 if scales else guidance_scale,
+        noise_scale, temperature, ROWS.index(rows),
+    )  # fmt: skip
+
+
+def check_samples(guidance_scale: float | Tensor, first_position: int | Tensor, shape: Sequence[int]) -> None:
+    """Check the values of what may differ between samples; the device's are read."""
+    if isinstance(guidance_scale, Tensor):
+        sample = first_index(~(guidance_scale.abs() <= torch.finfo(torch.float32).max))
+        if sample >= 0:
+            raise ValueError(
+                f"guidance_scale: expected finite numbers, got {float(guidance_scale[sample])} for sample {sample}"
+            )
+    positions = [first_position] if isinstance(first_position, int) else first_position.tolist()
+    last = 2**32 - shape[1]
+    for sample, first in enumerate(positions):
+        if not 0 <= first <= last:
+            raise ValueError(f"first_position: expected a value within [0, {last}], got {first} for sample {sample}")
+
+
+def check_token_bias(token_bias: Tensor | None) -> None:
+    """Check that something may be drawn; the device's values are read."""
+    if token_bias is not None and not (token_bias > -torch.inf).any():
+        raise ValueError("allowed: expected at least one token that is allowed, got none")
+
+
 def _where(index: int, num_positions: int) -> str:
     return f"sample {index // num_positions}, position {index % num_positions}"
 
 
-def _check_draw(
-    name: str, status: int, index: int, tokens: Tensor, num_tokens: int, mask_token_id: int, isa: str
-) -> None:
+def _check_draw(name: str, status: int, index: int, tokens: Tensor, num_tokens: int, isa: str) -> None:
     if status == 2:
         _raise_unavailable(isa)
     if status == 3:
         raise bad_logits(index, tokens.shape[1])
     if status == 4:
-        raise bad_token(tokens, index, num_tokens, mask_token_id)
+        raise bad_token(tokens, index, num_tokens)
     if status:
         raise RuntimeError(f"{name} refused its arguments (status {status})")
 
@@ -158,22 +223,39 @@ def sample_tokens(
     step: int,
     mask_token_id: int,
     uncond_logits: Tensor | None,
-    guidance_scale: float,
+    guidance_scale: float | Tensor,
     noise_scale: float,
     temperature: float,
+    first_position: int | Tensor,
+    token_bias: Tensor | None,
+    rows: str,
+    statistics: str,
     isa: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Run the C kernel on checked arguments."""
     shape = logits.shape
-    tokens, seeds = tokens.contiguous(), _per_sample(seed, shape[0])
+    check_samples(guidance_scale, first_position, shape)
+    check_token_bias(token_bias)
+    tokens, seeds, firsts = tokens.contiguous(), _per_sample(seed, shape[0]), _per_sample(first_position, shape[0])
+    if isinstance(guidance_scale, Tensor):
+        guidance_scale = guidance_scale.float().contiguous()
+    if token_bias is not None:
+        token_bias = token_bias.contiguous()
     token_ids, logprob = _empty_like(tokens, torch.int64), _empty_like(tokens, torch.float32)
+    asked = {name: _empty_like(tokens, STATISTICS[name]) for name in statistics.split(",") if name}
     status, index = _C.sample_tokens(
-        ISAS.index(isa), *_threads(), shape, _DTYPES[logits.dtype], _half(logits), _half(uncond_logits),
-        tokens.data_ptr(), _address(seeds), mask_token_id, step, guidance_scale, noise_scale, temperature,
-        token_ids.data_ptr(), token_ids.numel(), logprob.data_ptr(), logprob.numel(),
+        ISAS.index(isa), *_threads(),
+        _draw_record(
+            logits, tokens, seeds, step, mask_token_id, uncond_logits, guidance_scale, noise_scale, temperature,
+            firsts, token_bias, rows,
+        ),
+        _SAMPLE_TOKENS_OUTPUTS.pack(
+            _SAMPLE_TOKENS_OUTPUTS.size, token_ids.data_ptr(), logprob.data_ptr(),
+            *[asked[name].data_ptr() if name in asked else 0 for name in STATISTICS],
+        ),
     )  # fmt: skip
-    _check_draw("mgt_sample_tokens", status, index, tokens, logits.shape[-1], mask_token_id, isa)
-    return token_ids, logprob
+    _check_draw("mgt_sample_tokens", status, index, tokens, shape[-1], isa)
+    return token_ids, logprob, list(asked.values())
 
 
 def differential_sample(
@@ -186,28 +268,42 @@ def differential_sample(
     step: int,
     mask_token_id: int,
     uncond_logits: Tensor | None,
-    guidance_scale: float,
+    guidance_scale: float | Tensor,
     noise_scale: float,
     temperature: float,
+    first_position: int | Tensor,
+    token_bias: Tensor | None,
     share: float,
     variant: str,
     aliased_history: bool,
     isa: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the C kernel on checked arguments; history and written are contiguous and updated in place."""
-    tokens, seeds = tokens.contiguous(), _per_sample(seed, len(tokens))
+    shape = logits.shape
+    check_samples(guidance_scale, first_position, shape)
+    check_token_bias(token_bias)
+    tokens, seeds, firsts = tokens.contiguous(), _per_sample(seed, shape[0]), _per_sample(first_position, shape[0])
+    if isinstance(guidance_scale, Tensor):
+        guidance_scale = guidance_scale.float().contiguous()
+    if token_bias is not None:
+        token_bias = token_bias.contiguous()
     token_ids = _empty_like(tokens, torch.int64)
     logprob, divergence = (_empty_like(tokens, torch.float32) for _ in range(2))
     status, index = _C.differential_sample(
-        ISAS.index(isa), *_threads(), logits.shape, _DTYPES[logits.dtype], _half(logits), _half(uncond_logits),
-        tokens.data_ptr(), _address(seeds), mask_token_id, step, guidance_scale, noise_scale, temperature,
-        DIFFERENTIAL_VARIANTS.index(variant), aliased_history, has_history, share,
-        *((t.data_ptr(), t.numel()) for t in (history, written, token_ids, logprob, divergence)),
+        ISAS.index(isa), *_threads(),
+        _draw_record(
+            logits, tokens, seeds, step, mask_token_id, uncond_logits, guidance_scale, noise_scale, temperature,
+            firsts, token_bias,
+        ),
+        _DIFFERENTIAL_SAMPLE_ARGS.pack(
+            _DIFFERENTIAL_SAMPLE_ARGS.size, DIFFERENTIAL_VARIANTS.index(variant), 0, aliased_history, has_history, share
+        ),
+        *(tensor.data_ptr() for tensor in (history, written, token_ids, logprob, divergence)),
     )  # fmt: skip
     if status:
         # some rows were overwritten: none may be taken for the previous step's
         overwrite(written, False)
-    _check_draw("mgt_differential_sample", status, index, tokens, logits.shape[-1], mask_token_id, isa)
+    _check_draw("mgt_differential_sample", status, index, tokens, shape[-1], isa)
     return token_ids, logprob, divergence
 
 
@@ -236,11 +332,11 @@ def bad_logits(row: int, num_positions: int) -> ValueError:
     )
 
 
-def bad_token(tokens: Tensor, row: int, num_tokens: int, mask_token_id: int) -> ValueError:
-    """Return the error for a token id that is neither in the codebook nor the mask."""
+def bad_token(tokens: Tensor, row: int, num_tokens: int) -> ValueError:
+    """Return the error for a known token that has no logit."""
     return ValueError(
         f"tokens: {_where(row, tokens.shape[1])} is {int(tokens.flatten()[row])}; "
-        f"expected an id within [0, {num_tokens}) or mask_token_id {mask_token_id}"
+        f"expected an id within [0, {num_tokens}), whose log-probability is asked for"
     )
 
 

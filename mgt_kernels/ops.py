@@ -1,8 +1,9 @@
 """The public ops: arguments are checked here, once, and handed to the backend asked for."""
 
-import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +16,9 @@ from mgt_kernels.checks import (
     check_guidance_scale,
     check_noise_scale,
     check_range,
+    check_rows,
     check_shape,
+    check_statistics,
     check_step,
     check_step_range,
     check_temperature,
@@ -24,10 +27,39 @@ from mgt_kernels.checks import (
     is_a,
     number,
     per_sample,
+    token_bias,
 )
 from mgt_kernels.registration import register
 
 REMASK_VARIANTS = ("paper", "official", "random")
+
+
+class Sampled(NamedTuple):
+    """What `sample_tokens` returns, each (B, N); None what was not asked for.
+
+    With l and p as there. Positions that were not read have +inf, and their own token for argmax.
+
+    Attributes:
+        token_ids: int64, the drawn token of a masked position; the others keep theirs.
+        logprob: float32 nats, log p of the drawn token, +inf at known positions.
+        argmax: int64, the token with the largest l, the lowest of equal ones.
+        max_logprob: float32 nats, log p of argmax.
+        margin: float32, p of argmax less the largest p without it.
+        entropy: float32 nats, -sum_j p_j log p_j, at least 0.
+        logsumexp: float32 nats, log sum_j exp(l_j).
+        known_logprob: float32 nats, log p of a known position's token, +inf at masked positions.
+        logit: float32, l of the drawn token before temperature, +inf at known positions.
+    """
+
+    token_ids: Tensor
+    logprob: Tensor
+    argmax: Tensor | None = None
+    max_logprob: Tensor | None = None
+    margin: Tensor | None = None
+    entropy: Tensor | None = None
+    logsumexp: Tensor | None = None
+    known_logprob: Tensor | None = None
+    logit: Tensor | None = None
 
 
 def sample_tokens(
@@ -41,14 +73,18 @@ def sample_tokens(
     guidance_scale: float | Tensor = 1.0,
     noise_scale: float | Tensor = 0.0,
     temperature: float | Tensor = 1.0,
+    first_position: int | Tensor = 0,
+    allowed: Tensor | None = None,
+    rows: str = "masked",
+    statistics: Sequence[str] = (),
     backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> Sampled:
     r"""Draw a token for every masked position from guided, noisy logits, with its log-probability, in one read.
 
     With c = logits, u = uncond_logits, eps ~ N(0, 1) and g ~ Gumbel(0, 1), for each masked position and token j::
 
         guided_j = u_j + guidance_scale (c_j - u_j)        (c_j where uncond_logits is None)
-        l_j      = (guided_j + noise_scale eps_j) / temperature
+        l_j      = (guided_j + allowed_j + noise_scale eps_j) / temperature
         token    = argmax_j (l_j + g_j)                    ties: the lowest id
         logprob  = l_token - logsumexp(l)                  nats
 
@@ -69,38 +105,53 @@ def sample_tokens(
 
     Args:
         logits: (B, N, V) float32, bfloat16 or float16, with unit stride over V or over N (then read without a copy).
-        tokens: (B, N) int64; positions that hold mask_token_id are drawn, the others are known. With unit stride over
-            V, a known position costs nothing; with unit stride over N, 32 neighbours are read together if any of them
-            is masked.
+        tokens: (B, N) int64; positions that hold mask_token_id are drawn, the others are known, and may hold any
+            number where "known_logprob" is not asked for. With unit stride over V, a position that is not read costs
+            nothing; with unit stride over N, 32 neighbours are read together if any of them is.
         mask_token_id: marks masked positions; may lie outside [0, V).
         seed: (B,), a seed per sample, or one integer, with which all samples get the same noise: two samples with
             equal logits get equal tokens.
         step: index of the decoding step, within [0, 2^32); an integer, which a CUDA graph keeps, or a 0-dimensional
             tensor, which it reads anew at each replay if that lies on the device of logits.
         uncond_logits: (B, N, V) of the same dtype and device, or None for no guidance.
-        guidance_scale: finite.
+        guidance_scale: finite; may be (B,), a scale per sample.
         noise_scale: standard deviation of the Gaussian logit noise, >= 0 (arXiv 2411.10781, noise regularization).
         temperature: 0, or at least 1e-30.
+        first_position: (B,) or one integer, the place of a sample's first position in its sequence, of which noise is a
+            function: so a part of a sequence draws what the whole draws there. A flat batch of rows (R, V) of many
+            sequences is R samples of one position, `logits[:, None]`, each with its own seed and first_position.
+        allowed: (V,) bool, the tokens that may be drawn at any position; or (V,) float32, added to the guided logits of
+            every position, -inf to forbid; or None. A window of neighbouring ids needs none: slice the logits.
+        rows: the positions whose logits are read, "masked", "known" or "all". Known ones are not drawn.
+        statistics: names of what else to give of every position that is read, out of "argmax", "max_logprob", "margin",
+            "entropy", "logsumexp", "known_logprob" and "logit"; `Sampled` says what they are. It costs no second read.
         backend: "auto" (CPU: the best instruction set, or MGT_ISA; CUDA: Triton), or one of "reference", "scalar",
             "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx", "triton"; from "avx512" on, one kernel.
 
     Returns:
-        token_ids (B, N) int64, and logprob (B, N) float32; known positions keep their token and get logprob +inf.
+        A `Sampled`: token_ids (B, N) int64 and logprob (B, N) float32; known positions keep their token and get logprob
+        +inf; and the statistics.
 
     Raises:
         TypeError: if an argument has the wrong type or dtype.
-        ValueError: if a shape, stride, device or range is wrong, a known token is outside [0, V), or the logits of a
-            masked position hold NaN or +inf or forbid every token (the message names sample and position).
+        ValueError: if a shape, stride, device, range or name is wrong, a known token whose log-probability is asked for
+            is outside [0, V), nothing is allowed, or the logits of a position that is read hold NaN or +inf or forbid
+            every token (the message names sample and position).
         RuntimeError: if the backend asked for is not available.
     """
     check_draw(logits, tokens, uncond_logits)
-    device = logits.device
-    return _call_sample_tokens(
-        logits, tokens, per_sample("seed", seed, logits.shape[0], device), check_step(step, device),
-        integer("mask_token_id", mask_token_id), uncond_logits, number("guidance_scale", guidance_scale, device),
+    device, batch = logits.device, logits.shape[0]
+    asked = check_statistics(statistics)
+    token_ids, logprob, others = _call_sample_tokens(
+        logits, tokens, per_sample("seed", seed, batch, device), check_step(step, device),
+        integer("mask_token_id", mask_token_id), uncond_logits, number("guidance_scale", guidance_scale, device, batch),
         number("noise_scale", noise_scale, device), number("temperature", temperature, device),
-        check_backend(backend, device),
+        per_sample("first_position", first_position, batch, device), token_bias(allowed, logits), check_rows(rows),
+        asked, check_backend(backend, device),
     )  # fmt: skip
+    if not asked:
+        return Sampled(token_ids, logprob)
+    return Sampled(token_ids, logprob, **dict(zip(asked.split(","), others, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -141,6 +192,8 @@ def differential_sample(
     guidance_scale: float | Tensor = 1.0,
     noise_scale: float | Tensor = 0.0,
     temperature: float | Tensor = 1.0,
+    first_position: int | Tensor = 0,
+    allowed: Tensor | None = None,
     aliased_history: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, DifferentialState]:
@@ -182,9 +235,10 @@ def differential_sample(
         share: of the positions that are drawn from w, within [0, 1]; 0 gives `sample_tokens`' results.
         variant: "paper" or "official".
         uncond_logits: (B, N, V) of the same dtype and device, or None for no guidance.
-        guidance_scale: finite; a number or a 0-dimensional tensor, as the next two.
+        guidance_scale: finite; a number or a 0-dimensional tensor, as the next two, or (B,).
         noise_scale: standard deviation of the Gaussian logit noise, >= 0.
         temperature: 0, or at least 1e-30.
+        first_position, allowed: as for `sample_tokens`; the same at all steps of a generation.
         aliased_history: variant "official" only: selected rows leave w (not normalised) behind as the next step's q, as
             the published code does, whose stored tensor is the one it edits. Reads the logits twice.
         backend: as for `sample_tokens`.
@@ -196,8 +250,8 @@ def differential_sample(
     Raises:
         TypeError: if an argument has the wrong type or dtype.
         ValueError: if a shape, stride, device or range is wrong; the state belongs to another batch, device, seed,
-            setting or step; a known token is outside [0, V); or the logits of a position that is read hold NaN or +inf
-            or forbid every token.
+            setting or step; nothing is allowed; or the logits of a position that is read hold NaN or +inf or forbid
+            every token.
         RuntimeError: if the backend asked for is not available.
 
     Source: differential sampling, arXiv 2411.10781; its authors' code for variant "official".
@@ -232,8 +286,9 @@ def differential_sample(
     with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
         token_ids, logprob, divergence = _call_differential_sample(
             logits, tokens, history, written, history_step, history_seed, state is not None, seed, step, mask_token_id,
-            uncond_logits, number("guidance_scale", guidance_scale, device),
-            number("noise_scale", noise_scale, device), number("temperature", temperature, device), share, variant,
+            uncond_logits, number("guidance_scale", guidance_scale, device, batch),
+            number("noise_scale", noise_scale, device), number("temperature", temperature, device),
+            per_sample("first_position", first_position, batch, device), token_bias(allowed, logits), share, variant,
             aliased_history, backend,
         )  # fmt: skip
     return (
@@ -441,20 +496,32 @@ def _reference_sample_tokens(
     guidance_scale: float,
     noise_scale: float,
     temperature: float,
+    first_position: Tensor,
+    token_bias: Tensor | None,
+    rows: str,
+    statistics: str,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    seed = _for_each(seed, len(tokens), tokens.device)
-    token_ids, logprob, bad_row = reference.sample_tokens(
-        logits, tokens, mask_token_id=mask_token_id, seed=seed, step=step, uncond_logits=uncond_logits,
-        guidance_scale=guidance_scale, noise_scale=noise_scale, temperature=temperature,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    batch, num_positions, num_tokens = logits.shape
+    cpu.check_samples(guidance_scale, first_position, logits.shape)
+    cpu.check_token_bias(token_bias)
+    outputs, bad_row = reference.sample_tokens(
+        logits, tokens, mask_token_id=mask_token_id, seed=_for_each(seed, batch, tokens.device), step=step,
+        uncond_logits=uncond_logits, guidance_scale=guidance_scale, noise_scale=noise_scale, temperature=temperature,
+        first_position=first_position, token_bias=token_bias, rows=rows,
     )  # fmt: skip
-    known = tokens != mask_token_id
-    outside = cpu.first_index(known & ((tokens < 0) | (tokens >= logits.shape[-1])))
-    if outside >= 0:
-        raise cpu.bad_token(tokens, outside, logits.shape[-1], mask_token_id)
+    asked = statistics.split(",") if statistics else []
+    if "known_logprob" in asked and rows != "masked":
+        outside = cpu.first_index((tokens != mask_token_id) & ((tokens < 0) | (tokens >= num_tokens)))
+        if outside >= 0:
+            raise cpu.bad_token(tokens, outside, num_tokens)
     if bad_row >= 0:
-        raise cpu.bad_logits(bad_row, tokens.shape[1])
-    return _dense(token_ids), _dense(logprob.float())
+        raise cpu.bad_logits(bad_row, num_positions)
+    return (
+        _dense(outputs["token_ids"]),
+        _dense(outputs["logprob"].float()),
+        [_dense(outputs[name].to(cpu.STATISTICS[name])) for name in asked],
+    )
 
 
 def _reference_mask_by_confidence(
@@ -496,26 +563,26 @@ def _reference_differential_sample(
     guidance_scale: float,
     noise_scale: float,
     temperature: float,
+    first_position: Tensor,
+    token_bias: Tensor | None,
     share: float,
     variant: str,
     aliased_history: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     seed = _for_each(seed, len(tokens), tokens.device)
+    cpu.check_samples(guidance_scale, first_position, logits.shape)
+    cpu.check_token_bias(token_bias)
     _check_generation(has_history, history_step, history_seed, seed, step)
     token_ids, logprob, divergence, new_history, new_written, bad_row = reference.differential_sample(
         logits, tokens, history, written & has_history, mask_token_id=mask_token_id, seed=seed, step=step,
         share=share, variant=variant, aliased_history=aliased_history, uncond_logits=uncond_logits,
         guidance_scale=guidance_scale, noise_scale=noise_scale, temperature=temperature,
+        first_position=first_position, token_bias=token_bias,
     )  # fmt: skip
-    known = tokens != mask_token_id
-    outside = cpu.first_index(known & ((tokens < 0) | (tokens >= logits.shape[-1])))
-    if outside >= 0 or bad_row >= 0:
+    if bad_row >= 0:
         # as the kernels leave it
         cpu.overwrite(written, False)
-    if outside >= 0:
-        raise cpu.bad_token(tokens, outside, logits.shape[-1], mask_token_id)
-    if bad_row >= 0:
         raise cpu.bad_logits(bad_row, tokens.shape[1])
     cpu.overwrite(history, new_history)
     cpu.overwrite(written, new_written)
@@ -541,8 +608,7 @@ def _remask_tokens(
         eligible = eligible & ~keep
     batch, device = tokens.shape[0], tokens.device
     remask_len, seed = _for_each(remask_len, batch, device), _for_each(seed, batch, device)
-    checked = device.type == "cpu"
-    if checked:
+    if device.type == "cpu":
         num_eligible = eligible.sum(-1)
         sample = cpu.first_index((remask_len < 0) | (remask_len > num_eligible))
         if sample >= 0:
@@ -553,27 +619,16 @@ def _remask_tokens(
     if logits is None:
         score = reference.remask_gumbel(seed, tokens.shape[1], step).float()
     else:
-        num_tokens = logits.shape[2]
-        if checked:
-            outside = cpu.first_index(eligible & ((tokens < 0) | (tokens >= num_tokens)))
-            if outside >= 0:
-                raise cpu.bad_token(tokens, outside, num_tokens, mask_token_id)
-        # the eligible take the place of the masked, which are what is drawn; any other id makes the rest known
-        other = 0 if mask_token_id != 0 else min(1, num_tokens - 1)
-        likeliest, logprob = sample_tokens(
-            logits, torch.where(eligible, mask_token_id, other), mask_token_id=mask_token_id, seed=seed, step=step,
-            uncond_logits=uncond_logits, guidance_scale=guidance_scale, temperature=0.0, backend=backend,
+        # what is not eligible is not read
+        name = "known_logprob" if variant == "paper" else "max_logprob"
+        drawn = sample_tokens(
+            logits, torch.where(eligible, tokens, mask_token_id), mask_token_id=mask_token_id, seed=seed, step=step,
+            uncond_logits=uncond_logits, guidance_scale=guidance_scale, temperature=0.0, rows="known",
+            statistics=(name,), backend=backend,
         )  # fmt: skip
-        score = -logprob
-        if variant == "paper":
-            index = torch.stack([tokens, likeliest], dim=-1).clamp(0, num_tokens - 1)
-            own, best = logits.gather(-1, index).double().unbind(-1)
-            if uncond_logits is not None:
-                uncond_own, uncond_best = uncond_logits.gather(-1, index).double().unbind(-1)
-                forbidden = (own == -math.inf) | (uncond_own == -math.inf)
-                own = (uncond_own + guidance_scale * (own - uncond_own)).masked_fill(forbidden, -math.inf)
-                best = uncond_best + guidance_scale * (best - uncond_best)
-            score = (logprob + (own - best)).float()
+        score = getattr(drawn, name)
+        if variant == "official":
+            score = -score
     score = torch.where(eligible, score, torch.inf)
     remasked = mask_by_confidence(
         tokens, score, remask_len, mask_token_id=mask_token_id, temperature=0.0, seed=seed, step=step, backend=backend
@@ -581,12 +636,22 @@ def _remask_tokens(
     return remasked, _dense(score)
 
 
-def _fake_draw(logits, tokens, *_):  # type: ignore[no-untyped-def]
-    return tokens.new_empty(tokens.shape), tokens.new_empty(tokens.shape, dtype=torch.float32)
+def _empty(tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    return tokens.new_empty(tokens.shape, dtype=dtype)
+
+
+def _fake_sample_tokens(logits, tokens, *options):  # type: ignore[no-untyped-def]
+    *_, statistics, _ = options
+    others = [_empty(tokens, cpu.STATISTICS[name]) for name in statistics.split(",") if name]
+    return _empty(tokens, torch.int64), _empty(tokens, torch.float32), others
 
 
 def _fake_differential_sample(logits, tokens, *_):  # type: ignore[no-untyped-def]
-    return *_fake_draw(logits, tokens), tokens.new_empty(tokens.shape, dtype=torch.float32)
+    return _empty(tokens, torch.int64), _empty(tokens, torch.float32), _empty(tokens, torch.float32)
+
+
+def _fake_remask_tokens(logits, tokens, *_):  # type: ignore[no-untyped-def]
+    return _empty(tokens, torch.int64), _empty(tokens, torch.float32)
 
 
 def _cpu_differential_sample(  # type: ignore[no-untyped-def]
@@ -610,7 +675,12 @@ _DRAW = {
     "temperature": check_temperature,
 }
 _call_sample_tokens = register(
-    "sample_tokens", _reference_sample_tokens, _fake_draw, cpu.sample_tokens, per_sample=("seed",), numbers=_DRAW
+    "sample_tokens",
+    _reference_sample_tokens,
+    _fake_sample_tokens,
+    cpu.sample_tokens,
+    per_sample=("seed", "first_position"),
+    numbers=_DRAW,
 )
 _call_differential_sample = register(
     "differential_sample",
@@ -618,7 +688,7 @@ _call_differential_sample = register(
     _fake_differential_sample,
     _cpu_differential_sample,
     mutates_args=("history", "written", "history_step"),
-    per_sample=("seed",),
+    per_sample=("seed", "first_position"),
     numbers=_DRAW,
 )
 _call_mask_by_confidence = register(
@@ -633,7 +703,7 @@ _call_mask_by_confidence = register(
 _call_remask_tokens = register(
     "remask_tokens",
     _remask_tokens,
-    _fake_draw,
+    _fake_remask_tokens,
     per_sample=("remask_len", "seed"),
     numbers={**_STEP, "guidance_scale": check_guidance_scale},
 )

@@ -104,7 +104,8 @@ def register(
         for i, check in checks:
             value = read[i]
             if isinstance(value, Tensor):
-                if not needs_values and not (value.is_cpu and value.is_floating_point()):
+                # one for each sample the kernel checks
+                if value.ndim or not (needs_values or (value.is_cpu and value.is_floating_point())):
                     continue
                 value = read[i] = value.item()
             check(value)
@@ -137,6 +138,9 @@ def register(
             elif type(value) is int:
                 read[i] = torch.full((), value, dtype=torch.int64, device=read[0].device)
             elif value.is_cpu and value.is_floating_point():
+                if value.ndim:
+                    read[i] = value.to(read[0].device)
+                    continue
                 check(number := value.item())
                 read[i] = number
         return write(getattr(triton, name), read)

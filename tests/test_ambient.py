@@ -31,7 +31,7 @@ def results(backend):
     """Every op, and everything that makes or reads packed weights, as a flat list of tensors."""
     draw = dict(mask_token_id=40, seed=3, backend=backend)
     guided = dict(uncond_logits=UNCOND, guidance_scale=2.0, noise_scale=0.5, temperature=0.9)
-    token_ids, logprob = mgt_kernels.sample_tokens(LOGITS, TOKENS, step=0, **guided, **draw)
+    token_ids, logprob, *_ = mgt_kernels.sample_tokens(LOGITS, TOKENS, step=0, **guided, **draw)
     outputs = [token_ids, logprob]
     _, _, state = mgt_kernels.differential_sample(LOGITS, TOKENS, None, step=0, **draw)
     *second, state = mgt_kernels.differential_sample(UNCOND, TOKENS, state, step=1, **guided, **draw)
@@ -135,7 +135,7 @@ def inputs(num_samples=8):
     return logits, tokens, torch.ones(64, 256), mgt_kernels.quantize_int4(torch.ones(256, 256))
 def every_op(logits, tokens, x, weight):
     draw = dict(mask_token_id=1024, seed=0)
-    token_ids, logprob = mgt_kernels.sample_tokens(logits, tokens, step=0, **draw)
+    token_ids, logprob, *_ = mgt_kernels.sample_tokens(logits, tokens, step=0, **draw)
     _, _, state = mgt_kernels.differential_sample(logits, tokens, None, step=0, **draw)
     found = [token_ids, *mgt_kernels.differential_sample(logits, tokens, state, step=1, **draw)[:2]]
     found.append(mgt_kernels.mask_by_confidence(token_ids, logprob, 9, temperature=1.0, step=1, **draw))

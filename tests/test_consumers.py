@@ -92,7 +92,7 @@ def test_a_cpp_program_lends_its_openmp(request, where, tmp_path):
     assert len(printed) == 1
     lines = printed.pop().split()
     logits, tokens = (torch.arange(200) % 7 * 0.5).view(1, 5, 40), torch.full((1, 5), 40)
-    token_ids, _ = mgt_kernels.sample_tokens(logits, tokens, mask_token_id=40, seed=7, step=0)
+    token_ids, *_ = mgt_kernels.sample_tokens(logits, tokens, mask_token_id=40, seed=7, step=0)
     assert list(map(int, lines[:5])) == token_ids[0].tolist()
     w_q = (torch.arange(64) * 37 % 256).to(torch.uint8).view(2, 32)
     scale, zero_point = torch.tensor([[0.5], [0.25]]), torch.tensor([[7], [8]], dtype=torch.uint8)
@@ -142,7 +142,7 @@ def test_the_header_is_c_and_cpp(compiler, language, standard):
 def test_numpy_draws_without_torch():
     printed = run(sys.executable, CONSUMERS / "numpy_consumer.py", mgt_kernels.library_path())
     logits, tokens = (torch.arange(200) % 7 * 0.5).view(1, 5, 40), torch.full((1, 5), 40)
-    token_ids, _ = mgt_kernels.sample_tokens(logits, tokens, mask_token_id=40, seed=7, step=0)
+    token_ids, *_ = mgt_kernels.sample_tokens(logits, tokens, mask_token_id=40, seed=7, step=0)
     assert list(map(int, printed.split())) == token_ids[0].tolist()
 
 
@@ -162,7 +162,7 @@ def jax_handlers(tmp_path_factory):
 def test_jax_draws_under_jit_and_vmap(jax_handlers):
     jitted, vmapped = run(sys.executable, CONSUMERS / "jax" / "consumer.py", jax_handlers).splitlines()
     logits, tokens = (torch.arange(400) % 7 * 0.5).view(2, 5, 40), torch.full((2, 5), 40)
-    token_ids, _ = mgt_kernels.sample_tokens(logits, tokens, mask_token_id=40, seed=torch.tensor([7, 8]), step=3)
+    token_ids, *_ = mgt_kernels.sample_tokens(logits, tokens, mask_token_id=40, seed=torch.tensor([7, 8]), step=3)
     assert list(map(int, jitted.split())) == list(map(int, vmapped.split())) == token_ids.flatten().tolist()
 
 
@@ -240,7 +240,7 @@ def test_maskgit_does_not_depend_on_the_batch(maskgit_decoders):
     # nothing to draw, nothing to mask again
     assert (decode(inputs * 0, rng, table.__getitem__, mask_token_id=40, num_iter=4) == 0).all()
     seeds = [int(jax.random.bits(jax.random.fold_in(rng, i)).view(jnp.int32)) for i in range(3)]
-    token_ids, _ = mgt_kernels.sample_tokens(
+    token_ids, *_ = mgt_kernels.sample_tokens(
         torch.tensor(table[inputs].tolist()), torch.full((3, 9), 40), mask_token_id=40, seed=torch.tensor(seeds), step=0
     )
     assert together[:, 0].tolist() == token_ids.tolist()

@@ -266,7 +266,7 @@ def test_share_zero_is_sample_tokens(backend):
         for variant in ("paper", "official"):
             outputs = run(steps, tokens, share=0, variant=variant, **args)
             for step, (logits, uncond) in enumerate(steps):
-                ids, logprob = mgt_kernels.sample_tokens(logits, tokens, uncond_logits=uncond, step=step, **args)
+                ids, logprob, *_ = mgt_kernels.sample_tokens(logits, tokens, uncond_logits=uncond, step=step, **args)
                 assert torch.equal(outputs[step][0], ids)
                 if backend == "reference":
                     assert torch.allclose(outputs[step][1], logprob)

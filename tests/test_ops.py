@@ -168,7 +168,7 @@ def test_the_default_dtype_changes_nothing(backend):
 
 def test_a_step_compiles_without_a_graph_break():
     def step(logits, tokens, seed, mask_len):
-        token_ids, logprob = mgt_kernels.sample_tokens(
+        token_ids, logprob, *_ = mgt_kernels.sample_tokens(
             logits.permute(0, 2, 1), tokens, mask_token_id=40, seed=seed, step=3, temperature=0.8
         )
         return mgt_kernels.mask_by_confidence(
@@ -216,7 +216,7 @@ def test_bad_steps_are_named(step, error, message):
 
 def test_logits_that_require_grad_are_sampled():
     logits = torch.randn(1, 4, 9, requires_grad=True)
-    token_ids, _ = mgt_kernels.sample_tokens(logits, torch.full((1, 4), 9), mask_token_id=9, seed=0, step=0)
+    token_ids, *_ = mgt_kernels.sample_tokens(logits, torch.full((1, 4), 9), mask_token_id=9, seed=0, step=0)
     assert (token_ids < 9).all()
 
 
@@ -227,7 +227,7 @@ def test_a_gradient_is_refused():
         with pytest.raises(NotImplementedError, match=f"mgt_kernels.{linear.__name__} has no gradient"):
             y.sum().backward()
     logits, tokens = torch.randn(1, 4, 9, requires_grad=True), torch.full((1, 4), 9)
-    _, logprob = mgt_kernels.sample_tokens(logits, tokens, mask_token_id=9, seed=0, step=0)
+    _, logprob, *_ = mgt_kernels.sample_tokens(logits, tokens, mask_token_id=9, seed=0, step=0)
     with pytest.raises(NotImplementedError, match=r"mgt_kernels\.sample_tokens has no gradient"):
         logprob.sum().backward()
     _, logprob, _ = mgt_kernels.differential_sample(logits, tokens, None, mask_token_id=9, seed=0, step=0)
@@ -247,7 +247,7 @@ def test_the_compiler_stays_out_of_eager_calls():
     script = """
 import sys, torch, mgt_kernels
 logits, tokens, draw = torch.randn(1, 4, 9), torch.full((1, 4), 9), dict(mask_token_id=9, seed=0, step=0)
-token_ids, logprob = mgt_kernels.sample_tokens(logits, tokens, **draw)
+token_ids, logprob, *_ = mgt_kernels.sample_tokens(logits, tokens, **draw)
 mgt_kernels.differential_sample(logits, tokens, None, **draw)
 mgt_kernels.mask_by_confidence(token_ids, logprob, 2, temperature=1.0, **draw)
 mgt_kernels.remask_tokens(logits, token_ids, 2, **draw)
@@ -348,7 +348,7 @@ def a_step(logits, uncond, tokens, seed, step, mask_len, guidance_scale, noise_s
     draw = dict(mask_token_id=40, seed=seed, step=step, backend=backend)
     guided = dict(uncond_logits=uncond, guidance_scale=guidance_scale)
     noisy = dict(noise_scale=noise_scale, temperature=temperature)
-    token_ids, logprob = mgt_kernels.sample_tokens(logits, tokens, **guided, **noisy, **draw)
+    token_ids, logprob, *_ = mgt_kernels.sample_tokens(logits, tokens, **guided, **noisy, **draw)
     _, other, _ = mgt_kernels.differential_sample(logits, tokens, None, **guided, **noisy, **draw)
     masked = mgt_kernels.mask_by_confidence(token_ids, logprob, mask_len, temperature=temperature, **draw)
     return token_ids, logprob, other, masked, *mgt_kernels.remask_tokens(logits, token_ids, mask_len, **guided, **draw)
@@ -451,7 +451,7 @@ def test_integers_of_any_kind_are_taken(kind, backend):
     integers = map(of_kind, (5, 3, 2, 2, 1, 1))
     assert all(map(torch.equal, a_step(logits, logits, tokens, *integers, backend=backend), expected))
     mask_token_id = of_kind(40)
-    ids, _ = mgt_kernels.sample_tokens(
+    ids, *_ = mgt_kernels.sample_tokens(
         logits, tokens, mask_token_id=mask_token_id, seed=of_kind(5), step=of_kind(3), backend=backend
     )
     assert torch.equal(ids, mgt_kernels.sample_tokens(logits, tokens, mask_token_id=40, seed=5, step=3)[0])

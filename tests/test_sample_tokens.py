@@ -93,7 +93,7 @@ def test_the_comparison_can_fail():
     args = dict(seed=torch.tensor([1, 2]), step=0, mask_token_id=1000)
     _, scores = reference.perturbed_logits(logits, **args)
     masked = tokens == 1000
-    token_ids, _ = mgt_kernels.sample_tokens(logits, tokens, **args)
+    token_ids, *_ = mgt_kernels.sample_tokens(logits, tokens, **args)
     assert_ids_by_margin(token_ids, scores, masked)
     for change in (
         dict(step=1),
@@ -101,7 +101,7 @@ def test_the_comparison_can_fail():
         dict(temperature=1.01),
         dict(noise_scale=0.01),
     ):
-        changed, _ = mgt_kernels.sample_tokens(logits, tokens, **(args | change))
+        changed, *_ = mgt_kernels.sample_tokens(logits, tokens, **(args | change))
         with pytest.raises(AssertionError):
             assert_ids_by_margin(changed, scores, masked)
 
@@ -162,7 +162,7 @@ def test_drawn_tokens_follow_the_softmax(isa):
     num_rows = 100_000 if isa == "scalar" else 1_000_000
     tokens = torch.full((1, num_rows), 50)
     for temperature in (0.5, 1.0, 2.0):
-        token_ids, _ = mgt_kernels.sample_tokens(
+        token_ids, *_ = mgt_kernels.sample_tokens(
             logits.expand(1, num_rows, 50), tokens, mask_token_id=50, seed=11, step=0, temperature=temperature,
             backend=isa,
         )  # fmt: skip
@@ -180,7 +180,7 @@ def test_the_far_tail_is_drawn():
     num_rows = 400_000
     logits = torch.full((8192,), -19.0)
     logits[123] = 0.0
-    token_ids, _ = mgt_kernels.sample_tokens(
+    token_ids, *_ = mgt_kernels.sample_tokens(
         logits.expand(1, num_rows, 8192), torch.full((1, num_rows), 8192), mask_token_id=8192, seed=0, step=0
     )
     hits = int((token_ids != 123).sum())
@@ -205,7 +205,7 @@ def test_forbidden_tokens(backend):
     uncond[..., 5:20] = -torch.inf
     args = dict(seed=2, step=0, mask_token_id=100, backend=backend)
     for scale in (-1.0, 0.0, 0.5, 1.0, 9.0):
-        token_ids, logprob = mgt_kernels.sample_tokens(
+        token_ids, logprob, *_ = mgt_kernels.sample_tokens(
             logits, tokens, uncond_logits=uncond, guidance_scale=scale, **args
         )
         assert (token_ids < 5)[tokens == 100].all()
@@ -213,7 +213,7 @@ def test_forbidden_tokens(backend):
     only = torch.full((1, 3, 4000), -torch.inf)
     only[..., 3777] = -1e4
     masked = torch.full((1, 3), 4000)
-    token_ids, logprob = mgt_kernels.sample_tokens(only, masked, **(args | dict(mask_token_id=4000)))
+    token_ids, logprob, *_ = mgt_kernels.sample_tokens(only, masked, **(args | dict(mask_token_id=4000)))
     assert (token_ids == 3777).all() and (logprob == 0).all()
 
 
@@ -221,7 +221,7 @@ def test_the_mask_token_is_never_drawn(backend):
     logits = torch.zeros(1, 500, 7)
     logits[..., 3] = 50.0
     tokens = torch.full((1, 500), 3)
-    token_ids, logprob = mgt_kernels.sample_tokens(logits, tokens, mask_token_id=3, seed=0, step=0, backend=backend)
+    token_ids, logprob, *_ = mgt_kernels.sample_tokens(logits, tokens, mask_token_id=3, seed=0, step=0, backend=backend)
     assert not (token_ids == 3).any() and set(token_ids.flatten().tolist()) == {0, 1, 2, 4, 5, 6}
     assert torch.allclose(logprob, -torch.tensor(6.0).log())
 
@@ -229,7 +229,7 @@ def test_the_mask_token_is_never_drawn(backend):
 def test_greedy_takes_the_lowest_of_equal_logits(backend):
     logits = torch.zeros(1, 2, 3000)
     logits[0, 0, [2999, 1700, 600]] = 4.0
-    token_ids, _ = mgt_kernels.sample_tokens(
+    token_ids, *_ = mgt_kernels.sample_tokens(
         logits, torch.full((1, 2), 3000), mask_token_id=3000, seed=0, step=0, temperature=0.0, backend=backend
     )
     assert token_ids.tolist() == [[600, 0]]
@@ -240,7 +240,7 @@ def test_large_logits_stay_exact(isa):
         logits, _, tokens = make_case(513, std=magnitude)
         args = dict(seed=torch.tensor([1, 2]), step=0, mask_token_id=513)
         _, scores = reference.perturbed_logits(logits, **args)
-        token_ids, logprob = mgt_kernels.sample_tokens(logits, tokens, backend=isa, **args)
+        token_ids, logprob, *_ = mgt_kernels.sample_tokens(logits, tokens, backend=isa, **args)
         assert_ids_by_margin(token_ids, scores, tokens == 513, margin=2e-7)
         assert logprob[tokens == 513].isfinite().all()
 
@@ -251,7 +251,7 @@ def test_ascending_logits(isa):
     args = dict(seed=torch.tensor([5, 6]), step=0, mask_token_id=5000)
     _, scores = reference.perturbed_logits(logits, **args)
     tokens = torch.full((2, 3), 5000)
-    token_ids, _ = mgt_kernels.sample_tokens(logits, tokens, backend=isa, **args)
+    token_ids, *_ = mgt_kernels.sample_tokens(logits, tokens, backend=isa, **args)
     assert torch.equal(token_ids, scores.argmax(-1))
 
 
@@ -272,24 +272,24 @@ def test_past_two_to_the_31_elements(layout):
     logits[0, -2:] = last
     tokens = torch.zeros(1, positions, dtype=torch.int64)
     tokens[0, -2:] = num_tokens
-    token_ids, _ = mgt_kernels.sample_tokens(logits, tokens, mask_token_id=num_tokens, seed=3, step=0)
+    token_ids, *_ = mgt_kernels.sample_tokens(logits, tokens, mask_token_id=num_tokens, seed=3, step=0)
     small = last[1].expand(1, positions, num_tokens)
     tokens[0, -2] = 0
-    expected, _ = mgt_kernels.sample_tokens(small, tokens, mask_token_id=num_tokens, seed=3, step=0)
+    expected, *_ = mgt_kernels.sample_tokens(small, tokens, mask_token_id=num_tokens, seed=3, step=0)
     assert token_ids[0, -1] == expected[0, -1] and (token_ids[0, :-2] == 0).all()
 
 
 def test_edge_shapes(backend):
     args = dict(seed=0, step=0, backend=backend)
-    token_ids, logprob = mgt_kernels.sample_tokens(
+    token_ids, logprob, *_ = mgt_kernels.sample_tokens(
         torch.empty(0, 5, 8), torch.empty(0, 5, dtype=torch.int64), mask_token_id=8, **args
     )
     assert token_ids.shape == (0, 5) and logprob.shape == (0, 5)
     known = torch.arange(6).view(1, 6)
     # NaN at known positions is not read
-    token_ids, logprob = mgt_kernels.sample_tokens(torch.full((1, 6, 8), torch.nan), known, mask_token_id=8, **args)
+    token_ids, logprob, *_ = mgt_kernels.sample_tokens(torch.full((1, 6, 8), torch.nan), known, mask_token_id=8, **args)
     assert torch.equal(token_ids, known) and (logprob == torch.inf).all()
-    token_ids, logprob = mgt_kernels.sample_tokens(torch.zeros(1, 1, 1), torch.tensor([[1]]), mask_token_id=1, **args)
+    token_ids, logprob, *_ = mgt_kernels.sample_tokens(torch.zeros(1, 1, 1), torch.tensor([[1]]), mask_token_id=1, **args)
     assert token_ids.item() == 0 and logprob.item() == 0
 
 

@@ -111,14 +111,6 @@ MGT_INLINE typename S::F clamped_exp(typename S::F& log) {
   return exp_nonpositive<S>(log);
 }
 
-template <class S, int num_words>
-MGT_INLINE typename S::F add_words(const typename S::F* term) {
-  if constexpr (num_words == 4) return S::add(S::add(term[0], term[1]), S::add(term[2], term[3]));
-  typename S::F sum = term[0];
-  for (int w = 1; w < num_words; ++w) sum = S::add(sum, term[w]);
-  return sum;
-}
-
 // Kahan's: a weight of 1 among thousands of 1e-6 would round each of them the same way.
 template <class S>
 struct CompensatedSum {
@@ -297,7 +289,7 @@ template <class S>
 void finish_row(const DifferentialCall& call, DifferentialPass pass, int64_t index, int64_t position, uint64_t seed,
                 const float* tiles, int64_t tile_pitch, bool masked, RowState& plain) {
   const mgt_differential_sample_args& args = call.args;
-  const mgt_sample_tokens_args& sample = args.sample;
+  const mgt_sample_tokens_args& sample = call.sample;
   const int64_t num_tokens = sample.num_tokens;
   const bool greedy = sample.temperature == 0.0f;
   const bool has_history = args.has_history && call.written[index];
@@ -356,7 +348,7 @@ void finish_row(const DifferentialCall& call, DifferentialPass pass, int64_t ind
 template <class S, mgt_dtype dtype>
 int64_t differential_groups(const DifferentialCall& call, DifferentialPass pass, int64_t begin, int64_t end,
                             float* tile_memory) {
-  const mgt_sample_tokens_args& args = call.args.sample;
+  const mgt_sample_tokens_args& args = call.sample;
   const bool by_row = token_major(args);
   const int64_t group_size = by_row ? 1 : kGroupPositions;
   const int64_t num_groups = groups_per_sample(args);
@@ -366,6 +358,7 @@ int64_t differential_groups(const DifferentialCall& call, DifferentialPass pass,
   auto* tiles = reinterpret_cast<float (*)[kTileWidth]>(tile_memory);
   const int64_t tile_pitch = group_size * kTileWidth;
   RowState rows[kGroupPositions];
+  RowStatistics no_statistics;
   bool good[kGroupPositions];
   int64_t bad_row = -1;
 
@@ -400,15 +393,15 @@ int64_t differential_groups(const DifferentialCall& call, DifferentialPass pass,
       // greedy: the race waits for the history, so that both distributions share its random words
       for (int64_t i = 0; i < count; ++i)
         if (reads[i] && good[i])
-          good[i] = take_tile<S>(args, source, seed, first + i, first_column, width, staged_max, true, prefetch,
-                                 tile[i], rows[i]);
+          good[i] = take_tile<S, false>(args, source, seed, first + i, first_column, width, staged_max, true, prefetch,
+                                        tile[i], rows[i], no_statistics);
     }
 
     for (int64_t i = 0; i < count; ++i) {
       if (!reads[i]) continue;
       if (good[i] && rows[i].best_token >= 0)
-        finish_row<S>(call, pass, first_row + i, first + i, seed, tiles[i], tile_pitch, tokens[i] == args.mask_token_id,
-                      rows[i]);
+        finish_row<S>(call, pass, first_row + i, source.first_position + first + i, seed, tiles[i], tile_pitch,
+                      tokens[i] == args.mask_token_id, rows[i]);
       else if (bad_row < 0)
         bad_row = first_row + i;
     }
@@ -419,7 +412,7 @@ int64_t differential_groups(const DifferentialCall& call, DifferentialPass pass,
 template <class S>
 int64_t differential_sample(const DifferentialCall& call, DifferentialPass pass, int64_t begin, int64_t end,
                             float* tiles) {
-  switch (call.args.sample.dtype) {
+  switch (call.sample.dtype) {
     case MGT_BFLOAT16: return differential_groups<S, MGT_BFLOAT16>(call, pass, begin, end, tiles);
     case MGT_FLOAT16: return differential_groups<S, MGT_FLOAT16>(call, pass, begin, end, tiles);
     default: return differential_groups<S, MGT_FLOAT32>(call, pass, begin, end, tiles);

@@ -19,23 +19,20 @@ Workspace workspace_of(const mgt_context& context, const mgt_sample_tokens_args&
   return {floats, tiles + choices + mgt::kLineBytes};
 }
 
-// expects normalized arguments
-bool valid(const mgt_differential_sample_args& a) {
-  const bool official = a.variant == MGT_DIFFERENTIAL_OFFICIAL;
-  if (!mgt::valid(a.sample) || !(official || a.variant == MGT_DIFFERENTIAL_PAPER) || (a.aliased_history && !official) ||
-      !(a.share >= 0.0 && a.share <= 1.0))
-    return false;
-  return (mgt::Size(mgt::num_rows(a.sample)) * a.sample.num_tokens * int64_t{sizeof(uint16_t)}).fits();
-}
+bool whole(const mgt_differential_sample_args* args) { return mgt::whole(args) && mgt::whole(args->sample); }
 
-mgt_differential_sample_args normalized(mgt_differential_sample_args a) {
-  a.sample = mgt::normalized(a.sample);
-  return a;
+// expects a normalized sample
+bool valid(const mgt_differential_sample_args& a, const mgt_sample_tokens_args& sample) {
+  const bool official = a.variant == MGT_DIFFERENTIAL_OFFICIAL;
+  if (!mgt::valid(sample) || sample.rows != MGT_ROWS_MASKED || !(official || a.variant == MGT_DIFFERENTIAL_PAPER) ||
+      (a.aliased_history && !official) || !(a.share >= 0.0 && a.share <= 1.0))
+    return false;
+  return (mgt::Size(mgt::num_rows(sample)) * sample.num_tokens * int64_t{sizeof(uint16_t)}).fits();
 }
 
 // Gives the share of the sample's rows with the smallest divergence what they would get if selected.
 void select_rows(const mgt::DifferentialCall& call, int64_t sample) {
-  const mgt_sample_tokens_args& a = call.args.sample;
+  const mgt_sample_tokens_args& a = call.sample;
   const bool official = call.args.variant == MGT_DIFFERENTIAL_OFFICIAL;
   const int64_t first = sample * a.num_positions;
   const auto masked = [&](int64_t i) { return a.tokens[first + i] == a.mask_token_id; };
@@ -68,34 +65,31 @@ extern "C" {
 
 int64_t mgt_differential_sample_workspace(const mgt_context* context, const mgt_differential_sample_args* args) {
   const mgt::FloatState state;
-  if (!mgt::valid(context) || args == nullptr) return -1;
-  const mgt_differential_sample_args a = normalized(*args);
-  return valid(a) ? workspace_of(*context, a.sample).num_bytes.value() : -1;
+  if (!mgt::valid(context) || !whole(args)) return -1;
+  const mgt_sample_tokens_args sample = mgt::normalized(*args->sample);
+  return valid(*args, sample) ? workspace_of(*context, sample).num_bytes.value() : -1;
 }
 
 mgt_status mgt_differential_sample(const mgt_context* context, const mgt_differential_sample_args* args,
                                    uint16_t* history, uint8_t* written, int64_t* token_ids, float* logprob,
                                    float* divergence, void* workspace, int64_t num_bytes, int64_t* error_index) {
   const mgt::FloatState state;
-  if (!mgt::valid(context) || args == nullptr) return MGT_INVALID_ARGUMENT;
-  const mgt_differential_sample_args normal = normalized(*args);
-  const mgt_sample_tokens_args& a = normal.sample;
-  if (!valid(normal)) return MGT_INVALID_ARGUMENT;
+  if (!mgt::valid(context) || !whole(args)) return MGT_INVALID_ARGUMENT;
+  const mgt_sample_tokens_args a = mgt::normalized(*args->sample);
+  if (!valid(*args, a)) return MGT_INVALID_ARGUMENT;
   mgt_isa isa;
   const mgt_status status = mgt_resolve_isa(context->isa, &isa);
   if (status != MGT_OK) return status;
   if (mgt::num_rows(a) == 0) return MGT_OK;
   const Workspace layout = workspace_of(*context, a);
-  if (!mgt::has_inputs(a) || !history || !written || !token_ids || !logprob || !divergence || !workspace ||
+  if (!mgt::valid_inputs(a) || !history || !written || !token_ids || !logprob || !divergence || !workspace ||
       !layout.num_bytes.fits() || num_bytes < layout.num_bytes.value())
     return MGT_INVALID_ARGUMENT;
-  const int64_t bad_token = mgt::first_bad_token(a);
-  if (bad_token >= 0) return mgt::fail(MGT_BAD_TOKEN, bad_token, error_index);
 
   const mgt::Chunks chunks = mgt::chunks_of_groups(*context, a);
   auto* tiles = static_cast<float*>(mgt::on_line(workspace));
   auto* choices = reinterpret_cast<mgt::DifferentialChoice*>(tiles + chunks.num_workers * layout.floats_per_worker);
-  const mgt::DifferentialCall call{normal, history, written, token_ids, logprob, divergence, choices};
+  const mgt::DifferentialCall call{a, *args, history, written, token_ids, logprob, divergence, choices};
   mgt::FirstIndex bad_row;
   const auto run = [&](mgt::DifferentialPass pass) {
     mgt::parallel_chunks(*context, chunks, [&](int64_t begin, int64_t end, int64_t worker) {
@@ -105,9 +99,9 @@ mgt_status mgt_differential_sample(const mgt_context* context, const mgt_differe
     return bad_row.get();
   };
   if (run(mgt::DifferentialPass::draw) >= 0) return mgt::fail(MGT_BAD_LOGITS, bad_row.get(), error_index);
-  if (!normal.has_history) return MGT_OK;
+  if (!args->has_history) return MGT_OK;
   for (int64_t sample = 0; sample < a.num_samples; ++sample) select_rows(call, sample);
-  if (normal.aliased_history) run(mgt::DifferentialPass::edit_history);
+  if (args->aliased_history) run(mgt::DifferentialPass::edit_history);
   return MGT_OK;
 }
 

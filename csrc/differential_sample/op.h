@@ -15,6 +15,7 @@ struct DifferentialChoice {
 };
 
 struct DifferentialCall {
+  const mgt_sample_tokens_args& sample;
   const mgt_differential_sample_args& args;
   uint16_t* history;
   uint8_t* written;

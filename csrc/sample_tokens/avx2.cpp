@@ -12,9 +12,9 @@ MGT_TARGET_AVX2_BEGIN
 
 namespace mgt {
 
-int64_t sample_tokens_avx2(const mgt_sample_tokens_args& args, int64_t begin, int64_t end, int64_t* token_ids,
-                           float* logprob, float* tiles) {
-  return sample_tokens<Avx2>(args, begin, end, token_ids, logprob, tiles);
+int64_t sample_tokens_avx2(const mgt_sample_tokens_args& args, const mgt_sample_tokens_outputs& outputs, int64_t begin,
+                           int64_t end, float* tiles) {
+  return sample_tokens<Avx2>(args, outputs, begin, end, tiles);
 }
 
 }  // namespace mgt

@@ -24,6 +24,18 @@ struct RowState {
   float race_scale = 0.0f;
 };
 
+// what statistics need of the same tiles besides
+struct RowStatistics {
+  bool ranks_second = false;
+  // of the largest logit, and what is largest without it
+  int64_t argmax = -1;
+  float second = -kInfinity;
+  // sums of exp(l - max) (l - max)
+  float moment[16] = {};
+  // the logit of a known token, once its tile has passed
+  float known_logit = -kInfinity;
+};
+
 inline float gumbel_at(const PhiloxKey& key, int64_t column) {
   const auto block = static_cast<uint32_t>(column / kTileWidth * kWordWidth + column % kWordWidth);
   return gumbel<Lane1>(philox<Lane1>(block, key).word[column / kWordWidth % 4]);
@@ -70,6 +82,31 @@ float tile_max(const float* tile, int64_t width) {
   return largest_lane<S>(S::max(S::max(max0, max1), S::max(max2, max3)));
 }
 
+// the largest of a tile without one element of the value of its maximum
+template <class S>
+float tile_second(const float* tile, int64_t width) {
+  typename S::F first0 = S::set(-kInfinity), first1 = first0, second0 = first0, second1 = first0;
+  const auto rank = [](typename S::F logits, typename S::F& first, typename S::F& second) {
+    second = S::max(S::min(first, logits), second);
+    first = S::max(first, logits);
+  };
+  int64_t j = 0;
+  for (; j + 32 <= width; j += 32) {
+    rank(S::load(tile + j), first0, second0);
+    rank(S::load(tile + j + 16), first1, second1);
+  }
+  for (; j < width; j += 16) rank(S::load(tile + j), first0, second0);
+  rank(first1, first0, second0);
+  second0 = S::max(second0, second1);
+  float lane[16], first = -kInfinity, second = largest_lane<S>(second0);
+  S::store(lane, first0);
+  for (const float value : lane) {
+    second = Lane1::max(Lane1::min(first, value), second);
+    first = Lane1::max(first, value);
+  }
+  return second;
+}
+
 template <class S>
 int64_t first_equal(const float* tile, int64_t width, float value) {
   for (int64_t j = 0; j < width; j += 16) {
@@ -89,10 +126,21 @@ struct Prefetch {
   int64_t bytes;
 };
 
-// one column of vectors of a tile: words 0..num_words-1 share a Philox block
 template <class S, int num_words>
+MGT_INLINE typename S::F add_words(const typename S::F* term) {
+  if constexpr (num_words == 4) return S::add(S::add(term[0], term[1]), S::add(term[2], term[3]));
+  typename S::F sum = term[0];
+  for (int w = 1; w < num_words; ++w) sum = S::add(sum, term[w]);
+  return sum;
+}
+
+// Where exp_nonpositive stays as it is: what is multiplied by exp stays finite, and as good as 0.
+constexpr float kLowestShift = -87.0f;
+
+// one column of vectors of a tile: words 0..num_words-1 share a Philox block
+template <class S, int num_words, bool kStatistics>
 MGT_INLINE typename S::F race(const float* tile, int64_t k, int64_t first_column, typename S::F max,
-                              typename S::F negligible, const PhiloxKey& key, RowState& row) {
+                              typename S::F negligible, const PhiloxKey& key, RowState& row, typename S::F& moment) {
   using F = typename S::F;
   F logit[num_words];
 #pragma GCC unroll 4
@@ -103,11 +151,14 @@ MGT_INLINE typename S::F race(const float* tile, int64_t k, int64_t first_column
   // every path groups the same 16 x num_words columns, so what is left out is the same everywhere; NaN is not below
   if (!S::to_bits(matters)) return S::set(0.0f);
 
-  F exp[num_words], limit[num_words];
+  F exp[num_words], limit[num_words], term[num_words];
   const F scale = S::set(row.race_scale), half = S::set(0.5f);
 #pragma GCC unroll 4
   for (int w = 0; w < num_words; ++w) {
-    exp[w] = exp_nonpositive<S>(S::sub(logit[w], max));
+    F shifted = S::sub(logit[w], max);
+    if constexpr (kStatistics) shifted = S::max(S::set(kLowestShift), shifted);
+    exp[w] = exp_nonpositive<S>(shifted);
+    if constexpr (kStatistics) term[w] = S::mul(exp[w], shifted);
     limit[w] = S::mul(exp[w], scale);
   }
   auto any = S::less(half, limit[0]);
@@ -135,17 +186,15 @@ MGT_INLINE typename S::F race(const float* tile, int64_t k, int64_t first_column
       }
     }
   }
-  if constexpr (num_words == 4) return S::add(S::add(exp[0], exp[1]), S::add(exp[2], exp[3]));
-  F sum = exp[0];
-  for (int w = 1; w < num_words; ++w) sum = S::add(sum, exp[w]);
-  return sum;
+  if constexpr (kStatistics) moment = S::add(moment, add_words<S, num_words>(term));
+  return add_words<S, num_words>(exp);
 }
 
 // Takes one tile, whose largest logit is max, into the row's state; false where the tile holds NaN or +inf, which
-// leaves max and sum as they were.
-template <class S>
+// leaves max, sum and statistics as they were.
+template <class S, bool kStatistics>
 bool consume_tile(const float* tile, int64_t width, float max, int64_t first_column, const PhiloxKey& key, bool greedy,
-                  const Prefetch& prefetch, RowState& row) {
+                  const Prefetch& prefetch, RowState& row, RowStatistics& statistics) {
   using F = typename S::F;
   if (max == kInfinity) return false;
   if (max == -kInfinity) {
@@ -155,17 +204,23 @@ bool consume_tile(const float* tile, int64_t width, float max, int64_t first_col
   }
   const float previous_max = row.max;
   float rescale = 1.0f;
+  int64_t argmax = statistics.argmax;
   if (max > row.max) {
     rescale = exp_nonpositive<Lane1>(row.max - max);
     row.max = max;
     // the largest logit goes first, which bounds how many of the others are worth a look
     const int64_t column = first_equal<S>(tile, width, max);
+    argmax = first_column + column;
     const float noise = greedy ? 0.0f : gumbel_at(key, first_column + column);
     if (!compete(row, max, max + noise, first_column + column)) row.race_scale = race_scale(row.max, row.best_score);
     if (greedy) row.race_scale = 0.0f;
   }
   const F shift = S::set(row.max), negligible = S::set(row.max - kNegligible);
-  F acc = S::set(0.0f);
+  F acc = S::set(0.0f), moment = acc;
+  const auto take = [&](auto num_words, int64_t k) {
+    constexpr int kWords = num_words();
+    acc = S::add(acc, race<S, kWords, kStatistics>(tile, k, first_column, shift, negligible, key, row, moment));
+  };
   const int64_t words = std::min(width, kWordWidth);
   for (int64_t k = 0; k < words; k += 16) {
     for (int64_t offset = k * prefetch.bytes / words; offset < (k + 16) * prefetch.bytes / words; offset += 64) {
@@ -173,18 +228,40 @@ bool consume_tile(const float* tile, int64_t width, float max, int64_t first_col
       __builtin_prefetch(prefetch.rows[1] + offset, 0, 3);
     }
     switch ((width - k + kWordWidth - 1) / kWordWidth) {
-      case 4: acc = S::add(acc, race<S, 4>(tile, k, first_column, shift, negligible, key, row)); break;
-      case 3: acc = S::add(acc, race<S, 3>(tile, k, first_column, shift, negligible, key, row)); break;
-      case 2: acc = S::add(acc, race<S, 2>(tile, k, first_column, shift, negligible, key, row)); break;
-      default: acc = S::add(acc, race<S, 1>(tile, k, first_column, shift, negligible, key, row));
+      case 4: take(std::integral_constant<int, 4>(), k); break;
+      case 3: take(std::integral_constant<int, 3>(), k); break;
+      case 2: take(std::integral_constant<int, 2>(), k); break;
+      default: take(std::integral_constant<int, 1>(), k);
     }
   }
   if (S::to_bits(S::is_nan(acc))) {
     row.max = previous_max;
     return false;
   }
-  S::store(row.sum, S::fma(S::load(row.sum), S::set(rescale), acc));
+  const F sum = S::load(row.sum);
+  if constexpr (kStatistics) {
+    const float drop = previous_max == -kInfinity ? 0.0f : Lane1::max(kLowestShift, previous_max - row.max);
+    const F shifted = S::fma(sum, S::set(drop), S::load(statistics.moment));
+    S::store(statistics.moment, S::fma(shifted, S::set(rescale), moment));
+    statistics.argmax = argmax;
+    if (statistics.ranks_second)
+      statistics.second = max > previous_max ? Lane1::max(previous_max, tile_second<S>(tile, width))
+                                             : Lane1::max(statistics.second, max);
+  }
+  S::store(row.sum, S::fma(sum, S::set(rescale), acc));
   return true;
+}
+
+// The bias of a forbidden token wins over whatever its logit is.
+template <class S>
+void add_bias(const float* bias, int64_t width, float* tile) {
+  const auto forbidding = S::set(-kInfinity);
+  int64_t j = 0;
+  for (; j + 16 <= width; j += 16) {
+    const auto added = S::load(bias + j);
+    S::store(tile + j, S::select(S::equal(added, forbidding), forbidding, S::add(S::load(tile + j), added)));
+  }
+  for (; j < width; ++j) tile[j] = bias[j] == -kInfinity ? bias[j] : tile[j] + bias[j];
 }
 
 template <class S>
@@ -225,6 +302,8 @@ struct Source {
   bool guided;
   mgt_dtype dtype;
   float guidance_scale;
+  // of the sample, for random draws
+  int64_t first_position;
 };
 
 inline Source source_of(const mgt_sample_tokens_args& args, int64_t sample) {
@@ -233,7 +312,12 @@ inline Source source_of(const mgt_sample_tokens_args& args, int64_t sample) {
     return Half{static_cast<const char*>(logits.data) + sample * logits.stride_sample * size, logits.stride_position,
                 logits.stride_token};
   };
-  Source source{half(args.logits), {}, args.uncond_logits.data != nullptr, args.dtype, args.guidance_scale};
+  Source source{half(args.logits),
+                {},
+                args.uncond_logits.data != nullptr,
+                args.dtype,
+                args.guidance_scales ? args.guidance_scales[sample] : args.guidance_scale,
+                args.first_positions ? args.first_positions[sample] : 0};
   source.uncond = source.guided ? half(args.uncond_logits) : source.cond;
   return source;
 }
@@ -327,22 +411,24 @@ float finish_tile(const mgt_sample_tokens_args& args, const PhiloxKey& noise_key
   const bool noisy = args.noise_scale != 0.0f;
   const bool tempered = args.temperature != 0.0f && args.temperature != 1.0f;
   const bool holds_mask = args.mask_token_id >= first_column && args.mask_token_id < first_column + width;
+  if (args.token_bias) add_bias<S>(args.token_bias + first_column, width, tile);
   if (noisy) add_noise<S>(tile, width, first_column, noise_key, args.noise_scale);
   if (tempered) multiply<S>(tile, width, 1.0f / args.temperature);
   if (holds_mask) tile[args.mask_token_id - first_column] = -kInfinity;
-  return noisy || tempered || holds_mask || max != max ? tile_max<S>(tile, width) : max;
+  return args.token_bias || noisy || tempered || holds_mask || max != max ? tile_max<S>(tile, width) : max;
 }
 
 // Takes one staged tile of a row into the row's state; false where its logits are bad.
-template <class S>
+template <class S, bool kStatistics>
 bool take_tile(const mgt_sample_tokens_args& args, const Source& source, uint64_t seed, int64_t position,
                int64_t first_column, int64_t width, float staged_max, bool greedy, const Prefetch& prefetch,
-               float* tile, RowState& row) {
-  const auto position32 = static_cast<uint32_t>(position), step = static_cast<uint32_t>(args.step);
+               float* tile, RowState& row, RowStatistics& statistics) {
+  const auto position32 = static_cast<uint32_t>(source.first_position + position);
+  const auto step = static_cast<uint32_t>(args.step);
   const PhiloxKey noise_key(seed, position32, step, kStreamNoise), token_key(seed, position32, step, kStreamToken);
   const auto take = [&](float max) {
     max = finish_tile<S>(args, noise_key, first_column, width, tile, max);
-    return consume_tile<S>(tile, width, max, first_column, token_key, greedy, prefetch, row);
+    return consume_tile<S, kStatistics>(tile, width, max, first_column, token_key, greedy, prefetch, row, statistics);
   };
   if (take(staged_max)) return true;
   // NaN or +inf: of forbidden tokens (then the rules give -inf, at the price of a slow reading) or of bad logits
@@ -357,7 +443,7 @@ MGT_INLINE float sum_of_lanes(float lane[16]) {
   return lane[0];
 }
 
-// the tile that this row, or the next position where it is masked too, reads next: fetched while the current one
+// the tile that this row, or the next position where that is read too, reads next: fetched while the current one
 // computes
 template <mgt_dtype dtype>
 Prefetch next_tile(const mgt_sample_tokens_args& args, const Source& source, const int64_t* tokens, int64_t position,
@@ -365,7 +451,7 @@ Prefetch next_tile(const mgt_sample_tokens_args& args, const Source& source, con
   if (column >= args.num_tokens) {
     column = 0;
     position += 1;
-    if (position >= args.num_positions || tokens[1] != args.mask_token_id) return {{nullptr, nullptr}, 0};
+    if (position >= args.num_positions || !is_read(args, tokens[1])) return {{nullptr, nullptr}, 0};
   }
   const int64_t size = dtype == MGT_FLOAT32 ? 4 : 2;
   const auto start = [&](const Half& half) {
@@ -374,15 +460,48 @@ Prefetch next_tile(const mgt_sample_tokens_args& args, const Source& source, con
   return {{start(source.cond), start(source.uncond)}, std::min(kTileWidth, args.num_tokens - column) * size};
 }
 
-template <class S, mgt_dtype dtype>
-int64_t sample_groups(const mgt_sample_tokens_args& args, int64_t begin, int64_t end, int64_t* token_ids,
-                      float* logprob, float* tile_memory) {
+struct Outputs {
+  const mgt_sample_tokens_outputs& asked;
+
+  // whether the tiles are to be asked for more than the draw needs
+  bool needs_statistics() const { return asked.argmax || asked.margin || asked.entropy || asked.known_logprob; }
+
+  // a row as it stays where its logits are not read
+  void begin(int64_t row, int64_t token) const {
+    asked.token_ids[row] = token;
+    if (asked.argmax) asked.argmax[row] = token;
+    for (float* statistic : {asked.logprob, asked.max_logprob, asked.margin, asked.entropy, asked.logsumexp,
+                             asked.known_logprob, asked.logit})
+      if (statistic) statistic[row] = kInfinity;
+  }
+
+  // a row that was read; draws: it is masked
+  void finish(int64_t row, bool draws, float temperature, RowState& state, RowStatistics& statistics) const {
+    const float sum = sum_of_lanes(state.sum), log_sum = log_f32<Lane1>(sum);
+    if (draws) {
+      asked.token_ids[row] = state.best_token;
+      if (asked.logprob) asked.logprob[row] = (state.best_logit - state.max) - log_sum;
+      if (asked.logit) asked.logit[row] = temperature == 0.0f ? state.best_logit : state.best_logit * temperature;
+    } else if (asked.known_logprob) {
+      asked.known_logprob[row] = (statistics.known_logit - state.max) - log_sum;
+    }
+    if (asked.argmax) asked.argmax[row] = statistics.argmax;
+    if (asked.max_logprob) asked.max_logprob[row] = -log_sum;
+    if (asked.margin) asked.margin[row] = (1.0f - exp_nonpositive<Lane1>(statistics.second - state.max)) / sum;
+    if (asked.entropy) asked.entropy[row] = Lane1::max(log_sum - sum_of_lanes(statistics.moment) / sum, 0.0f);
+    if (asked.logsumexp) asked.logsumexp[row] = state.max + log_sum;
+  }
+};
+
+template <class S, mgt_dtype dtype, bool kStatistics>
+int64_t sample_groups(const mgt_sample_tokens_args& args, const Outputs& outputs, int64_t begin, int64_t end,
+                      float* tile_memory) {
   const bool by_row = token_major(args);
   const int64_t group_size = by_row ? 1 : kGroupPositions;
   const int64_t num_groups = groups_per_sample(args);
-  const bool greedy = args.temperature == 0.0f;
   auto* tiles = reinterpret_cast<float (*)[kTileWidth]>(tile_memory);
   RowState rows[kGroupPositions];
+  RowStatistics statistics[kStatistics ? kGroupPositions : 1];
   bool good[kGroupPositions];
   int64_t bad_row = -1;
 
@@ -392,18 +511,19 @@ int64_t sample_groups(const mgt_sample_tokens_args& args, int64_t begin, int64_t
     const int64_t count = std::min(group_size, args.num_positions - first);
     const int64_t* tokens = args.tokens + sample * args.num_positions + first;
     const int64_t first_row = sample * args.num_positions + first;
-    bool masked[kGroupPositions], any_masked = false;
+    bool reads[kGroupPositions], any = false;
     for (int64_t i = 0; i < count; ++i) {
-      masked[i] = tokens[i] == args.mask_token_id;
-      any_masked |= masked[i];
-      token_ids[first_row + i] = tokens[i];
-      logprob[first_row + i] = kInfinity;
+      reads[i] = is_read(args, tokens[i]);
+      any |= reads[i];
+      outputs.begin(first_row + i, tokens[i]);
     }
-    if (!any_masked) continue;
+    if (!any) continue;
 
     const Source source = source_of(args, sample);
     const auto seed = static_cast<uint64_t>(args.seeds[sample]);
     std::fill(rows, rows + count, RowState{});
+    if constexpr (kStatistics)
+      std::fill(statistics, statistics + count, RowStatistics{outputs.asked.margin != nullptr});
     std::fill(good, good + count, true);
 
     for (int64_t first_column = 0; first_column < args.num_tokens; first_column += kTileWidth) {
@@ -412,32 +532,42 @@ int64_t sample_groups(const mgt_sample_tokens_args& args, int64_t begin, int64_t
       const Prefetch prefetch = by_row ? next_tile<dtype>(args, source, tokens, first, first_column + width)
                                        : Prefetch{{nullptr, nullptr}, 0};
       for (int64_t i = 0; i < count; ++i) {
-        if (!masked[i] || !good[i]) continue;
-        good[i] = take_tile<S>(args, source, seed, first + i, first_column, width, staged_max, greedy, prefetch,
-                               tiles[i], rows[i]);
+        if (!reads[i] || !good[i]) continue;
+        // nothing is drawn at a known position
+        const bool greedy = args.temperature == 0.0f || tokens[i] != args.mask_token_id;
+        RowStatistics& own = statistics[kStatistics ? i : 0];
+        good[i] = take_tile<S, kStatistics>(args, source, seed, first + i, first_column, width, staged_max, greedy,
+                                            prefetch, tiles[i], rows[i], own);
+        if (kStatistics && tokens[i] >= first_column && tokens[i] < first_column + width)
+          own.known_logit = tiles[i][tokens[i] - first_column];
       }
     }
 
     for (int64_t i = 0; i < count; ++i) {
-      if (!masked[i]) continue;
-      if (!good[i] || rows[i].best_token < 0) {
-        if (bad_row < 0) bad_row = first_row + i;
-        continue;
-      }
-      token_ids[first_row + i] = rows[i].best_token;
-      logprob[first_row + i] = (rows[i].best_logit - rows[i].max) - log_f32<Lane1>(sum_of_lanes(rows[i].sum));
+      if (!reads[i]) continue;
+      if (good[i] && rows[i].best_token >= 0)
+        outputs.finish(first_row + i, tokens[i] == args.mask_token_id, args.temperature, rows[i],
+                       statistics[kStatistics ? i : 0]);
+      else if (bad_row < 0)
+        bad_row = first_row + i;
     }
   }
   return bad_row;
 }
 
 template <class S>
-int64_t sample_tokens(const mgt_sample_tokens_args& args, int64_t begin, int64_t end, int64_t* token_ids,
-                      float* logprob, float* tiles) {
+int64_t sample_tokens(const mgt_sample_tokens_args& args, const mgt_sample_tokens_outputs& asked, int64_t begin,
+                      int64_t end, float* tiles) {
+  const Outputs outputs{asked};
+  const auto sample = [&](auto dtype) {
+    constexpr mgt_dtype kDtype = dtype();
+    if (outputs.needs_statistics()) return sample_groups<S, kDtype, true>(args, outputs, begin, end, tiles);
+    return sample_groups<S, kDtype, false>(args, outputs, begin, end, tiles);
+  };
   switch (args.dtype) {
-    case MGT_BFLOAT16: return sample_groups<S, MGT_BFLOAT16>(args, begin, end, token_ids, logprob, tiles);
-    case MGT_FLOAT16: return sample_groups<S, MGT_FLOAT16>(args, begin, end, token_ids, logprob, tiles);
-    default: return sample_groups<S, MGT_FLOAT32>(args, begin, end, token_ids, logprob, tiles);
+    case MGT_BFLOAT16: return sample(std::integral_constant<mgt_dtype, MGT_BFLOAT16>());
+    case MGT_FLOAT16: return sample(std::integral_constant<mgt_dtype, MGT_FLOAT16>());
+    default: return sample(std::integral_constant<mgt_dtype, MGT_FLOAT32>());
   }
 }
 

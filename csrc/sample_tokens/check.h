@@ -33,6 +33,17 @@ inline bool offsets_fit(const mgt_sample_tokens_args& a, const mgt_logits& half)
   return ((samples.magnitude() + positions.magnitude() + tokens.magnitude()) * int64_t{sizeof(float)}).fits();
 }
 
+inline bool valid_positions(const mgt_sample_tokens_args& a) {
+  const int64_t last = int64_t{UINT32_MAX} + 1 - a.num_positions;
+  return std::all_of(a.first_positions, a.first_positions + a.num_samples,
+                     [&](int64_t first) { return first >= 0 && first <= last; });
+}
+
+inline bool valid_scales(const mgt_sample_tokens_args& a) {
+  return std::all_of(a.guidance_scales, a.guidance_scales + a.num_samples,
+                     [](float scale) { return std::isfinite(scale); });
+}
+
 // expects normalized arguments
 inline bool valid(const mgt_sample_tokens_args& a) {
   const bool guided = a.uncond_logits.data != nullptr;
@@ -40,7 +51,8 @@ inline bool valid(const mgt_sample_tokens_args& a) {
       a.num_positions > UINT32_MAX)
     return false;
   if (a.dtype < MGT_FLOAT32 || a.dtype > MGT_FLOAT16 || !valid_step(a.step) || !valid_temperature(a.temperature) ||
-      !std::isfinite(a.guidance_scale) || !(a.noise_scale >= 0.0f) || !std::isfinite(a.noise_scale))
+      !std::isfinite(a.guidance_scale) || !(a.noise_scale >= 0.0f) || !std::isfinite(a.noise_scale) ||
+      a.rows < MGT_ROWS_MASKED || a.rows > MGT_ROWS_ALL)
     return false;
   const Size rows = Size(a.num_samples) * a.num_positions;
   if (rows.value() == 0) return true;
@@ -51,13 +63,10 @@ inline bool valid(const mgt_sample_tokens_args& a) {
 
 inline int64_t num_rows(const mgt_sample_tokens_args& a) { return a.num_samples * a.num_positions; }
 
-inline bool has_inputs(const mgt_sample_tokens_args& a) { return a.logits.data && a.tokens && a.seeds; }
-
-// the first row whose token is neither in the codebook nor the mask, or -1
-inline int64_t first_bad_token(const mgt_sample_tokens_args& a) {
-  for (int64_t row = 0; row < num_rows(a); ++row)
-    if (a.tokens[row] != a.mask_token_id && (a.tokens[row] < 0 || a.tokens[row] >= a.num_tokens)) return row;
-  return -1;
+// whether what is read is there, and arrays hold what they may
+inline bool valid_inputs(const mgt_sample_tokens_args& a) {
+  return a.logits.data && a.tokens && a.seeds && (!a.first_positions || valid_positions(a)) &&
+         (!a.guidance_scales || valid_scales(a));
 }
 
 // A chunk is worth waking a thread for from about 2^15 logits on. Up to 2^18 it grows as long as every thread gets

@@ -1,13 +1,12 @@
 """The oracle of differential_sample in float64."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mgt_kernels import cpu
-from mgt_kernels.reference.draws import token_gumbel
-from mgt_kernels.reference.sample_tokens import perturbed_logits
+from mgt_kernels.reference.sample_tokens import logits_and_noise
 
 # a history code stands for -log q: 2^-11 nats apart below 24 nats, 2^-4 above, and the last also for q = 0
 _NEAR_STEP, _FAR_STEP, _FAR_NATS, _FAR_CODE, _LAST_CODE = 2.0**-11, 2.0**-4, 24.0, 49152, 65535
@@ -48,20 +47,14 @@ def difference(
     written: Tensor,
     *,
     variant: str,
-    mask_token_id: int,
-    seed: Tensor,
-    step: int,
-    uncond_logits: Tensor | None = None,
-    guidance_scale: float = 1.0,
-    noise_scale: float = 0.0,
-    temperature: float = 1.0,
+    **options: Any,
 ) -> Difference:
-    """Compare every row with its history; where there is none, w = p and the divergence is +inf."""
-    tempered, _ = perturbed_logits(
-        logits, seed=seed, step=step, mask_token_id=mask_token_id, uncond_logits=uncond_logits,
-        guidance_scale=guidance_scale, noise_scale=noise_scale, temperature=temperature,
-    )  # fmt: skip
-    gumbel = token_gumbel(seed, logits.shape[1], logits.shape[2], step) if temperature else torch.zeros_like(tempered)
+    """Compare every row with its history; where there is none, w = p and the divergence is +inf.
+
+    Args:
+        options: of `logits_and_noise`.
+    """
+    tempered, gumbel = logits_and_noise(logits, **options)
     log_p = tempered.log_softmax(-1)
     log_q = decode_history(history)
     p, q = log_p.exp(), log_q.exp()
@@ -97,24 +90,19 @@ def differential_sample(
     written: Tensor,
     *,
     mask_token_id: int,
-    seed: Tensor,
-    step: int,
     share: float,
     variant: str,
     aliased_history: bool = False,
-    uncond_logits: Tensor | None = None,
-    guidance_scale: float = 1.0,
-    noise_scale: float = 0.0,
-    temperature: float = 1.0,
+    **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]:
     """Return (token_ids, logprob, divergence, new history, new written, first bad row or -1).
 
     history (B, N, V) int16 and written (B, N) bool are only read; see `mgt_kernels.differential_sample`.
+
+    Args:
+        options: the others of `logits_and_noise`.
     """
-    now = difference(
-        logits, history, written, variant=variant, mask_token_id=mask_token_id, seed=seed, step=step,
-        uncond_logits=uncond_logits, guidance_scale=guidance_scale, noise_scale=noise_scale, temperature=temperature,
-    )  # fmt: skip
+    now = difference(logits, history, written, variant=variant, mask_token_id=mask_token_id, **options)
     masked = tokens == mask_token_id
     read = masked if variant == "paper" else torch.ones_like(masked)
     bad = (now.tempered.isnan() | (now.tempered == torch.inf)).any(-1) | (now.tempered == -torch.inf).all(-1)

@@ -48,11 +48,16 @@ def philox(seed: Tensor, block: Tensor, position: Tensor, step: int | Tensor, st
     return c0, c1, c2, c3
 
 
-def _column_words(seed: Tensor, num_positions: int, num_tokens: int, step: int, stream: int) -> Tensor:
+def _column_words(
+    seed: Tensor, num_positions: int, num_tokens: int, step: int, stream: int, first_position: int | Tensor
+) -> Tensor:
     """All words of the blocks that the columns need: (4, B, N, num_blocks)."""
     full_tiles, rest = divmod(num_tokens, 4 * WORD_WIDTH)
     block = torch.arange(full_tiles * WORD_WIDTH + min(rest, WORD_WIDTH), dtype=torch.int64, device=seed.device)
     position = torch.arange(num_positions, dtype=torch.int64, device=seed.device)[:, None]
+    if isinstance(first_position, Tensor):
+        first_position = first_position[:, None, None]
+    position = position + first_position
     return torch.stack(philox(seed[:, None, None], block, position, step, stream))
 
 
@@ -72,9 +77,12 @@ def _gumbel(word: Tensor) -> Tensor:
     return -torch.log(-torch.log1p(-_uniform(word)))
 
 
-def token_gumbel(seed: Tensor, num_positions: int, num_tokens: int, step: int) -> Tensor:
+def token_gumbel(
+    seed: Tensor, num_positions: int, num_tokens: int, step: int, first_position: int | Tensor = 0
+) -> Tensor:
     """Return the Gumbel(0, 1) noise that races the tokens: (B, N, V) float64."""
-    return _gumbel(_to_columns(_column_words(seed, num_positions, num_tokens, step, STREAM_TOKEN), num_tokens))
+    words = _column_words(seed, num_positions, num_tokens, step, STREAM_TOKEN, first_position)
+    return _gumbel(_to_columns(words, num_tokens))
 
 
 def _position_gumbel(seed: Tensor, num_positions: int, step: int | Tensor, stream: int) -> Tensor:
@@ -93,13 +101,13 @@ def remask_gumbel(seed: Tensor, num_positions: int, step: int | Tensor) -> Tenso
     return _position_gumbel(seed, num_positions, step, STREAM_REMASK)
 
 
-def gaussian(seed: Tensor, num_positions: int, num_tokens: int, step: int) -> Tensor:
+def gaussian(seed: Tensor, num_positions: int, num_tokens: int, step: int, first_position: int | Tensor = 0) -> Tensor:
     """Return the N(0, 1) noise of the logits: (B, N, V) float64.
 
     Box-Muller on the words of a block: words (0, 1) make the values of columns 0 and 1, words (2, 3) those of 2 and 3,
     sqrt(-2 log w_a) cos(2 pi b / 2^32) and sqrt(-2 log w_a) sin(2 pi b / 2^32).
     """
-    words = _column_words(seed, num_positions, num_tokens, step, STREAM_NOISE)
+    words = _column_words(seed, num_positions, num_tokens, step, STREAM_NOISE, first_position)
     radius = torch.sqrt(-2 * torch.log(_uniform(words[0::2])))
     angle = 2 * math.pi * words[1::2].double() * 2.0**-32
     pairs = torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], dim=1)

@@ -121,7 +121,8 @@ class TokenSampler:
         """
         arguments |= {"mask_token_id": self.mask_token_id, "backend": self.backend}
         if self.differential is None:
-            return (*sample_tokens(logits, tokens, **arguments), None)
+            drawn = sample_tokens(logits, tokens, **arguments)
+            return drawn.token_ids, drawn.logprob, None
         token_ids, logprob, self.state = differential_sample(
             logits,
             tokens,

@@ -51,7 +51,7 @@ def test_public_ops_on_cuda_wait_for_nothing():
         tokens = torch.empty(2, 64, dtype=torch.int64, device="cuda")
         step = torch.empty((), dtype=torch.int64, device="cuda")
         options = dict(mask_token_id=1000, seed=1)
-        token_ids, logprob = mgt_kernels.sample_tokens(logits, tokens, step=step, **options)
+        token_ids, logprob, *_ = mgt_kernels.sample_tokens(logits, tokens, step=step, **options)
         masked = mgt_kernels.mask_by_confidence(token_ids, logprob, 20, temperature=1.0, step=3, **options)
         assert token_ids.is_cuda and logprob.is_cuda and masked.is_cuda
         state = None

@@ -75,7 +75,7 @@ class BlockScheduler(BlockRefinementScheduler):
             logits = self._top_p_filtering(self._top_k_filtering(logits / temperature, top_k), top_p)
             temperature = 1.0
         assert self._seeds is not None
-        token_ids, logprob = mgt_kernels.sample_tokens(
+        token_ids, logprob, *_ = mgt_kernels.sample_tokens(
             logits, self._tokens, mask_token_id=logits.shape[-1], seed=self._seeds.to(logits.device),
             step=(self._block << 16) + self._steps_in_block, temperature=temperature,
         )  # fmt: skip

@@ -50,7 +50,7 @@ def graph_replays_along_a_schedule() -> None:
     guidance: dict[str, Any] = dict(uncond_logits=uncond, guidance_scale=guidance_scale, noise_scale=noise_scale)
 
     def draw() -> tuple[torch.Tensor, ...]:
-        token_ids, logprob = mgt_kernels.sample_tokens(logits, tokens, **guidance, **options)
+        token_ids, logprob, *_ = mgt_kernels.sample_tokens(logits, tokens, **guidance, **options)
         masked = mgt_kernels.mask_by_confidence(token_ids, logprob, 20, **options)
         return token_ids, logprob, masked
 
@@ -127,7 +127,7 @@ def compiled_step() -> None:
     """torch.compile takes the public ops on the device without a graph break."""
 
     def step(logits: torch.Tensor, tokens: torch.Tensor, seed: torch.Tensor) -> torch.Tensor:
-        token_ids, logprob = mgt_kernels.sample_tokens(logits, tokens, mask_token_id=1000, seed=seed, step=2)
+        token_ids, logprob, *_ = mgt_kernels.sample_tokens(logits, tokens, mask_token_id=1000, seed=seed, step=2)
         options: dict[str, Any] = dict(mask_token_id=1000, temperature=1.0, seed=seed, step=2)
         return mgt_kernels.mask_by_confidence(token_ids, logprob, 20, **options)
 
