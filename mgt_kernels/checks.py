@@ -125,7 +125,7 @@ def token_bias(allowed: Tensor | None, logits: Tensor) -> Tensor | None:
     check_tensor("allowed", allowed, 1, (torch.bool, torch.float32), logits.device)
     check_shape("allowed", allowed, logits.shape[2:])
     if allowed.dtype == torch.float32:
-        return allowed
+        return allowed.contiguous()
     return torch.zeros(allowed.shape, dtype=torch.float32, device=allowed.device).masked_fill_(~allowed, -math.inf)
 
 
@@ -212,6 +212,13 @@ def per_sample(name: str, value: Any, batch: int, device: torch.device) -> int |
         value = value.expand(batch)
     check_shape(name, value, (batch,))
     return value.to(device, torch.int64)
+
+
+def check_first_position(first_position: Any, batch: int, device: torch.device) -> int | Tensor | None:
+    """Return an integer of any kind as an int, one for each sample as (B,) int64, and 0 as None."""
+    if type(first_position) is int and first_position == 0:
+        return None
+    return per_sample("first_position", first_position, batch, device)
 
 
 def check_step(step: Any, device: torch.device) -> int | Tensor:

@@ -142,7 +142,9 @@ def _per_sample(value: int | Tensor, batch: int) -> Tensor | array[int]:
     return array("q", (value,)) * batch if isinstance(value, int) else value.contiguous()
 
 
-def _address(values: Tensor | array[int]) -> int:
+def _address(values: Tensor | array[int] | None) -> int:
+    if values is None:
+        return 0
     return values.data_ptr() if isinstance(values, Tensor) else values.buffer_info()[0]
 
 
@@ -166,7 +168,7 @@ def _draw_record(
     guidance_scale: float | Tensor,
     noise_scale: float,
     temperature: float,
-    first_positions: Tensor | array[int],
+    first_positions: Tensor | array[int] | None,
     token_bias: Tensor | None,
     rows: str = "masked",
 ) -> bytes:
@@ -180,7 +182,7 @@ def _draw_record(
     )  # fmt: skip
 
 
-def check_samples(guidance_scale: float | Tensor, first_position: int | Tensor, shape: Sequence[int]) -> None:
+def check_samples(guidance_scale: float | Tensor, first_position: int | Tensor | None, shape: Sequence[int]) -> None:
     """Check the values of what may differ between samples; the device's are read."""
     if isinstance(guidance_scale, Tensor):
         sample = first_index(~(guidance_scale.abs() <= torch.finfo(torch.float32).max))
@@ -188,6 +190,8 @@ def check_samples(guidance_scale: float | Tensor, first_position: int | Tensor, 
             raise ValueError(
                 f"guidance_scale: expected finite numbers, got {float(guidance_scale[sample])} for sample {sample}"
             )
+    if first_position is None:
+        return
     positions = [first_position] if isinstance(first_position, int) else first_position.tolist()
     last = 2**32 - shape[1]
     for sample, first in enumerate(positions):
@@ -226,7 +230,7 @@ def sample_tokens(
     guidance_scale: float | Tensor,
     noise_scale: float,
     temperature: float,
-    first_position: int | Tensor,
+    first_position: int | Tensor | None,
     token_bias: Tensor | None,
     rows: str,
     statistics: str,
@@ -236,7 +240,8 @@ def sample_tokens(
     shape = logits.shape
     check_samples(guidance_scale, first_position, shape)
     check_token_bias(token_bias)
-    tokens, seeds, firsts = tokens.contiguous(), _per_sample(seed, shape[0]), _per_sample(first_position, shape[0])
+    tokens, seeds = tokens.contiguous(), _per_sample(seed, shape[0])
+    firsts = None if first_position is None else _per_sample(first_position, shape[0])
     if isinstance(guidance_scale, Tensor):
         guidance_scale = guidance_scale.float().contiguous()
     if token_bias is not None:
@@ -271,7 +276,7 @@ def differential_sample(
     guidance_scale: float | Tensor,
     noise_scale: float,
     temperature: float,
-    first_position: int | Tensor,
+    first_position: int | Tensor | None,
     token_bias: Tensor | None,
     share: float,
     variant: str,
@@ -282,7 +287,8 @@ def differential_sample(
     shape = logits.shape
     check_samples(guidance_scale, first_position, shape)
     check_token_bias(token_bias)
-    tokens, seeds, firsts = tokens.contiguous(), _per_sample(seed, shape[0]), _per_sample(first_position, shape[0])
+    tokens, seeds = tokens.contiguous(), _per_sample(seed, shape[0])
+    firsts = None if first_position is None else _per_sample(first_position, shape[0])
     if isinstance(guidance_scale, Tensor):
         guidance_scale = guidance_scale.float().contiguous()
     if token_bias is not None:

@@ -13,6 +13,7 @@ from mgt_kernels.checks import (
     check_backend,
     check_confidence_temperature,
     check_draw,
+    check_first_position,
     check_guidance_scale,
     check_noise_scale,
     check_range,
@@ -146,7 +147,7 @@ def sample_tokens(
         logits, tokens, per_sample("seed", seed, batch, device), check_step(step, device),
         integer("mask_token_id", mask_token_id), uncond_logits, number("guidance_scale", guidance_scale, device, batch),
         number("noise_scale", noise_scale, device), number("temperature", temperature, device),
-        per_sample("first_position", first_position, batch, device), token_bias(allowed, logits), check_rows(rows),
+        check_first_position(first_position, batch, device), token_bias(allowed, logits), check_rows(rows),
         asked, check_backend(backend, device),
     )  # fmt: skip
     if not asked:
@@ -288,7 +289,7 @@ def differential_sample(
             logits, tokens, history, written, history_step, history_seed, state is not None, seed, step, mask_token_id,
             uncond_logits, number("guidance_scale", guidance_scale, device, batch),
             number("noise_scale", noise_scale, device), number("temperature", temperature, device),
-            per_sample("first_position", first_position, batch, device), token_bias(allowed, logits), share, variant,
+            check_first_position(first_position, batch, device), token_bias(allowed, logits), share, variant,
             aliased_history, backend,
         )  # fmt: skip
     return (
@@ -496,7 +497,7 @@ def _reference_sample_tokens(
     guidance_scale: float,
     noise_scale: float,
     temperature: float,
-    first_position: Tensor,
+    first_position: Tensor | None,
     token_bias: Tensor | None,
     rows: str,
     statistics: str,
@@ -508,7 +509,7 @@ def _reference_sample_tokens(
     outputs, bad_row = reference.sample_tokens(
         logits, tokens, mask_token_id=mask_token_id, seed=_for_each(seed, batch, tokens.device), step=step,
         uncond_logits=uncond_logits, guidance_scale=guidance_scale, noise_scale=noise_scale, temperature=temperature,
-        first_position=first_position, token_bias=token_bias, rows=rows,
+        first_position=0 if first_position is None else first_position, token_bias=token_bias, rows=rows,
     )  # fmt: skip
     asked = statistics.split(",") if statistics else []
     if "known_logprob" in asked and rows != "masked":
@@ -563,7 +564,7 @@ def _reference_differential_sample(
     guidance_scale: float,
     noise_scale: float,
     temperature: float,
-    first_position: Tensor,
+    first_position: Tensor | None,
     token_bias: Tensor | None,
     share: float,
     variant: str,
@@ -578,7 +579,7 @@ def _reference_differential_sample(
         logits, tokens, history, written & has_history, mask_token_id=mask_token_id, seed=seed, step=step,
         share=share, variant=variant, aliased_history=aliased_history, uncond_logits=uncond_logits,
         guidance_scale=guidance_scale, noise_scale=noise_scale, temperature=temperature,
-        first_position=first_position, token_bias=token_bias,
+        first_position=0 if first_position is None else first_position, token_bias=token_bias,
     )  # fmt: skip
     if bad_row >= 0:
         # as the kernels leave it

@@ -54,9 +54,9 @@ def test_equals_the_oracle(num_tokens, layout, dtype, noise_scale, temperature):
         mgt_kernels.sample_tokens(logits, tokens, uncond_logits=uncond, backend=isa, **args)
         for isa in cpu.available_isas()
     ]
-    for token_ids, logprob in outputs[1:]:
+    for token_ids, logprob, *_ in outputs[1:]:
         assert torch.equal(token_ids, outputs[0][0]) and torch.equal(logprob, outputs[0][1])
-    token_ids, logprob = outputs[0]
+    token_ids, logprob, *_ = outputs[0]
     assert_ids_by_margin(token_ids, scores, masked)
     assert torch.equal(token_ids[~masked], tokens[~masked]) and (logprob[~masked] == torch.inf).all()
     truth = (tempered.gather(-1, token_ids[..., None])[..., 0] - tempered.logsumexp(-1))[masked]
@@ -81,7 +81,7 @@ def test_a_million_rows_agree():
         args = dict(seed=torch.tensor([num_tokens]), step=1, mask_token_id=num_tokens)
         args |= dict(uncond_logits=uncond, guidance_scale=3.0)
         outputs = [mgt_kernels.sample_tokens(logits, tokens, backend=isa, **args) for isa in cpu.available_isas()]
-        for token_ids, logprob in outputs[1:]:
+        for token_ids, logprob, *_ in outputs[1:]:
             assert torch.equal(token_ids, outputs[0][0]) and torch.equal(logprob, outputs[0][1])
         _, scores = reference.perturbed_logits(logits, **args)
         assert_ids_by_margin(outputs[0][0], scores, torch.ones(1, positions, dtype=torch.bool))
@@ -289,7 +289,9 @@ def test_edge_shapes(backend):
     # NaN at known positions is not read
     token_ids, logprob, *_ = mgt_kernels.sample_tokens(torch.full((1, 6, 8), torch.nan), known, mask_token_id=8, **args)
     assert torch.equal(token_ids, known) and (logprob == torch.inf).all()
-    token_ids, logprob, *_ = mgt_kernels.sample_tokens(torch.zeros(1, 1, 1), torch.tensor([[1]]), mask_token_id=1, **args)
+    token_ids, logprob, *_ = mgt_kernels.sample_tokens(
+        torch.zeros(1, 1, 1), torch.tensor([[1]]), mask_token_id=1, **args
+    )
     assert token_ids.item() == 0 and logprob.item() == 0
 
 
@@ -321,12 +323,6 @@ GOOD = dict(logits=torch.zeros(2, 3, 4), tokens=torch.full((2, 3), 4), mask_toke
         ),
         (dict(tokens=torch.full((2, 2), 4)), ValueError, r"tokens: expected shape \(2, 3\)"),
         (dict(tokens=torch.full((2, 3), 4, device="meta")), ValueError, "tokens: expected device cpu"),
-        (dict(tokens=torch.tensor([[4, 4, 4], [4, 7, 4]])), ValueError, "tokens: sample 1, position 1 is 7"),
-        (
-            dict(tokens=torch.tensor([[4, 4, 4], [4, 4, -1]])),
-            ValueError,
-            "tokens: sample 1, position 2 is -1",
-        ),
         (
             dict(uncond_logits=torch.zeros(2, 3, 4).half()),
             TypeError,

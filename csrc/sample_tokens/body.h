@@ -460,6 +460,9 @@ Prefetch next_tile(const mgt_sample_tokens_args& args, const Source& source, con
   return {{start(source.cond), start(source.uncond)}, std::min(kTileWidth, args.num_tokens - column) * size};
 }
 
+// What lies below is what is left of forbidden tokens, 87 exp(-87) each.
+constexpr float kLeastEntropy = 0x1p-80f;
+
 struct Outputs {
   const mgt_sample_tokens_outputs& asked;
 
@@ -488,7 +491,10 @@ struct Outputs {
     if (asked.argmax) asked.argmax[row] = statistics.argmax;
     if (asked.max_logprob) asked.max_logprob[row] = -log_sum;
     if (asked.margin) asked.margin[row] = (1.0f - exp_nonpositive<Lane1>(statistics.second - state.max)) / sum;
-    if (asked.entropy) asked.entropy[row] = Lane1::max(log_sum - sum_of_lanes(statistics.moment) / sum, 0.0f);
+    if (asked.entropy) {
+      const float entropy = log_sum - sum_of_lanes(statistics.moment) / sum;
+      asked.entropy[row] = entropy > kLeastEntropy ? entropy : 0.0f;
+    }
     if (asked.logsumexp) asked.logsumexp[row] = state.max + log_sum;
   }
 };

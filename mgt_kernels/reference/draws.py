@@ -55,9 +55,7 @@ def _column_words(
     full_tiles, rest = divmod(num_tokens, 4 * WORD_WIDTH)
     block = torch.arange(full_tiles * WORD_WIDTH + min(rest, WORD_WIDTH), dtype=torch.int64, device=seed.device)
     position = torch.arange(num_positions, dtype=torch.int64, device=seed.device)[:, None]
-    if isinstance(first_position, Tensor):
-        first_position = first_position[:, None, None]
-    position = position + first_position
+    position = position + (first_position[:, None, None] if isinstance(first_position, Tensor) else first_position)
     return torch.stack(philox(seed[:, None, None], block, position, step, stream))
 
 

@@ -33,6 +33,7 @@ from mgt_kernels.triton.sample_tokens import (
     _Counter,
     _in_layout_of,
     _load_columns,
+    _position_of,
     _row_ptr,
     _Rows,
     _unless_greedy,
@@ -45,6 +46,7 @@ from mgt_kernels.triton.scalars import (
     has_noise,
     inverse_of,
     is_greedy,
+    is_per_sample,
     load_inverse_temperature,
     load_scalar,
     may_be_negative,
@@ -251,8 +253,10 @@ def _compare_kernel(
     history_step_ptr,
     logits_ptr,
     uncond_ptr,
+    token_bias_ptr,
     tokens_ptr,
     seed_ptr,
+    first_position_ptr,
     step_ptr,
     num_positions,
     num_tokens,
@@ -267,6 +271,7 @@ def _compare_kernel(
     noise_scale,
     inverse_temperature,
     MAY_FORBID: tl.constexpr,
+    SCALE_PER_SAMPLE: tl.constexpr,
     HAS_HISTORY: tl.constexpr,
     IS_PAPER: tl.constexpr,
     HAS_NOISE: tl.constexpr,
@@ -289,16 +294,18 @@ def _compare_kernel(
         reads = wanted & same_step & same_seed
         old_written = tl.load(written_ptr + offs_row, mask=inside, other=0) != 0
         has_history = reads & old_written
-    counter = _Counter(seed, offs_position.to(tl.uint32), step.to(tl.uint32))
+    counter = _Counter(seed, _position_of(first_position_ptr, sample, offs_position), step.to(tl.uint32))
     inverse_temperature, is_greedy = load_inverse_temperature(inverse_temperature)
+    if SCALE_PER_SAMPLE:
+        guidance_scale += sample
     logits_row_ptr = _row_ptr(logits_ptr, sample, offs_position, stride_sample, stride_position)
     uncond_row_ptr = uncond_ptr
     if uncond_ptr is not None:
         uncond_row_ptr = _row_ptr(uncond_ptr, sample, offs_position, uncond_stride_sample, uncond_stride_position)
     rows = _Rows(
-        logits_row_ptr, uncond_row_ptr, stride_token, uncond_stride_token, reads, num_tokens, mask_token_id,
-        load_scalar(guidance_scale, float("-inf"), float("nan")), load_scalar(noise_scale, 0.0, float("nan")),
-        inverse_temperature, is_greedy, MAY_FORBID,
+        logits_row_ptr, uncond_row_ptr, token_bias_ptr, stride_token, uncond_stride_token, reads, num_tokens,
+        mask_token_id, load_scalar(guidance_scale, float("-inf"), float("nan")),
+        load_scalar(noise_scale, 0.0, float("nan")), inverse_temperature, is_greedy, MAY_FORBID,
     )  # fmt: skip
     history_ptr += offs_row * num_tokens
     end = tl.where(tl.max(reads.to(tl.int32)) > 0, num_tokens, 0)
@@ -503,7 +510,9 @@ def _edit_history_kernel(
     selected_ptr,
     logits_ptr,
     uncond_ptr,
+    token_bias_ptr,
     seed_ptr,
+    first_position_ptr,
     step_ptr,
     num_positions,
     num_tokens,
@@ -518,6 +527,7 @@ def _edit_history_kernel(
     noise_scale,
     inverse_temperature,
     MAY_FORBID: tl.constexpr,
+    SCALE_PER_SAMPLE: tl.constexpr,
     HAS_NOISE: tl.constexpr,
     BLOCK_POSITIONS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
@@ -534,16 +544,19 @@ def _edit_history_kernel(
     )
     good = softmax.max == softmax.max
     selected = tl.load(selected_ptr + offs_row, mask=inside, other=0) != 0
-    counter = _Counter(tl.load(seed_ptr + sample), offs_position.to(tl.uint32), tl.load(step_ptr).to(tl.uint32))
+    position = _position_of(first_position_ptr, sample, offs_position)
+    counter = _Counter(tl.load(seed_ptr + sample), position, tl.load(step_ptr).to(tl.uint32))
     inverse_temperature, is_greedy = load_inverse_temperature(inverse_temperature)
+    if SCALE_PER_SAMPLE:
+        guidance_scale += sample
     logits_row_ptr = _row_ptr(logits_ptr, sample, offs_position, stride_sample, stride_position)
     uncond_row_ptr = uncond_ptr
     if uncond_ptr is not None:
         uncond_row_ptr = _row_ptr(uncond_ptr, sample, offs_position, uncond_stride_sample, uncond_stride_position)
     rows = _Rows(
-        logits_row_ptr, uncond_row_ptr, stride_token, uncond_stride_token, good, num_tokens, mask_token_id,
-        load_scalar(guidance_scale, float("-inf"), float("nan")), load_scalar(noise_scale, 0.0, float("nan")),
-        inverse_temperature, is_greedy, MAY_FORBID,
+        logits_row_ptr, uncond_row_ptr, token_bias_ptr, stride_token, uncond_stride_token, good, num_tokens,
+        mask_token_id, load_scalar(guidance_scale, float("-inf"), float("nan")),
+        load_scalar(noise_scale, 0.0, float("nan")), inverse_temperature, is_greedy, MAY_FORBID,
     )  # fmt: skip
     history_ptr += offs_row * num_tokens
     first_column = tl.program_id(1) * _TILE_WIDTH
@@ -586,6 +599,8 @@ def differential_sample(
     guidance_scale: float | Tensor,
     noise_scale: float | Tensor,
     temperature: float | Tensor,
+    first_position: Tensor | None,
+    token_bias: Tensor | None,
     share: float,
     variant: str,
     aliased_history: bool,
@@ -595,9 +610,10 @@ def differential_sample(
     Scalars may be tensors, as for `sample_tokens`.
     """
     tokens, seed, history_seed = tokens.contiguous(), seed.contiguous(), history_seed.contiguous()
-    token_ids, logprob = sample_tokens(
-        logits, tokens, seed, step, mask_token_id, uncond_logits, guidance_scale, noise_scale, temperature
-    )
+    token_ids, logprob, _ = sample_tokens(
+        logits, tokens, seed, step, mask_token_id, uncond_logits, guidance_scale, noise_scale, temperature,
+        first_position, token_bias,
+    )  # fmt: skip
     divergence = torch.empty_like(logprob)
     if tokens.numel() == 0:
         history_step.copy_(step)
@@ -617,7 +633,12 @@ def differential_sample(
         num_positions, num_tokens, *strides, *uncond_strides, mask_token_id, guidance_scale, noise_scale,
         inverse_of(temperature),
     )  # fmt: skip
-    may_forbid = uncond_logits is not None and may_be_negative(guidance_scale)
+    if first_position is not None:
+        first_position = first_position.contiguous()
+    guidance = dict(
+        MAY_FORBID=uncond_logits is not None and may_be_negative(guidance_scale),
+        SCALE_PER_SAMPLE=is_per_sample(guidance_scale),
+    )
     state = (history_seed, history_step)
     noisy, is_paper = has_noise(noise_scale), variant == "paper"
     token_major = is_token_major(logits.shape, strides, uncond_strides)
@@ -627,8 +648,8 @@ def differential_sample(
         launch(
             _compare_kernel, (batch * ceil_div(num_positions, block_positions),),
             divergence, keys, choice, choice_logprob, softmax, history, written.view(torch.uint8), *state, logits,
-            uncond_logits, tokens, seed, step, *rows,
-            MAY_FORBID=may_forbid, HAS_HISTORY=has_history, IS_PAPER=is_paper, HAS_NOISE=noisy,
+            uncond_logits, token_bias, tokens, seed, first_position, step, *rows,
+            **guidance, HAS_HISTORY=has_history, IS_PAPER=is_paper, HAS_NOISE=noisy,
             GREEDY=is_greedy(temperature), BLOCK_POSITIONS=block_positions, num_warps=block_positions // 2,
             maxnreg=_MAX_REGISTERS, **LAUNCH_OPTIONS,
         )  # fmt: skip
@@ -647,8 +668,8 @@ def differential_sample(
             num_tiles = ceil_div(num_tokens, _TILE_WIDTH.value)
             launch(
                 _edit_history_kernel, (batch * ceil_div(num_positions, block_positions), num_tiles),
-                history, softmax, selected, logits, uncond_logits, seed, step, *rows, MAY_FORBID=may_forbid,
-                HAS_NOISE=noisy, BLOCK_POSITIONS=block_positions, BLOCK_COLUMNS=block_columns, num_warps=4,
+                history, softmax, selected, logits, uncond_logits, token_bias, seed, first_position, step, *rows,
+                **guidance, HAS_NOISE=noisy, BLOCK_POSITIONS=block_positions, BLOCK_COLUMNS=block_columns, num_warps=4,
                 **LAUNCH_OPTIONS,
             )  # fmt: skip
         launch(

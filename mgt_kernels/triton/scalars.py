@@ -12,8 +12,8 @@ from torch import Tensor
 # the kernels' names for them and for what else is loaded alone: there, where a pointer points does not decide what is
 # compiled, for a step of a schedule or the seed of one sample lies anywhere
 SCALARS = (
-    "guidance_scale", "noise_scale", "inverse_temperature", "temperature", "seed_ptr", "step_ptr", "mask_len_ptr",
-    "history_seed_ptr", "history_step_ptr",
+    "guidance_scale", "noise_scale", "inverse_temperature", "temperature", "seed_ptr", "step_ptr",
+    "first_position_ptr", "mask_len_ptr", "history_seed_ptr", "history_step_ptr",
 )  # fmt: skip
 
 # the smallest temperature but 0, as the checks of the ops have it
@@ -59,6 +59,11 @@ def has_noise(scale: float | Tensor) -> bool:
 def may_be_negative(scale: float | Tensor) -> bool:
     """Tell whether a scale may be below 0."""
     return isinstance(scale, Tensor) or scale < 0
+
+
+def is_per_sample(scale: float | Tensor) -> bool:
+    """Tell whether a scale is a tensor (B,), of one for each sample."""
+    return isinstance(scale, Tensor) and scale.ndim > 0
 
 
 def is_greedy(temperature: float | Tensor) -> bool | None:

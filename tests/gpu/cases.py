@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from compare import assert_no_worse_than_naive
+from compare import assert_no_worse_than_naive, assert_statistics
 from ptx_emulator.floating import fma_float32
 from torch import Tensor
 
 from mgt_kernels import PackedInt4, quantize_int4, reference, triton
+from mgt_kernels.cpu import STATISTICS
 from mgt_kernels.registration import CALLS
 
 Outputs = tuple[Tensor, ...]
@@ -46,7 +47,10 @@ def call(function: Callable[..., Any], arguments: tuple, updated: tuple[int, ...
     """Return the outputs and, after them, what became of the updated arguments, which themselves stay."""
     copies = [x.clone() if i in updated else x for i, x in enumerate(arguments)]
     outputs = function(*copies)
-    return (*(outputs if isinstance(outputs, tuple) else (outputs,)), *(copies[i] for i in updated))
+    several = outputs if isinstance(outputs, tuple) else (outputs,)
+    # sample_tokens has its statistics in a list
+    flat = [x for output in several for x in (output if isinstance(output, list) else [output])]
+    return (*flat, *(copies[i] for i in updated))
 
 
 def on_cpu(op: str) -> Callable[..., Outputs]:
@@ -75,10 +79,18 @@ def sample_tokens_case(
     mask_token_id: int | None = None,
     step: int = 4,
     known_share: float = 0.2,
+    first_position: bool = False,
+    scale_per_sample: bool = False,
+    bias: bool = False,
+    rows: str = "masked",
+    statistics: str = "",
     expected: Callable[..., Outputs] | None = None,
     check: Callable[[tuple, Outputs, Outputs], None] | None = None,
 ) -> Case:
-    """Make a case of random logits; few digits make ties, `forbidden` puts -inf into both halves."""
+    """Make a case of random logits; few digits make ties, `forbidden` puts -inf into both halves.
+
+    first_position, scale_per_sample and bias: whether the op gets one.
+    """
 
     def make_arguments() -> tuple:
         generator = torch.Generator().manual_seed(num_tokens + num_positions)
@@ -98,8 +110,18 @@ def sample_tokens_case(
         tokens[known] = (mask + 1) % num_tokens if num_tokens > 1 else mask
         seed = torch.tensor([5, -(2**63) + 7, 2**63 - 1][:batch])
         uncond = None if guidance_scale is None else half(7)
-        scale = 1.0 if guidance_scale is None else guidance_scale
-        return half(5), tokens, seed, torch.tensor(step), mask, uncond, scale, noise_scale, temperature
+        scale: float | Tensor = 1.0 if guidance_scale is None else guidance_scale
+        if scale_per_sample:
+            scale = scale * torch.tensor([1.0, -0.5, 2.0][:batch])
+        firsts = torch.tensor([7, 2**32 - num_positions, 0][:batch]) if first_position else None
+        token_bias = None
+        if bias:
+            token_bias = torch.randn(num_tokens, generator=generator)
+            token_bias[::3] = -torch.inf
+        return (
+            half(5), tokens, seed, torch.tensor(step), mask, uncond, scale, noise_scale, temperature, firsts,
+            token_bias, rows, statistics,
+        )  # fmt: skip
 
     return Case(
         "sample_tokens", name, make_arguments, expected or on_cpu("sample_tokens"), check or check_sample_tokens
@@ -109,32 +131,57 @@ def sample_tokens_case(
 def check_sample_tokens(arguments: tuple, expected: Outputs, outputs: Outputs) -> None:
     """Ids equal the CPU's to the bit, log-probabilities are no worse than PyTorch's own fp32 chain."""
     assert torch.equal(outputs[0], expected[0]), f"{int((outputs[0] != expected[0]).sum())} token ids differ"
-    logits, tokens, seed, step, mask_token_id, uncond, guidance_scale, noise_scale, temperature = arguments
-    masked = tokens == mask_token_id
-    assert torch.equal(outputs[1] == torch.inf, ~masked)
-    tempered, _ = reference.perturbed_logits(
-        logits, seed=seed, step=int(step), mask_token_id=mask_token_id, uncond_logits=uncond,
-        guidance_scale=guidance_scale, noise_scale=noise_scale, temperature=temperature,
-    )  # fmt: skip
+    logits, tokens, *_, noise_scale, _, _, _, rows, statistics = arguments
+    masked = tokens == arguments[4]
+    drawn = masked if rows != "known" else torch.zeros_like(masked)
+    assert torch.equal(outputs[1] == torch.inf, ~drawn)
+    options, chain = oracle_options(arguments), pytorch_chain(arguments)
+    named = dict(zip(statistics.split(","), outputs[2:], strict=True)) if statistics else {}
+    assert_statistics(named, chain, logits, tokens, rows, **options)
+    if "logit" in named:
+        theirs = expected[2 + statistics.split(",").index("logit")]
+        torch.testing.assert_close(named["logit"], theirs, rtol=3e-7, atol=0.0)
+    masked = drawn
+    if not masked.any():
+        return
+    tempered, _ = reference.perturbed_logits(logits, **options)
     index = expected[0][..., None].clamp(0, logits.shape[-1] - 1)
     truth = (tempered.gather(-1, index)[..., 0] - tempered.logsumexp(-1))[masked]
-    naive = pytorch_chain(arguments).log_softmax(-1).gather(-1, index)[..., 0][masked]
+    naive = chain.log_softmax(-1).gather(-1, index)[..., 0][masked]
     if noise_scale:
         # the kernels' noise itself is fp32, some units in the last place of 6.8
         naive = naive + 4e-6
     assert_no_worse_than_naive(outputs[1][masked], truth, naive)
 
 
+def oracle_options(arguments: tuple) -> dict[str, Any]:
+    """Return what the oracle takes beside logits, tokens and rows."""
+    _, _, seed, step, mask, uncond, scale, noise_scale, temperature, first_position, token_bias, _, _ = arguments
+    return dict(
+        seed=seed, step=int(step), mask_token_id=mask, uncond_logits=uncond, guidance_scale=scale,
+        noise_scale=noise_scale, temperature=temperature, token_bias=token_bias,
+        first_position=0 if first_position is None else first_position,
+    )  # fmt: skip
+
+
 def pytorch_chain(arguments: tuple) -> Tensor:
     """Return the logits that tokens are drawn from as PyTorch computes them in fp32."""
-    logits, _, seed, step, mask_token_id, uncond, guidance_scale, noise_scale, temperature = arguments
+    (logits, _, seed, step, mask_token_id, uncond, guidance_scale, noise_scale, temperature, first_position,
+     token_bias, _, _) = arguments  # fmt: skip
+    if isinstance(guidance_scale, Tensor) and guidance_scale.ndim:
+        guidance_scale = guidance_scale[:, None, None]
     tempered = logits.float()
     if uncond is not None:
         forbidden = (logits == -torch.inf) | (uncond == -torch.inf)
         tempered = (uncond.float() + guidance_scale * (tempered - uncond.float())).masked_fill(forbidden, -torch.inf)
+    if token_bias is not None:
+        tempered = (tempered + token_bias).masked_fill(token_bias == -torch.inf, -torch.inf)
     if noise_scale:
         _, num_positions, num_tokens = logits.shape
-        tempered = tempered + noise_scale * reference.gaussian(seed, num_positions, num_tokens, int(step)).float()
+        noise = reference.gaussian(
+            seed, num_positions, num_tokens, int(step), 0 if first_position is None else first_position
+        )
+        tempered = tempered + noise_scale * noise.float()
     if temperature:
         tempered = tempered / temperature
     if mask_token_id < logits.shape[-1]:
@@ -163,19 +210,25 @@ def bad_rows_case(position_major: bool) -> Case:
             logits = logits.mT.contiguous().mT
         tokens = torch.full((1, 7), 5)
         tokens[0, 3] = 6
-        return logits, tokens, torch.tensor([3]), torch.tensor(0), 5, None, 1.0, 0.0, 1.0
+        options = (None, None, "masked", "argmax,margin,entropy")
+        return logits, tokens, torch.tensor([3]), torch.tensor(0), 5, None, 1.0, 0.0, 1.0, *options
 
     def expected(logits: Tensor, tokens: Tensor, *options: object) -> Outputs:
         drawable = tokens.clone()
         drawable[0, :3] = 6
-        token_ids, logprob = on_cpu("sample_tokens")(logits, drawable, *options)
-        token_ids[0, :3] = 5
-        logprob[0, :3] = torch.nan
-        return token_ids, logprob
+        token_ids, logprob, argmax, *others = on_cpu("sample_tokens")(logits, drawable, *options)
+        for ids in (token_ids, argmax):
+            ids[0, :3] = 5
+        for statistic in (logprob, *others):
+            statistic[0, :3] = torch.nan
+        return token_ids, logprob, argmax, *others
 
     def check(arguments: tuple, expected: Outputs, outputs: Outputs) -> None:
-        assert torch.equal(outputs[0], expected[0])
-        torch.testing.assert_close(outputs[1], expected[1], equal_nan=True, rtol=1e-6, atol=1e-6)
+        for i, (ours, theirs) in enumerate(zip(outputs, expected, strict=True)):
+            if i in (0, 2):
+                assert torch.equal(ours, theirs)
+            else:
+                torch.testing.assert_close(ours, theirs, equal_nan=True, rtol=1e-6, atol=1e-6)
 
     layout = "position-major" if position_major else "token-major"
     return Case("sample_tokens", f"bad rows, {layout}", make_arguments, expected, check)
@@ -316,6 +369,7 @@ def differential_sample_case(
     forbidden: bool = False,
     extreme: bool = False,
     known_share: float = 0.25,
+    bias: bool = False,
     edit: Callable[[tuple], tuple] | None = None,
     patch: Callable[[tuple, Outputs], None] | None = None,
 ) -> Case:
@@ -346,7 +400,14 @@ def differential_sample_case(
             torch.full(start.shape, 12345, dtype=torch.int16), torch.zeros(batch, num_positions, dtype=torch.bool),
             torch.tensor(-1), seed.clone(),
         ]  # fmt: skip
-        options = num_tokens, halves, scale, noise_scale, temperature, share, variant, aliased_history
+        firsts = torch.tensor([7, 2**32 - num_positions, 0][:batch]) if bias else None
+        token_bias = None
+        if bias:
+            token_bias = torch.randn(num_tokens, generator=generator)
+            token_bias[::3] = -torch.inf
+        options = (
+            num_tokens, halves, scale, noise_scale, temperature, firsts, token_bias, share, variant, aliased_history
+        )  # fmt: skip
         for step, logits in enumerate(map(laid_out, steps)):
             tokens = torch.full((batch, num_positions), num_tokens)
             if not extreme:
@@ -386,7 +447,7 @@ def lost_rows(inputs: tuple, outputs: Outputs, lost: Tensor) -> None:
     """Put into the outputs what becomes of the rows (B, N) from which nothing can be drawn."""
     _, tokens, history, *_ = inputs
     masked = tokens == inputs[9]
-    read = masked if inputs[15] == "paper" else torch.ones_like(masked)
+    read = masked if inputs[17] == "paper" else torch.ones_like(masked)
     outputs[0][lost] = tokens[lost]
     outputs[1][lost & masked] = torch.nan
     outputs[2][lost] = torch.inf
@@ -677,7 +738,20 @@ def bad_activations(linear: Linear) -> Linear:
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 MANY_ROWS: dict[str, Any] = dict(batch=1, num_positions=5000, known_share=0.0, check=check_ids)
 
+EVERYTHING = ",".join(STATISTICS)
+
 CASES = [
+    sample_tokens_case("every statistic, split", 4500, rows="all", statistics=EVERYTHING, forbidden=True),
+    sample_tokens_case("every statistic, fp32, not split", 1000, dtype=FP32, rows="all", statistics=EVERYTHING,
+                       noise_scale=0.7, temperature=0.8),
+    sample_tokens_case("every statistic of known rows, position-major", 2100, num_positions=17, rows="known",
+                       statistics=EVERYTHING, position_major=True, known_share=0.5),
+    sample_tokens_case("entropy of ties", 700, dtype=FP32, std=0.0, guidance_scale=None, statistics="argmax,entropy"),
+    sample_tokens_case("statistics without a tile's", 2048, rows="all", guidance_scale=None, temperature=0.0,
+                       statistics="max_logprob,logsumexp,known_logprob,logit"),
+    sample_tokens_case("places, scales per sample, a bias", 2100, noise_scale=0.5, first_position=True,
+                       scale_per_sample=True, bias=True, statistics="margin"),
+    sample_tokens_case("a bias, position-major", 300, num_positions=18, bias=True, position_major=True),
     sample_tokens_case("bf16 aligned", 2048),
     sample_tokens_case("bf16 nearly uniform", 2048, std=0.01, step=2**32 - 1),
     sample_tokens_case("bf16 peaked", 2048, std=30.0),
@@ -721,6 +795,9 @@ CASES = [
     differential_sample_case("paper greedy", 600, temperature=0.0),
     differential_sample_case("paper share 0", 300, share=0.0),
     differential_sample_case("paper share 1, peaked", 4097, share=1.0, std=30.0, change=0.02, guidance_scale=None),
+    differential_sample_case("places and a bias", 600, noise_scale=0.5, bias=True),
+    differential_sample_case("official, aliased, places and a bias", 600, noise_scale=0.5, bias=True,
+                             variant="official", aliased_history=True),
     differential_sample_case("one token", 1, dtype=FP32, num_positions=3),
     *[
         differential_sample_case(f"extreme rows, {variant}{', aliased' * aliased}", 600, dtype=FP32, num_positions=12,

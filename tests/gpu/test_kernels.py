@@ -72,10 +72,10 @@ def test_differences_of_a_sample_do_not_depend_on_its_batch(name):
 @pytest.mark.parametrize("name", ["paper share 0", "paper bf16"])
 def test_what_is_not_selected_has_the_bits_of_sample_tokens(name):
     arguments = case_named(name).make_arguments()
-    logits, tokens, seed, step, share, variant = (arguments[i] for i in (0, 1, 7, 8, 14, 15))
+    logits, tokens, seed, step, share, variant = (arguments[i] for i in (0, 1, 7, 8, 16, 17))
     with standin_gpu(90):
         token_ids, logprob, divergence, *_ = case_named(name).run(arguments)
-        plain = kernels.sample_tokens(logits, tokens, seed, step, *arguments[9:14])
+        plain = kernels.sample_tokens(logits, tokens, seed, step, *arguments[9:16])
     masked = tokens == arguments[9]
     kept = ~(select_rows(divergence, masked, share=share, variant=variant) & masked)
     assert kept[masked].any()
@@ -128,10 +128,10 @@ def test_nothing_is_launched_for_no_positions(shape):
     seed, step = torch.zeros(shape[0], dtype=torch.int64), torch.tensor(3)
     state = torch.empty(shape, dtype=torch.int16), tokens == 1, torch.tensor(2), seed
     with standin_gpu(90) as launches:
-        token_ids, logprob = kernels.sample_tokens(logits, tokens, seed, step, 31, logits, 2.0, 0.0, 1.0)
+        token_ids, logprob, _ = kernels.sample_tokens(logits, tokens, seed, step, 31, logits, 2.0, 0.0, 1.0)
         assert token_ids.shape == logprob.shape == shape[:2]
         assert kernels.mask_by_confidence(tokens, logprob, seed, seed, step, 31, 1.0).shape == shape[:2]
-        options = (31, logits, 2.0, 0.0, 1.0, 0.5, "paper", False)
+        options = (31, logits, 2.0, 0.0, 1.0, None, None, 0.5, "paper", False)
         outputs = kernels.differential_sample(logits, tokens, *state, True, seed, step, *options)
         assert all(x.shape == shape[:2] for x in outputs) and int(state[2]) == 3
     assert not launches
@@ -143,7 +143,7 @@ def test_infinity_is_bad_whatever_the_sign_of_guidance(scale):
     tokens[:] = mask
     logits[0, 1, 7] = torch.inf
     with standin_gpu(80):
-        token_ids, logprob = kernels.sample_tokens(logits, tokens, seed, step, mask, uncond, scale, *options[1:])
+        token_ids, logprob, _ = kernels.sample_tokens(logits, tokens, seed, step, mask, uncond, scale, *options[1:])
     assert torch.equal(logprob.isnan().nonzero(), torch.tensor([[0, 1]])) and token_ids[0, 1] == mask
 
 
@@ -158,12 +158,14 @@ def test_re_masking_is_made_of_these_kernels(capability, variant, monkeypatch):
     arguments = (logits, tokens, remask_len, seed, step, mask, variant, uncond, scale, None, "auto")
     expected, expected_score = ops._remask_tokens(*arguments)
 
-    def sample_tokens(
-        logits, tokens, *, mask_token_id, seed, step, uncond_logits, guidance_scale, temperature, backend
-    ):
-        return kernels.sample_tokens(
-            logits, tokens, seed, step, mask_token_id, uncond_logits, guidance_scale, 0.0, temperature
-        )
+    def sample_tokens(logits, tokens, *, mask_token_id, seed, step, uncond_logits, guidance_scale, temperature, rows,
+                      statistics, backend):  # fmt: skip
+        (name,) = statistics
+        token_ids, logprob, (statistic,) = kernels.sample_tokens(
+            logits, tokens, seed, step, mask_token_id, uncond_logits, guidance_scale, 0.0, temperature, None, None,
+            rows, name,
+        )  # fmt: skip
+        return ops.Sampled(token_ids, logprob)._replace(**{name: statistic})
 
     def mask_by_confidence(token_ids, logprob, mask_len, *, mask_token_id, temperature, seed, step, backend):
         return kernels.mask_by_confidence(token_ids, logprob, mask_len, seed, step, mask_token_id, temperature)
