@@ -80,6 +80,8 @@ static void fill(void* data, mgt_dtype dtype, int num, uint32_t state) {
 
 static float logits[NUM_LOGITS], uncond_logits[NUM_LOGITS], logprob[NUM_LOGITS], divergence[NUM_LOGITS];
 static int64_t tokens[NUM_LOGITS], token_ids[NUM_LOGITS];
+static const mgt_sample_tokens_outputs outputs = {
+    .struct_size = sizeof outputs, .token_ids = token_ids, .logprob = logprob};
 static int64_t seed = 7, error_index;
 /* in the same place in every run: where a vector crosses a line is not what is counted */
 static char workspace[1 << 22] __attribute__((aligned(64)));
@@ -89,6 +91,7 @@ static mgt_sample_tokens_args draw(mgt_dtype dtype, int position_major, int guid
   const int num_positions = position_major ? 16 : 1;
   mgt_sample_tokens_args args;
   memset(&args, 0, sizeof args);
+  args.struct_size = sizeof args;
   args.num_samples = 1;
   args.num_positions = num_positions;
   args.num_tokens = NUM_LOGITS / num_positions;
@@ -127,16 +130,18 @@ static void count_draws(const mgt_context* context) {
         const int64_t num_bytes = mgt_sample_tokens_workspace(context, &args);
         if (num_bytes < 0 || num_bytes > (int64_t)sizeof workspace) exit(1);
         COUNT(name, context->isa, NUM_LOGITS,
-              mgt_sample_tokens(context, &args, token_ids, logprob, workspace, num_bytes, &error_index));
+              mgt_sample_tokens(context, &args, &outputs, workspace, num_bytes, &error_index));
       }
 }
 
 static void count_differential(const mgt_context* context) {
   static uint16_t history[NUM_LOGITS];
   static uint8_t written[1];
+  mgt_sample_tokens_args sample = draw(MGT_FLOAT32, 0, 1, 0.0f);
   mgt_differential_sample_args args;
   memset(&args, 0, sizeof args);
-  args.sample = draw(MGT_FLOAT32, 0, 1, 0.0f);
+  args.struct_size = sizeof args;
+  args.sample = &sample;
   args.share = 0.75;
   const int64_t num_bytes = mgt_differential_sample_workspace(context, &args);
   if (num_bytes < 0 || num_bytes > (int64_t)sizeof workspace) exit(1);
@@ -144,7 +149,7 @@ static void count_differential(const mgt_context* context) {
                                               workspace, num_bytes, &error_index);
   if (status != MGT_OK) exit(1);
   args.has_history = 1;
-  args.sample.step = 1;
+  sample.step = 1;
   fill(logits, MGT_FLOAT32, NUM_LOGITS, 3);
   COUNT("differential_sample, guided, fp32, token-major", context->isa, NUM_LOGITS,
         mgt_differential_sample(context, &args, history, written, token_ids, logprob, divergence, workspace, num_bytes,

@@ -50,7 +50,8 @@ def doors() -> dict[str, tuple[Callable[[], object], ...]]:
     """Return, for each op, its binding, its torch op and its public function, called with the same small inputs."""
     ops = torch.ops.mgt_kernels
     logits, tokens, logprob = torch.randn(1, 4, 32), torch.full((1, 4), 32), torch.zeros(1, 4)
-    seed, step, count = torch.zeros(1, dtype=torch.int64), torch.tensor(1), torch.tensor([2])
+    seed, first = torch.zeros(2, 1, dtype=torch.int64)
+    step, count = torch.tensor(1), torch.tensor([2])
     one, zero = (torch.tensor(value, dtype=torch.float64) for value in (1.0, 0.0))
     weight, x = mgt_kernels.quantize_int4(torch.randn(4, 64)), torch.randn(1, 64)
     packed = (x, weight.w_q, weight.scale, weight.zero_point, weight.group_size)
@@ -65,7 +66,7 @@ def doors() -> dict[str, tuple[Callable[[], object], ...]]:
     def differential_op() -> object:
         state.step.zero_()
         return ops.differential_sample(
-            logits, tokens, *held, True, seed, step, 32, None, one, zero, one, 0.75, "paper", False, "auto"
+            logits, tokens, *held, True, seed, step, 32, None, one, zero, one, first, None, 0.75, "paper", False, "auto"
         )
 
     public: dict[str, Callable[[], object]] = {
@@ -76,7 +77,9 @@ def doors() -> dict[str, tuple[Callable[[], object], ...]]:
         "w4a16_linear": lambda: mgt_kernels.w4a16_linear(x, weight),
     }
     dispatched: dict[str, Callable[[], object]] = {
-        "sample_tokens": lambda: ops.sample_tokens(logits, tokens, seed, step, 32, None, one, zero, one, "auto"),
+        "sample_tokens": lambda: ops.sample_tokens(
+            logits, tokens, seed, step, 32, None, one, zero, one, first, None, "masked", "", "auto"
+        ),
         "differential_sample": differential_op,
         "mask_by_confidence": lambda: ops.mask_by_confidence(tokens, logprob, count, seed, step, 32, one, "auto"),
         "w4a8_linear": lambda: ops.w4a8_linear(*packed, None, None, "auto"),

@@ -87,7 +87,8 @@ def masked_tokens(model: Model, batch: int = 1, masked_share: float = 1.0, devic
 
 def our_draw(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Guidance, draw and its log-probability."""
-    return mgt_kernels.sample_tokens(inputs.logits, inputs.tokens, seed=0, backend=inputs.backend, **inputs.draw())
+    drawn = mgt_kernels.sample_tokens(inputs.logits, inputs.tokens, seed=0, backend=inputs.backend, **inputs.draw())
+    return drawn.token_ids, drawn.logprob
 
 
 def our_step(inputs: Inputs) -> Tensor:
@@ -105,13 +106,13 @@ def check_draw(inputs: Inputs) -> None:
     draw = inputs.draw(CHECKED)
     if draw["uncond_logits"] is not None:
         draw["uncond_logits"] = draw["uncond_logits"].cpu()
-    expected, truth, _ = reference.sample_tokens(
+    expected, _ = reference.sample_tokens(
         inputs.logits[:, CHECKED].cpu(), inputs.tokens[:, CHECKED].cpu(),
         seed=torch.zeros(len(inputs.logits), dtype=torch.int64), **draw,
     )  # fmt: skip
-    if not torch.equal(token_ids, expected):
+    if not torch.equal(token_ids, expected["token_ids"]):
         raise AssertionError("token ids differ from the oracle's")
-    if not torch.allclose(logprob.double(), truth, atol=1e-4, rtol=0):
+    if not torch.allclose(logprob.double(), expected["logprob"], atol=1e-4, rtol=0):
         raise AssertionError("logprob differs from the oracle's")
 
 

@@ -25,15 +25,26 @@ class SampleTokensArgs(ctypes.Structure):
     """mgt_sample_tokens_args."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("num_samples", "num_positions", "num_tokens")),
+        ("struct_size", ctypes.c_uint32),
         ("dtype", ctypes.c_int),
+        *((name, ctypes.c_int64) for name in ("num_samples", "num_positions", "num_tokens")),
         ("logits", Logits),
         ("uncond_logits", Logits),
-        ("tokens", ctypes.c_void_p),
-        ("seeds", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("tokens", "seeds", "first_positions", "guidance_scales", "token_bias")),
         ("mask_token_id", ctypes.c_int64),
         ("step", ctypes.c_int64),
         *((name, ctypes.c_float) for name in ("guidance_scale", "noise_scale", "temperature")),
+        ("rows", ctypes.c_int),
+    )
+
+
+class SampleTokensOutputs(ctypes.Structure):
+    """mgt_sample_tokens_outputs."""
+
+    _fields_ = (
+        ("struct_size", ctypes.c_uint32),
+        *((name, ctypes.c_void_p) for name in ("token_ids", "logprob", "argmax", "max_logprob", "margin", "entropy")),
+        *((name, ctypes.c_void_p) for name in ("logsumexp", "known_logprob", "logit")),
     )
 
 
@@ -46,9 +57,12 @@ def sample_tokens(
     """
     view = Logits(logits.ctypes.data, *(stride // logits.itemsize for stride in logits.strides))
     arguments = SampleTokensArgs(
-        *logits.shape, 0, view, Logits(), tokens.ctypes.data, seeds.ctypes.data, mask_token_id, step, 1.0, 0.0, 1.0
-    )
+        ctypes.sizeof(SampleTokensArgs), 0, *logits.shape, view, tokens=tokens.ctypes.data, seeds=seeds.ctypes.data,
+        mask_token_id=mask_token_id, step=step, temperature=1.0,
+    )  # fmt: skip
     token_ids, logprob = np.empty(tokens.shape, np.int64), np.empty(tokens.shape, np.float32)
+    # the others are not asked for
+    outputs = SampleTokensOutputs(ctypes.sizeof(SampleTokensOutputs), token_ids.ctypes.data, logprob.ctypes.data)
     context, bad_row = Context(0, 2, None), ctypes.c_int64(-1)
     library.mgt_sample_tokens_workspace.restype = ctypes.c_int64
     num_bytes = library.mgt_sample_tokens_workspace(ctypes.byref(context), ctypes.byref(arguments))
@@ -56,9 +70,8 @@ def sample_tokens(
         raise ValueError("logits: expected positions or tokens side by side, and sizes and scalars within their ranges")
     workspace = np.empty(num_bytes, np.uint8)
     status = library.mgt_sample_tokens(
-        ctypes.byref(context), ctypes.byref(arguments), token_ids.ctypes.data_as(ctypes.c_void_p),
-        logprob.ctypes.data_as(ctypes.c_void_p), workspace.ctypes.data_as(ctypes.c_void_p), ctypes.c_int64(num_bytes),
-        ctypes.byref(bad_row),
+        ctypes.byref(context), ctypes.byref(arguments), ctypes.byref(outputs),
+        workspace.ctypes.data_as(ctypes.c_void_p), ctypes.c_int64(num_bytes), ctypes.byref(bad_row),
     )  # fmt: skip
     if status:
         raise RuntimeError(f"mgt_sample_tokens: status {status}, row {bad_row.value}")

@@ -15,14 +15,15 @@ static int differential_steps(const mgt_context* context, mgt_sample_tokens_args
   mgt_differential_sample_args args = {0};
   void* workspace;
   int i, step;
-  args.sample = sample;
+  args.struct_size = sizeof args;
+  args.sample = &sample;
   args.variant = MGT_DIFFERENTIAL_PAPER;
   args.share = 0.75;
   workspace_bytes = mgt_differential_sample_workspace(context, &args);
   if (workspace_bytes < 0) return 5;
   workspace = malloc((size_t)workspace_bytes);
   for (step = 0; step < 2; ++step) {
-    args.sample.step = step;
+    sample.step = step;
     args.has_history = step;
     for (i = 0; i < POSITIONS * TOKENS; ++i) logits[i] = (float)(i % (7 - step)) * 0.5f;
     if (mgt_differential_sample(context, &args, history, written, token_ids, logprob, divergence, workspace,
@@ -48,12 +49,14 @@ int main(void) {
   float logprob[POSITIONS];
   mgt_context context = {MGT_ISA_AUTO, 2, NULL};
   mgt_sample_tokens_args args = {0};
+  mgt_sample_tokens_outputs outputs = {0};
   mgt_status status;
   void* workspace;
   int64_t workspace_bytes;
   int i, failed;
   for (i = 0; i < POSITIONS * TOKENS; ++i) logits[i] = (float)(i % 7) * 0.5f;
   for (i = 0; i < POSITIONS; ++i) tokens[i] = i == 2 ? 11 : TOKENS;
+  args.struct_size = sizeof args;
   args.num_samples = 1;
   args.num_positions = POSITIONS;
   args.num_tokens = TOKENS;
@@ -67,25 +70,26 @@ int main(void) {
   args.mask_token_id = TOKENS;
   args.step = 3;
   args.temperature = 1.0f;
+  outputs.struct_size = sizeof outputs;
+  outputs.token_ids = token_ids;
+  outputs.logprob = logprob;
   workspace_bytes = mgt_sample_tokens_workspace(&context, &args);
   if (workspace_bytes < 0) return 10;
   workspace = malloc((size_t)workspace_bytes);
-  status = mgt_sample_tokens(&context, &args, token_ids, logprob, workspace, workspace_bytes, &error_index);
+  status = mgt_sample_tokens(&context, &args, &outputs, workspace, workspace_bytes, &error_index);
   if (status != MGT_OK) return 1;
   for (i = 0; i < POSITIONS; ++i) printf("%d %a\n", (int)token_ids[i], logprob[i]);
   failed = differential_steps(&context, args, logits);
   if (failed) return failed;
 
   logits[4 * TOKENS] = logits[0] / logits[0]; /* 0 / 0 is NaN */
-  status = mgt_sample_tokens(&context, &args, token_ids, logprob, workspace, workspace_bytes, &error_index);
+  status = mgt_sample_tokens(&context, &args, &outputs, workspace, workspace_bytes, &error_index);
   if (status != MGT_BAD_LOGITS || error_index != 4) return 2;
-  if (mgt_sample_tokens(&context, &args, token_ids, logprob, workspace, workspace_bytes - 1, NULL) !=
-      MGT_INVALID_ARGUMENT)
+  if (mgt_sample_tokens(&context, &args, &outputs, workspace, workspace_bytes - 1, NULL) != MGT_INVALID_ARGUMENT)
     return 11;
   args.temperature = -1.0f;
   if (mgt_sample_tokens_workspace(&context, &args) != -1) return 3;
-  if (mgt_sample_tokens(NULL, &args, token_ids, logprob, workspace, workspace_bytes, NULL) != MGT_INVALID_ARGUMENT)
-    return 4;
+  if (mgt_sample_tokens(NULL, &args, &outputs, workspace, workspace_bytes, NULL) != MGT_INVALID_ARGUMENT) return 4;
   free(workspace);
   return 0;
 }

@@ -7,6 +7,7 @@
 #include <pthread.h>
 
 #include <atomic>
+#include <cmath>
 #include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
@@ -146,11 +147,11 @@ class Round {
     layer_.scale = scale_.data();
     layer_.zero_point = zero_point_.data();
     layer_.group_size = 128;
-    mgt_differential_sample_args differential{};
-    differential.sample = draw(false);
+    for (size_t i = 0; i < some_tokens_.size(); i += 3) some_tokens_[i] = static_cast<int64_t>(i);
+    for (size_t i = 0; i < bias_.size(); ++i) bias_[i] = i % 7 ? static_cast<float>(i % 5) * 0.25f : -INFINITY;
     const mgt_sample_tokens_args by_token = draw(false), by_position = draw(true);
-    mgt_differential_sample_args differential_by_position = differential;
-    differential_by_position.sample = by_position;
+    const mgt_differential_sample_args differential = differential_draw(by_token),
+                                       differential_by_position = differential_draw(by_position);
     for (const int64_t size :
          {mgt_sample_tokens_workspace(&context_, &by_token), mgt_sample_tokens_workspace(&context_, &by_position),
           mgt_differential_sample_workspace(&context_, &differential),
@@ -165,17 +166,27 @@ class Round {
     const auto workspace_bytes = static_cast<int64_t>(workspace_.size());
     for (const bool position_major : {false, true}) {
       const mgt_sample_tokens_args args = draw(position_major);
-      check(mgt_sample_tokens(&context_, &args, ids_.data() + position_major * kPositions,
-                              logprob_.data() + position_major * kPositions, workspace_.data(), workspace_bytes,
-                              nullptr));
+      const mgt_sample_tokens_outputs drawn =
+          draws(ids_.data() + position_major * kPositions, logprob_.data() + position_major * kPositions);
+      check(mgt_sample_tokens(&context_, &args, &drawn, workspace_.data(), workspace_bytes, nullptr));
+    }
+    for (const bool position_major : {false, true}) {
+      mgt_sample_tokens_args args = draw(position_major);
+      args.tokens = some_tokens_.data();
+      args.first_positions = &first_position_;
+      args.guidance_scales = &guidance_scale_;
+      args.token_bias = bias_.data();
+      args.rows = MGT_ROWS_ALL;
+      check(mgt_sample_tokens(&context_, &args, &statistics_[position_major].outputs, workspace_.data(),
+                              workspace_bytes, nullptr));
     }
     for (const bool position_major : {false, true}) {
       for (const mgt_dtype dtype : {MGT_BFLOAT16, MGT_FLOAT16}) {
         mgt_sample_tokens_args args = draw(position_major);
         args.dtype = dtype;
         args.logits.data = args.uncond_logits.data = halves_.data();
-        check(mgt_sample_tokens(&context_, &args, half_ids_.data(), half_logprob_.data(), workspace_.data(),
-                                workspace_bytes, nullptr));
+        const mgt_sample_tokens_outputs drawn = draws(half_ids_.data(), half_logprob_.data());
+        check(mgt_sample_tokens(&context_, &args, &drawn, workspace_.data(), workspace_bytes, nullptr));
       }
     }
     mgt_mask_by_confidence_args mask{};
@@ -189,12 +200,11 @@ class Round {
     mask.temperature = 2.0f;
     check(mgt_mask_by_confidence(&context_, &mask, masked_.data(), nullptr));
     for (int step = 0; step < 3; ++step) {
-      mgt_differential_sample_args args{};
-      args.sample = draw(step == 2);
-      args.sample.step = step;
-      args.sample.guidance_scale += static_cast<float>(step);
+      mgt_sample_tokens_args sample = draw(step == 2);
+      sample.step = step;
+      sample.guidance_scale += static_cast<float>(step);
+      mgt_differential_sample_args args = differential_draw(sample);
       args.has_history = step;
-      args.share = 0.5;
       check(mgt_differential_sample(&context_, &args, history_.data(), written_.data(), differential_ids_.data(),
                                     differential_logprob_.data(), divergence_.data(), workspace_.data(),
                                     workspace_bytes, nullptr));
@@ -207,6 +217,7 @@ class Round {
     return ids_ == other.ids_ && logprob_ == other.logprob_ && masked_ == other.masked_ && history_ == other.history_ &&
            written_ == other.written_ && differential_ids_ == other.differential_ids_ &&
            differential_logprob_ == other.differential_logprob_ && divergence_ == other.divergence_ &&
+           statistics_[0] == other.statistics_[0] && statistics_[1] == other.statistics_[1] &&
            half_ids_ == other.half_ids_ && half_logprob_ == other.half_logprob_ && y8_ == other.y8_ &&
            y16_ == other.y16_;
   }
@@ -224,6 +235,7 @@ class Round {
 
   mgt_sample_tokens_args draw(bool position_major) const {
     mgt_sample_tokens_args args{};
+    args.struct_size = sizeof args;
     args.num_samples = 1;
     args.num_positions = kPositions;
     args.num_tokens = kTokens;
@@ -240,13 +252,52 @@ class Round {
     return args;
   }
 
+  static mgt_differential_sample_args differential_draw(const mgt_sample_tokens_args& sample) {
+    mgt_differential_sample_args args{};
+    args.struct_size = sizeof args;
+    args.sample = &sample;
+    args.share = 0.5;
+    return args;
+  }
+
+  static mgt_sample_tokens_outputs draws(int64_t* token_ids, float* logprob) {
+    mgt_sample_tokens_outputs outputs{};
+    outputs.struct_size = sizeof outputs;
+    outputs.token_ids = token_ids;
+    outputs.logprob = logprob;
+    return outputs;
+  }
+
+  // all that a draw can give, in memory of its own
+  struct Statistics {
+    Statistics() {
+      outputs = draws(integers.data(), floats.data());
+      outputs.argmax = integers.data() + kPositions;
+      float* next = floats.data();
+      for (float** statistic : {&outputs.max_logprob, &outputs.margin, &outputs.entropy, &outputs.logsumexp,
+                                &outputs.known_logprob, &outputs.logit})
+        *statistic = next += kPositions;
+    }
+    Statistics(const Statistics&) = delete;
+    bool operator==(const Statistics& other) const { return integers == other.integers && floats == other.floats; }
+
+    std::vector<int64_t> integers = std::vector<int64_t>(2 * kPositions);
+    std::vector<float> floats = std::vector<float>(7 * kPositions);
+    mgt_sample_tokens_outputs outputs;
+  };
+
   mgt_context context_;
   mgt_int4_linear_args layer_{};
+  int64_t first_position_ = 1000;
+  float guidance_scale_ = 1.5f;
+  Statistics statistics_[2];
   int64_t seed_ = 7, mask_len_ = kPositions / 2;
   std::vector<float> logits_ = std::vector<float>(kPositions * kTokens), uncond_ = logits_;
   std::vector<uint16_t> halves_ = std::vector<uint16_t>(kPositions * kTokens);
   std::vector<int64_t> tokens_ = std::vector<int64_t>(kPositions, kTokens), masked_ = tokens_,
                        differential_ids_ = tokens_;
+  std::vector<int64_t> some_tokens_ = tokens_;
+  std::vector<float> bias_ = std::vector<float>(kTokens);
   std::vector<int64_t> half_ids_ = std::vector<int64_t>(kPositions);
   std::vector<float> half_logprob_ = std::vector<float>(kPositions);
   std::vector<int64_t> ids_ = std::vector<int64_t>(2 * kPositions);

@@ -27,6 +27,7 @@ int main() {
   const std::vector<int64_t> tokens(kPositions, kTokens);
   const int64_t seed = 7;
   mgt_sample_tokens_args draw{};
+  draw.struct_size = sizeof draw;
   draw.num_samples = 1;
   draw.num_positions = kPositions;
   draw.num_tokens = kTokens;
@@ -37,10 +38,12 @@ int main() {
   draw.mask_token_id = kTokens;
   draw.temperature = 1.0f;
   std::vector<int64_t> token_ids(kPositions);
-  std::vector<float> logprob(kPositions);
+  mgt_sample_tokens_outputs outputs{};
+  outputs.struct_size = sizeof outputs;
+  outputs.token_ids = token_ids.data();
   std::vector<char> workspace(static_cast<size_t>(mgt_sample_tokens_workspace(&context, &draw)));
-  check(mgt_sample_tokens(&context, &draw, token_ids.data(), logprob.data(), workspace.data(),
-                          static_cast<int64_t>(workspace.size()), nullptr));
+  check(
+      mgt_sample_tokens(&context, &draw, &outputs, workspace.data(), static_cast<int64_t>(workspace.size()), nullptr));
   for (const int64_t id : token_ids) std::printf("%d\n", static_cast<int>(id));
 
   // 3 rows of 64 inputs to 2 outputs

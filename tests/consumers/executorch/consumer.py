@@ -14,8 +14,9 @@ import mgt_kernels
 library = torch.library.Library("mgt_kernels", "FRAGMENT")
 library.define(
     "sample_tokens.out(Tensor logits, Tensor tokens, Tensor seed, Tensor step, SymInt mask_token_id, "
-    "Tensor? uncond_logits, Tensor guidance_scale, Tensor noise_scale, Tensor temperature, str backend, *, "
-    "Tensor(a!) token_ids, Tensor(b!) logprob) -> (Tensor(a!), Tensor(b!))"
+    "Tensor? uncond_logits, Tensor guidance_scale, Tensor noise_scale, Tensor temperature, Tensor first_position, "
+    "Tensor? token_bias, str rows, str statistics, str backend, *, "
+    "Tensor(a!) token_ids, Tensor(b!) logprob, Tensor(c!)[] asked) -> ()"
 )
 
 
@@ -30,9 +31,10 @@ class Step(torch.nn.Module):
     def forward(self, tokens: Tensor, seed: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
         """Draw token_ids and logprob; positions that hold 40 are masked."""
         logits = self.head(tokens)
-        return mgt_kernels.sample_tokens(
+        drawn = mgt_kernels.sample_tokens(
             logits, tokens, uncond_logits=0.5 * logits, guidance_scale=3.0, mask_token_id=40, seed=seed, step=step
         )
+        return drawn.token_ids, drawn.logprob
 
 
 if __name__ == "__main__":

@@ -34,15 +34,19 @@ static std::optional<float> number_in(const Tensor& scalar) {
 }
 
 // sample_tokens(logits, tokens, seed, step, mask_token_id, uncond_logits, guidance_scale, noise_scale, temperature,
-//               backend, *, token_ids, logprob); exporting has checked shapes and types
+//               first_position, token_bias, rows, statistics, backend, *, token_ids, logprob, asked); exporting has
+// checked shapes and types
 static void sample_tokens(et::KernelRuntimeContext& context, et::Span<et::EValue*> stack) {
   const Tensor &logits = stack[0]->toTensor(), &tokens = stack[1]->toTensor();
   const Tensor &seed = stack[2]->toTensor(), &step = stack[3]->toTensor();
-  Tensor &token_ids = stack[10]->toTensor(), &logprob = stack[11]->toTensor();
+  const Tensor& first_position = stack[9]->toTensor();
+  Tensor &token_ids = stack[14]->toTensor(), &logprob = stack[15]->toTensor();
   const std::optional<mgt_dtype> dtype = dtype_of(logits);
   ET_KERNEL_CHECK_MSG(context, dtype && et::tensor_is_contiguous(tokens), InvalidArgument, ,
                       "sample_tokens: expected logits in floats of 32 or 16 bits, and contiguous tokens");
-  ET_KERNEL_CHECK_MSG(context, stack[9]->toString() == "auto", NotSupported, , "sample_tokens: expected backend auto");
+  ET_KERNEL_CHECK_MSG(
+      context, stack[11]->toString() == "masked" && stack[12]->toString().empty() && stack[13]->toString() == "auto",
+      NotSupported, , "sample_tokens: expected rows masked, no statistics and backend auto");
   const std::optional<float> guidance_scale = number_in(stack[6]->toTensor());
   const std::optional<float> noise_scale = number_in(stack[7]->toTensor());
   const std::optional<float> temperature = number_in(stack[8]->toTensor());
@@ -52,6 +56,7 @@ static void sample_tokens(et::KernelRuntimeContext& context, et::Span<et::EValue
   ET_KERNEL_CHECK(context, et::resize_tensor(token_ids, tokens.sizes()) == et::Error::Ok, InvalidArgument, );
   ET_KERNEL_CHECK(context, et::resize_tensor(logprob, tokens.sizes()) == et::Error::Ok, InvalidArgument, );
   mgt_sample_tokens_args args{};
+  args.struct_size = sizeof args;
   args.num_samples = logits.size(0);
   args.num_positions = logits.size(1);
   args.num_tokens = logits.size(2);
@@ -60,6 +65,8 @@ static void sample_tokens(et::KernelRuntimeContext& context, et::Span<et::EValue
   if (!stack[5]->isNone()) args.uncond_logits = half_of(stack[5]->toTensor());
   args.tokens = tokens.const_data_ptr<int64_t>();
   args.seeds = seed.const_data_ptr<int64_t>();
+  args.first_positions = first_position.const_data_ptr<int64_t>();
+  if (!stack[10]->isNone()) args.token_bias = stack[10]->toTensor().const_data_ptr<float>();
   args.step = *step.const_data_ptr<int64_t>();
   args.mask_token_id = stack[4]->toInt();
   args.guidance_scale = *guidance_scale;
@@ -73,9 +80,12 @@ static void sample_tokens(et::KernelRuntimeContext& context, et::Span<et::EValue
   // the runtime's memory for one call of a kernel, where the program's host has given it some
   const et::Result<void*> lent = context.allocate_temp(static_cast<size_t>(num_bytes));
   const std::unique_ptr<char[]> own(lent.ok() ? nullptr : new char[static_cast<size_t>(num_bytes)]);
+  mgt_sample_tokens_outputs outputs{};
+  outputs.struct_size = sizeof outputs;
+  outputs.token_ids = token_ids.mutable_data_ptr<int64_t>();
+  outputs.logprob = logprob.mutable_data_ptr<float>();
   const mgt_status status =
-      mgt_sample_tokens(&threads, &args, token_ids.mutable_data_ptr<int64_t>(), logprob.mutable_data_ptr<float>(),
-                        lent.ok() ? *lent : own.get(), num_bytes, &bad_row);
+      mgt_sample_tokens(&threads, &args, &outputs, lent.ok() ? *lent : own.get(), num_bytes, &bad_row);
   ET_KERNEL_CHECK_MSG(context, status == MGT_OK, InvalidArgument, , "sample_tokens: status %d, row %d",
                       static_cast<int>(status), static_cast<int>(bad_row));
 }

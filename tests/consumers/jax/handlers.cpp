@@ -19,6 +19,7 @@ static ffi::Error SampleTokens(ffi::Buffer<ffi::F32> logits, ffi::Buffer<ffi::S3
   std::vector<int64_t> keys(seeds.typed_data(), seeds.typed_data() + sizes[0]);
   const mgt_context context{MGT_ISA_AUTO, 2, nullptr};
   mgt_sample_tokens_args args{};
+  args.struct_size = sizeof args;
   args.num_samples = sizes[0];
   args.num_positions = sizes[1];
   args.num_tokens = sizes[2];
@@ -29,12 +30,15 @@ static ffi::Error SampleTokens(ffi::Buffer<ffi::F32> logits, ffi::Buffer<ffi::S3
   args.mask_token_id = mask_token_id;
   args.step = *step.typed_data();
   args.temperature = temperature;
+  mgt_sample_tokens_outputs outputs{};
+  outputs.struct_size = sizeof outputs;
+  outputs.token_ids = drawn.data();
+  outputs.logprob = logprob->typed_data();
   int64_t bad_row = -1;
   const int64_t num_bytes = mgt_sample_tokens_workspace(&context, &args);
   if (num_bytes < 0) return ffi::Error::InvalidArgument("mgt_sample_tokens: a size or a scalar is outside its range");
   std::vector<char> workspace(static_cast<size_t>(num_bytes));
-  const mgt_status status =
-      mgt_sample_tokens(&context, &args, drawn.data(), logprob->typed_data(), workspace.data(), num_bytes, &bad_row);
+  const mgt_status status = mgt_sample_tokens(&context, &args, &outputs, workspace.data(), num_bytes, &bad_row);
   if (status != MGT_OK)
     return ffi::Error::InvalidArgument("mgt_sample_tokens: status " + std::to_string(status) + ", row " +
                                        std::to_string(bad_row));

@@ -44,10 +44,7 @@ def decode(
         tokens, history = state
         logits = tokens_to_logits(tokens).astype(jnp.float32)
         unknown = tokens == mask_token_id
-        # the class token lies beyond the codebook, which the library takes for an error
-        in_range = jnp.where(unknown, tokens, 0)
-        drawn, logprob = draw(logits, in_range, seeds, step, mask_token_id=mask_id, temperature=np.float32(1))
-        token_ids = jnp.where(unknown, drawn, tokens)
+        token_ids, logprob = draw(logits, tokens, seeds, step, mask_token_id=mask_id, temperature=np.float32(1))
         history = history.at[:, step].set(token_ids)
         ratio = (step + 1) / num_iter
         mask_ratio = mask_schedule.schedule(ratio, num_unknown, mask_scheduling_method)
