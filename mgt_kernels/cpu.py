@@ -185,7 +185,8 @@ def _draw_record(
 def check_samples(guidance_scale: float | Tensor, first_position: int | Tensor | None, shape: Sequence[int]) -> None:
     """Check the values of what may differ between samples; the device's are read."""
     if isinstance(guidance_scale, Tensor):
-        sample = first_index(~(guidance_scale.abs() <= torch.finfo(torch.float32).max))
+        # 16 bits would take the limit for inf
+        sample = first_index(~(guidance_scale.double().abs() <= torch.finfo(torch.float32).max))
         if sample >= 0:
             raise ValueError(
                 f"guidance_scale: expected finite numbers, got {float(guidance_scale[sample])} for sample {sample}"

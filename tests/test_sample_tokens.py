@@ -346,6 +346,11 @@ GOOD = dict(logits=torch.zeros(2, 3, 4), tokens=torch.full((2, 3), 4), mask_toke
         (dict(temperature=float("nan")), ValueError, "temperature: expected a finite number >= 0, got nan"),
         (dict(temperature=1e-40), ValueError, "temperature: expected 0 or at least 1e-30, got 1e-40"),
         (dict(guidance_scale=1e39), ValueError, "guidance_scale: expected a finite number"),
+        *(
+            (dict(guidance_scale=torch.tensor([1.0, value], dtype=dtype)), ValueError, f"got {value} for sample 1")
+            for dtype in (torch.float16, torch.bfloat16, torch.float64)
+            for value in (torch.inf, torch.nan)
+        ),
         (dict(temperature="hot"), TypeError, "temperature: expected a number or a 0-dimensional tensor, got str"),
         (dict(backend="cuda"), ValueError, "backend: expected one of"),
         (dict(backend="triton"), RuntimeError, "backend: 'triton' runs on CUDA tensors"),
