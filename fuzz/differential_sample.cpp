@@ -38,17 +38,19 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   args.aliased_history = input.rarely(4) ? input.any<int32_t>() : 0;
   args.share = input.rarely() ? static_cast<double>(input.number()) : input.one_of({0.0, 0.25, 0.5, 0.75, 1.0});
   Draw draw;
-  const Verdict verdict = make_draw(input, draw);
+  const Verdict verdict = make_draw(input, MGT_ROWS_MASKED, draw);
   if (verdict == Verdict::skip) return -1;
-  args.sample = draw.args;
   const mgt_sample_tokens_args& a = draw.args;
+  Buffer<uint32_t> other_size(1), other_sample_size(1);
+  args.sample = input.rarely(256) ? nullptr : sized_structure(input, draw.args, other_sample_size);
+  const mgt_differential_sample_args* given = sized_structure(input, args, other_size);
 
-  int64_t num_bytes = mgt_differential_sample_workspace(&c, &args);
+  int64_t num_bytes = mgt_differential_sample_workspace(&c, given);
   ++counter.num_calls;
   const bool official = args.variant == MGT_DIFFERENTIAL_OFFICIAL;
-  bool sized = c.num_threads >= 1 && documented(a, a.uncond_logits.data != nullptr) &&
-               (official || args.variant == MGT_DIFFERENTIAL_PAPER) && (official || !args.aliased_history) &&
-               args.share >= 0.0 && args.share <= 1.0;
+  bool sized = given == &args && args.sample == &a && c.num_threads >= 1 && a.rows == MGT_ROWS_MASKED &&
+               documented(a, a.uncond_logits.data != nullptr) && (official || args.variant == MGT_DIFFERENTIAL_PAPER) &&
+               (official || !args.aliased_history) && args.share >= 0.0 && args.share <= 1.0;
   if (sized) sized = fits(Wide{a.num_samples} * a.num_positions * a.num_tokens * 2);
   REQUIRE(sized ? num_bytes >= 0 : num_bytes == -1);
   const bool refused = !sized || verdict == Verdict::refuse;
@@ -64,7 +66,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     outputs.logprob.poison();
     outputs.divergence.poison();
     return call_in(state, [&] {
-      return mgt_differential_sample(&c, &args, outputs.history.data(), outputs.written.data(),
+      return mgt_differential_sample(&c, given, outputs.history.data(), outputs.written.data(),
                                      outputs.token_ids.data(), outputs.logprob.data(), outputs.divergence.data(),
                                      memory, num_bytes, index);
     });
@@ -73,7 +75,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     Buffer<uint16_t> history(0);
     int64_t index = -1;
     const mgt_status status = call_in(state, [&] {
-      return mgt_differential_sample(&c, &args, history.data(), nullptr, nullptr, nullptr, nullptr, memory, num_bytes,
+      return mgt_differential_sample(&c, given, history.data(), nullptr, nullptr, nullptr, nullptr, memory, num_bytes,
                                      &index);
     });
     const bool empty = !refused && draw.rows == 0 && available(c.isa);
@@ -91,7 +93,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   const int64_t num_steps = input.within(1, 4);
   for (int64_t step = 0; step < num_steps; ++step) {
     args.has_history = step > 0;
-    args.sample.step = draw.args.step = std::min<int64_t>(UINT32_MAX, a.step + step);
+    draw.args.step = std::min<int64_t>(UINT32_MAX, a.step + step);
     mgt_status first = MGT_OK;
     int64_t first_index = -1;
     for (size_t i = 0; i < isas.size(); ++i) {
@@ -101,7 +103,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
       if (i == 0) {
         first = status;
         first_index = index;
-        check_draw(draw, status, index, outputs[0]->token_ids, outputs[0]->logprob, reads);
+        check_draw(draw, status, index, -1, outputs[0]->token_ids, outputs[0]->logprob.data(), reads);
       }
       REQUIRE(status == first && index == first_index);
       if (status != MGT_OK) continue;

@@ -1,4 +1,4 @@
-// Logits, tokens and seeds of a fuzzed draw, and what the header says of them: for sample_tokens and
+// Logits, tokens, seeds and the other arrays of a fuzzed draw, and what the header says of them: for sample_tokens and
 // differential_sample.
 #pragma once
 
@@ -17,14 +17,16 @@ struct Half {
 struct Draw {
   mgt_sample_tokens_args args{};
   Half cond, uncond;
-  std::unique_ptr<Buffer<int64_t>> tokens, seeds;
+  std::unique_ptr<Buffer<int64_t>> tokens, seeds, first_positions;
+  std::unique_ptr<Buffer<float>> guidance_scales, token_bias;
   int64_t rows = 0;
 };
 
 // whether the arguments are within their documented ranges, pointers aside
 inline bool documented(const mgt_sample_tokens_args& a, bool guided) {
   if (a.num_samples < 0 || a.num_positions < 0 || a.num_positions > UINT32_MAX || a.num_tokens < 1 ||
-      a.num_tokens > INT32_MAX || a.dtype < MGT_FLOAT32 || a.dtype > MGT_FLOAT16)
+      a.num_tokens > INT32_MAX || a.dtype < MGT_FLOAT32 || a.dtype > MGT_FLOAT16 || a.rows < MGT_ROWS_MASKED ||
+      a.rows > MGT_ROWS_ALL)
     return false;
   if (a.step < 0 || a.step > UINT32_MAX || !std::isfinite(a.guidance_scale) || !std::isfinite(a.noise_scale) ||
       a.noise_scale < 0.0f || !std::isfinite(a.temperature) || a.temperature < 0.0f ||
@@ -85,17 +87,52 @@ inline bool allocate(Input& input, const mgt_sample_tokens_args& a, Half& half) 
   return true;
 }
 
+// Arrays that may be absent, of a draw that has rows; false where a value is outside its documented range.
+inline bool make_arrays(Input& input, Draw& draw) {
+  mgt_sample_tokens_args& a = draw.args;
+  bool in_range = true;
+  if (input.coin()) {
+    draw.first_positions = std::make_unique<Buffer<int64_t>>(a.num_samples);
+    const int64_t last = int64_t{UINT32_MAX} + 1 - a.num_positions;
+    for (int64_t i = 0; i < a.num_samples; ++i) {
+      const int64_t first = input.rarely(64) ? input.hostile() : input.coin() ? input.within(0, 4096) : last;
+      (*draw.first_positions)[i] = first;
+      in_range &= first >= 0 && first <= last;
+    }
+    a.first_positions = draw.first_positions->data();
+  }
+  if (input.coin()) {
+    draw.guidance_scales = std::make_unique<Buffer<float>>(a.num_samples);
+    for (int64_t i = 0; i < a.num_samples; ++i) {
+      const float scale = input.scalar({1.0f, 3.0f, -3.0f, 0.0f, 9.0f});
+      (*draw.guidance_scales)[i] = scale;
+      in_range &= std::isfinite(scale);
+    }
+    a.guidance_scales = draw.guidance_scales->data();
+  }
+  if (input.coin()) {
+    draw.token_bias = std::make_unique<Buffer<float>>(a.num_tokens);
+    fill(input, draw.token_bias->data(), a.num_tokens, MGT_FLOAT32);
+    const int64_t every = input.one_of<int64_t>({1, 2, 3, 7, 100, 10000});
+    for (int64_t v = every - 1; v < a.num_tokens; v += every) (*draw.token_bias)[v] = -INFINITY;
+    a.token_bias = draw.token_bias->data();
+  }
+  return in_range;
+}
+
 // The arguments and, where they are documented and small enough, what they point to. refuse: outside the documented
-// ranges, pointing nowhere. skip: in range, but too large to run.
+// ranges, and where those are the ranges of sizes and scalars, pointing nowhere. skip: in range, but too large to run.
 enum class Verdict { run, refuse, skip };
 
-inline Verdict make_draw(Input& input, Draw& draw) {
+// last: of the rows that an op may read
+inline Verdict make_draw(Input& input, mgt_rows last, Draw& draw) {
   mgt_sample_tokens_args& a = draw.args;
   a.num_samples = input.size(0, 3);
   const bool position_major = input.coin();
   a.num_positions = input.size(0, input.one_of<int64_t>({1, 3, 3, 20, 70}));
   a.num_tokens = input.size(1, input.one_of<int64_t>({4, 20, 20, 33, 33, 65, 600, 2050}));
   a.dtype = input.enumerator<mgt_dtype>(MGT_FLOAT16);
+  a.rows = input.enumerator<mgt_rows>(last);
   const bool guided = input.coin();
   draw.cond.view = strides(input, a, position_major);
   if (guided) draw.uncond.view = strides(input, a, position_major);
@@ -123,12 +160,13 @@ inline Verdict make_draw(Input& input, Draw& draw) {
   draw.seeds = std::make_unique<Buffer<int64_t>>(a.num_samples > kMostElements ? 0 : a.num_samples);
   const bool all_masked = input.coin();
   for (int64_t i = 0; i < draw.rows; ++i) (*draw.tokens)[i] = all_masked || i % 3 ? a.mask_token_id : i % a.num_tokens;
-  if (draw.rows > 0 && input.rarely()) (*draw.tokens)[input.within(0, draw.rows - 1)] = input.hostile();
+  if (draw.rows > 0 && input.rarely(8)) (*draw.tokens)[input.within(0, draw.rows - 1)] = input.hostile();
   for (int64_t i = 0; i < draw.seeds->size(); ++i) (*draw.seeds)[i] = input.any<int64_t>();
   a.logits = draw.cond.view;
   a.uncond_logits = draw.uncond.view;
   a.tokens = draw.tokens->data();
   a.seeds = draw.seeds->data();
+  if (draw.rows > 0 && !make_arrays(input, draw)) return Verdict::refuse;
   if (draw.rows > 0 && input.rarely(64)) {
     switch (input.within(0, 2)) {
       case 0: a.logits.data = nullptr; break;
@@ -161,14 +199,19 @@ inline int64_t bad_token(const Draw& draw) {
   return -1;
 }
 
-// What a row's logits hold: a NaN or +inf where no half forbids the token, and whether a token can be drawn at all.
+inline float bias(const Draw& draw, int64_t token) {
+  return draw.args.token_bias == nullptr ? 0.0f : (*draw.token_bias)[token];
+}
+
+// What a row's logits hold: a NaN or +inf where no half forbids the token, or in the bias of one that is not forbidden
+// by it; and whether a token can be drawn at all.
 struct Row {
   bool broken = false, drawable = false;
 };
 
 inline bool forbidden(const Draw& draw, int64_t row, int64_t token) {
   const mgt_sample_tokens_args& a = draw.args;
-  return token == a.mask_token_id || logit(draw, a.logits, row, token) == -INFINITY ||
+  return token == a.mask_token_id || bias(draw, token) == -INFINITY || logit(draw, a.logits, row, token) == -INFINITY ||
          (a.uncond_logits.data != nullptr && logit(draw, a.uncond_logits, row, token) == -INFINITY);
 }
 
@@ -176,9 +219,10 @@ inline Row examine(const Draw& draw, int64_t row) {
   const mgt_sample_tokens_args& a = draw.args;
   Row found;
   for (int64_t v = 0; v < a.num_tokens; ++v) {
+    // NaN is not below
+    if (v != a.mask_token_id) found.broken |= !(bias(draw, v) < INFINITY);
     if (forbidden(draw, row, v)) continue;
     found.drawable = true;
-    // NaN is not below
     found.broken |= !(logit(draw, a.logits, row, v) < INFINITY);
     if (a.uncond_logits.data != nullptr) found.broken |= !(logit(draw, a.uncond_logits, row, v) < INFINITY);
   }
@@ -188,17 +232,23 @@ inline Row examine(const Draw& draw, int64_t row) {
 // whether no number on the way to a score can leave float32
 inline bool cannot_overflow(const Draw& draw) {
   const mgt_sample_tokens_args& a = draw.args;
+  bool moderate = std::fabs(a.guidance_scale) < 1e10f && a.noise_scale < 1e10f;
+  if (a.guidance_scales != nullptr)
+    for (int64_t i = 0; i < a.num_samples; ++i) moderate &= std::fabs((*draw.guidance_scales)[i]) < 1e10f;
+  for (int64_t v = 0; v < a.num_tokens; ++v) moderate &= bias(draw, v) < 1e10f;
   // float16 logits are below 2^16
-  return a.dtype == MGT_FLOAT16 && std::fabs(a.guidance_scale) < 1e10f && a.noise_scale < 1e10f &&
-         (a.temperature == 0.0f || a.temperature > 1e-10f);
+  return a.dtype == MGT_FLOAT16 && moderate && (a.temperature == 0.0f || a.temperature > 1e-10f);
 }
 
-// What a draw that was taken says of its rows, and one that was refused of its first bad row. read: whether the op
-// looks at this row's logits.
+// What a draw that was taken says of its rows, and one that was refused of its first bad row. misplaced: the first row
+// whose known token has no log-probability that is asked for, or -1; logprob: null where it is not asked for; reads:
+// whether the op looks at this row's logits.
 template <class Reads>
-void check_draw(const Draw& draw, mgt_status status, int64_t error_index, const Buffer<int64_t>& token_ids,
-                const Buffer<float>& logprob, const Reads& reads) {
-  const int64_t misplaced = bad_token(draw);
+void check_draw(const Draw& draw, mgt_status status, int64_t error_index, int64_t misplaced,
+                const Buffer<int64_t>& token_ids, const float* logprob, const Reads& reads) {
+  const auto kept = [&](int64_t row) {
+    return token_ids[row] == (*draw.tokens)[row] && (logprob == nullptr || logprob[row] == INFINITY);
+  };
   REQUIRE((status == MGT_BAD_TOKEN) == (misplaced >= 0));
   if (status == MGT_BAD_TOKEN) {
     REQUIRE(error_index == misplaced);
@@ -208,7 +258,7 @@ void check_draw(const Draw& draw, mgt_status status, int64_t error_index, const 
   if (status == MGT_BAD_LOGITS) REQUIRE(error_index >= 0 && error_index < draw.rows && reads(error_index));
   for (int64_t row = 0; row < draw.rows; ++row) {
     if (!reads(row)) {
-      if (status == MGT_OK) REQUIRE(token_ids[row] == (*draw.tokens)[row] && logprob[row] == INFINITY);
+      if (status == MGT_OK) REQUIRE(kept(row));
       continue;
     }
     const Row found = examine(draw, row);
@@ -220,13 +270,13 @@ void check_draw(const Draw& draw, mgt_status status, int64_t error_index, const 
     }
     REQUIRE(!bad);
     if (!masked(draw, row)) {
-      REQUIRE(token_ids[row] == (*draw.tokens)[row] && logprob[row] == INFINITY);
+      REQUIRE(kept(row));
       continue;
     }
     REQUIRE(in_codebook(draw.args, token_ids[row]) && token_ids[row] != draw.args.mask_token_id);
     REQUIRE(!forbidden(draw, row, token_ids[row]));
     // the logsumexp is rounded
-    REQUIRE(logprob[row] <= 1e-3f);
+    REQUIRE(logprob == nullptr || logprob[row] <= 1e-3f);
   }
 }
 

@@ -132,6 +132,16 @@ class Buffer {
   T* data_;
 };
 
+// Where a structure lies whose struct_size is right or, seldom, one that says another size, of which no more may be
+// read.
+template <class T>
+const T* sized_structure(Input& input, T& right, Buffer<uint32_t>& wrong) {
+  right.struct_size = sizeof(T);
+  if (!input.rarely(128)) return &right;
+  wrong[0] = input.one_of<uint32_t>({0, 4, sizeof(T) - 8, sizeof(T) - 1, sizeof(T) + 1, sizeof(T) + 8, UINT32_MAX});
+  return reinterpret_cast<const T*>(wrong.data());
+}
+
 inline uint16_t to_bfloat16(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);

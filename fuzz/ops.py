@@ -99,6 +99,14 @@ def per_sample_of(draw: st.DrawFn, values: list[int]) -> Any:
     return view_of(draw, torch.tensor(values, dtype=torch.int64))
 
 
+def guidance_of(draw: st.DrawFn, values: list[float]) -> Any:
+    """Return guidance scales as one for all samples, or one for each."""
+    if draw(st.booleans()) and values:
+        return number_of(draw, values[0])
+    dtype = draw(st.sampled_from((torch.float64, torch.float32, torch.bfloat16, torch.float16)))
+    return view_of(draw, torch.tensor(values, dtype=torch.float64).to(dtype))
+
+
 DTYPES = st.sampled_from((torch.float32, torch.bfloat16, torch.float16))
 SIZES = st.sampled_from((1, 1, 2, 3, 5, 16, 17, 33))
 VOCABULARIES = st.sampled_from((1, 2, 3, 7, 16, 17, 31, 40, 65, 511, 513, 2049))
@@ -115,6 +123,9 @@ TEMPERATURES = mostly(1.0, 0.0, 0.1, 3.0, bad=(-1.0, 1e-31))
 CONFIDENCE_TEMPERATURES = mostly(0.0, 0.5, 4.0, 3e38, bad=(-1.0, float("nan")))
 SEEDS = st.sampled_from((0, 1, -1, 100, 2**31, -(2**63), 2**63 - 1))
 STEPS = mostly(0, 1, 5, 2**32 - 2, bad=(2**32, -1))
+# the last that 33 positions leave room for
+FIRST_POSITIONS = mostly(0, 1, 77, 2**32 - 33, bad=(2**32, -1))
+STATISTICS = st.lists(st.sampled_from(tuple(cpu.STATISTICS)))
 
 
 @st.composite
@@ -157,6 +168,27 @@ def draws(draw: st.DrawFn) -> dict[str, Any]:
     )
 
 
+def places_and_tokens(draw: st.DrawFn, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a draw with those that only draws take: of each sample, and of each token."""
+    num_samples, _, num_tokens = arguments["logits"].shape
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
+    forbidden = torch.rand(num_tokens, generator=generator) < draw(st.sampled_from((0.0, 0.1, 0.5, 1.0)))
+    kind = draw(st.sampled_from(("none", "none", "bool", "float32")))
+    allowed = None
+    if kind == "bool":
+        allowed = view_of(draw, ~forbidden)
+    elif kind == "float32":
+        bias = torch.randn(num_tokens, generator=generator).masked_fill(forbidden, -torch.inf)
+        if draw(st.integers(0, 9)) == 0:
+            bias[draw(st.integers(0, num_tokens - 1))] = draw(st.sampled_from((torch.nan, torch.inf)))
+        allowed = view_of(draw, bias)
+    return arguments | dict(
+        guidance_scale=guidance_of(draw, [draw(GUIDANCE) for _ in range(num_samples)]),
+        first_position=per_sample_of(draw, [draw(FIRST_POSITIONS) for _ in range(num_samples)]),
+        allowed=allowed,
+    )
+
+
 def refused(ours: Any, right: Any) -> bool:
     """Tell whether the reference refuses the call, once its sentence is seen to be ours too."""
     if isinstance(ours, str) or isinstance(right, str):
@@ -174,23 +206,29 @@ def near(ours: Tensor, right: Tensor, scale: float) -> None:
     assert (same | close).all(), f"\n  kernel: {ours}\n  reference: {right}"
 
 
-def scores_of(arguments: dict[str, Any], noise_scale: float, temperature: float) -> tuple[Tensor, float]:
-    """Return the float64 scores that tokens are drawn by, and the size of what they are made of."""
-    logits, uncond = arguments["logits"], arguments["uncond_logits"]
-    seeds = torch.as_tensor(arguments["seed"]).long().expand(logits.shape[0])
-    guidance = float(arguments["guidance_scale"])
-    _, scores = reference.perturbed_logits(
+def scores_of(arguments: dict[str, Any], noise_scale: float, temperature: float) -> tuple[Tensor, Tensor, float]:
+    """Return the float64 logits and scores that tokens are drawn by, and the size of what they are made of."""
+    logits, uncond, allowed = arguments["logits"], arguments["uncond_logits"], arguments.get("allowed")
+    num_samples = len(logits)
+    seeds, firsts = (
+        torch.as_tensor(arguments.get(name, 0)).long().expand(num_samples) for name in ("seed", "first_position")
+    )
+    guidance = torch.as_tensor(arguments["guidance_scale"]).detach().double().expand(num_samples)
+    if allowed is not None:
+        allowed = allowed.detach() if allowed.is_floating_point() else allowed.double().log()
+    tempered, scores = reference.perturbed_logits(
         logits.detach(), seed=seeds, step=int(arguments["step"]), mask_token_id=arguments["mask_token_id"],
         uncond_logits=None if uncond is None else uncond.detach(), guidance_scale=guidance, noise_scale=noise_scale,
-        temperature=temperature,
+        temperature=temperature, first_position=firsts, token_bias=allowed,
     )  # fmt: skip
     sizes = [
         x.detach().double().where(x.detach().isfinite(), 0).abs().amax()
-        for x in (logits, uncond)
+        for x in (logits, uncond, allowed)
         if x is not None and x.numel()
     ]
     size = float(max(sizes)) if sizes else 0.0
-    return scores, (1 + 2 * abs(guidance)) * size / (temperature or 1.0) + 25 * noise_scale / (temperature or 1.0) + 25
+    largest = 2 * size + 2 * float(guidance.abs().amax()) * size if num_samples else 0.0
+    return tempered, scores, (largest + 25 * noise_scale) / (temperature or 1.0) + 25
 
 
 def same_draws(ours: Tensor, right: Tensor, scores: Tensor, size: float) -> Tensor:
@@ -204,21 +242,36 @@ def same_draws(ours: Tensor, right: Tensor, scores: Tensor, size: float) -> Tens
 
 
 def sample_tokens(counted: Counted, draw: st.DrawFn, backend: str) -> None:
-    """One draw."""
+    """One draw, with its statistics."""
     noise_scale, temperature = draw(NOISE), draw(TEMPERATURES)
-    arguments = draw(draws())
-    call = dict(arguments, noise_scale=number_of(draw, noise_scale), temperature=number_of(draw, temperature))
+    arguments = places_and_tokens(draw, draw(draws()))
+    call = dict(
+        arguments, noise_scale=number_of(draw, noise_scale), temperature=number_of(draw, temperature),
+        rows=draw(st.sampled_from(cpu.ROWS)), statistics=draw(STATISTICS),
+    )  # fmt: skip
     ours, right = (counted.outcome(mgt_kernels.sample_tokens, path, call) for path in (backend, "reference"))
     if not refused(ours, right):
-        scores, size = scores_of(arguments, noise_scale, temperature)
-        same = same_draws(ours[0], right[0], scores, size)
-        near(ours[1].detach()[same], right[1].detach()[same], size)
+        tempered, scores, size = scores_of(arguments, noise_scale, temperature)
+        same = same_draws(ours.token_ids, right.token_ids, scores, size)
+        near(ours.logprob[same], right.logprob[same], size)
+        for name in cpu.STATISTICS:
+            found, truth = getattr(ours, name), getattr(right, name)
+            assert (found is None) == (truth is None) == (name not in call["statistics"]), name
+            if truth is None:
+                continue
+            if name == "argmax":
+                same_draws(found, truth, tempered, size)
+            elif name == "logit":
+                near(found[same], truth[same], size * (temperature or 1.0))
+            else:
+                # an error of a logit counts up to log V times in the entropy
+                near(found, truth, size * (10 if name == "entropy" else 1))
 
 
 def differential_sample(counted: Counted, draw: st.DrawFn, backend: str) -> None:
     """A plain step and one with history."""
     noise_scale, temperature = draw(NOISE), draw(TEMPERATURES)
-    arguments = draw(draws())
+    arguments = places_and_tokens(draw, draw(draws()))
     variant = draw(st.sampled_from(mgt_kernels.DIFFERENTIAL_VARIANTS))
     call = dict(
         arguments, noise_scale=number_of(draw, noise_scale), temperature=number_of(draw, temperature), variant=variant,
@@ -244,7 +297,7 @@ def differential_sample(counted: Counted, draw: st.DrawFn, backend: str) -> None
         for path, state in zip((backend, "reference"), begun, strict=True)
     )
     if not refused(ours, right):
-        _, size = scores_of(arguments, noise_scale, temperature)
+        _, _, size = scores_of(arguments, noise_scale, temperature)
         assert torch.equal(ours[2].written, right[2].written) and int(ours[2].step) == int(right[2].step)
         read = ours[2].written & ~right[2].divergence.isinf()
         divergence = right[2].divergence[read]
@@ -299,7 +352,7 @@ def remask_tokens(counted: Counted, draw: st.DrawFn, backend: str) -> None:
     )
     ours, right = (counted.outcome(mgt_kernels.remask_tokens, path, call) for path in (backend, "reference"))
     if not refused(ours, right):
-        _, size = scores_of(arguments, 0.0, 0.0)
+        _, _, size = scores_of(arguments, 0.0, 0.0)
         near(ours[1].detach(), right[1].detach(), size)
         masked = (ours[0] == arguments["mask_token_id"]) & (right[1] != torch.inf)
         assert masked.sum(-1).tolist() == wanted

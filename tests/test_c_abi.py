@@ -20,7 +20,7 @@ LIBRARY = ctypes.CDLL(str(mgt_kernels.library_path()))
 LIBM = ctypes.CDLL("libm.so.6")
 ISAS = mgt_kernels.info()["isas"]
 NAMES = ("auto", "scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx")
-OK, INVALID, UNAVAILABLE, BAD_LOGITS = 0, 1, 2, 3
+OK, INVALID, UNAVAILABLE, BAD_LOGITS, BAD_TOKEN = range(5)
 BIG = 2**62
 POOL = ctypes.CFUNCTYPE(None, ctypes.CFUNCTYPE(None, ctypes.c_void_p), ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
 
@@ -33,12 +33,18 @@ I64, I32, F32, POINTER = ctypes.c_int64, ctypes.c_int32, ctypes.c_float, ctypes.
 Context = structure("Context", isa=I32, num_threads=I32, parallel=POINTER)
 Logits = structure("Logits", data=POINTER, stride_sample=I64, stride_position=I64, stride_token=I64)
 Draw = structure(
-    "Draw", num_samples=I64, num_positions=I64, num_tokens=I64, dtype=I32, logits=Logits, uncond_logits=Logits,
-    tokens=POINTER, seeds=POINTER, mask_token_id=I64, step=I64, guidance_scale=F32, noise_scale=F32, temperature=F32,
+    "Draw", struct_size=ctypes.c_uint32, dtype=I32, num_samples=I64, num_positions=I64, num_tokens=I64, logits=Logits,
+    uncond_logits=Logits, tokens=POINTER, seeds=POINTER, first_positions=POINTER, guidance_scales=POINTER,
+    token_bias=POINTER, mask_token_id=I64, step=I64, guidance_scale=F32, noise_scale=F32, temperature=F32, rows=I32,
+)  # fmt: skip
+Drawn = structure(
+    "Drawn", struct_size=ctypes.c_uint32, token_ids=POINTER, logprob=POINTER, argmax=POINTER, max_logprob=POINTER,
+    margin=POINTER, entropy=POINTER, logsumexp=POINTER, known_logprob=POINTER, logit=POINTER,
 )  # fmt: skip
 Differential = structure(
-    "Differential", sample=Draw, variant=I32, aliased_history=I32, has_history=I32, share=ctypes.c_double
-)
+    "Differential", struct_size=ctypes.c_uint32, variant=I32, sample=ctypes.POINTER(Draw), aliased_history=I32,
+    has_history=I32, share=ctypes.c_double,
+)  # fmt: skip
 Mask = structure(
     "Mask", num_samples=I64, num_positions=I64, token_ids=POINTER, logprob=POINTER, mask_len=POINTER, seeds=POINTER,
     mask_token_id=I64, step=I64, temperature=F32,
@@ -72,13 +78,20 @@ class Call:
             logits[:, :, 5] = -torch.rand(2, 2, 70, generator=generator) * 1e-39
             tokens, seeds = torch.full(shape[:2], 70), torch.tensor([5, -6])
             halves = [Logits(half.data_ptr(), *half.stride()) for half in logits]
-            self.args = Draw(*shape, 0, *halves, tokens.data_ptr(), seeds.data_ptr(), 70, 3, 2.0, 0.5, 1.0)
-            self.kept = [logits, tokens, seeds]
+            firsts, scales, bias = torch.tensor([0, 9]), torch.tensor([2.0, 1.5]), torch.zeros(70)
+            bias[[3, 69]] = -torch.inf
+            self.kept = [logits, tokens, seeds, firsts, scales, bias]
+            self.sample = self.args = Draw(
+                ctypes.sizeof(Draw), 0, *shape, *halves, *(t.data_ptr() for t in self.kept[1:]), 70, 3, 2.0, 0.5, 1.0
+            )
             self.outputs = [torch.zeros(2, 37, dtype=torch.int64), torch.zeros(2, 37)]
             if op == "differential_sample":
-                self.args = Differential(self.args, 0, 0, 0, 0.75)
+                self.args = Differential(ctypes.sizeof(Differential), 0, ctypes.pointer(self.sample), 0, 0, 0.75)
                 state = [torch.zeros(shape, dtype=torch.uint16), torch.zeros(2, 37, dtype=torch.uint8)]
                 self.outputs = [*state, *self.outputs, torch.zeros(2, 37)]
+            else:
+                self.outputs += [torch.zeros(2, 37, dtype=torch.int64), *torch.zeros(6, 2, 37)]
+                self.drawn = Drawn(ctypes.sizeof(Drawn), *(t.data_ptr() for t in self.outputs))
         elif op == "mask_by_confidence":
             logprob = -torch.rand(2, 37, generator=generator) * 1e-39
             token_ids, mask_len, seeds = torch.arange(74).view(2, 37), torch.tensor([9, 20]), torch.tensor([5, 6])
@@ -101,9 +114,11 @@ class Call:
         for name, value in changes.items():
             self.set(name, value)
 
+    def has(self, name):
+        return name in dict(self.args._fields_) | dict(getattr(self, "sample", self.args)._fields_)
+
     def set(self, name, value):
-        inner = getattr(self.args, "sample", self.args)
-        setattr(inner if name in dict(inner._fields_) else self.args, name, value)
+        setattr(self.args if name in dict(self.args._fields_) else self.sample, name, value)
 
     def workspace(self, where):
         if self.op == "mask_by_confidence":
@@ -120,10 +135,10 @@ class Call:
             # a call that must refuse before it touches memory is told of more than there is
             memory = torch.empty(min(max(num_bytes, 0), 2**26), dtype=torch.uint8)
             lent = [pointer(memory), I64(num_bytes)]
+        outputs = [ctypes.byref(self.drawn)] if self.op == "sample_tokens" else map(pointer, self.outputs)
         status = getattr(LIBRARY, f"mgt_{self.op}")(
-            ctypes.byref(where), ctypes.byref(self.args), *self.extra, *map(pointer, self.outputs), *lent,
-            ctypes.byref(index),
-        )  # fmt: skip
+            ctypes.byref(where), ctypes.byref(self.args), *self.extra, *outputs, *lent, ctypes.byref(index)
+        )
         self.index = index.value
         return status, [output.clone() for output in self.outputs]
 
@@ -186,7 +201,7 @@ def test_any_nan_is_reported(op, bits):
         for noise_scale, guided in ((0.0, True), (0.5, True), (0.0, False), (0.5, False)):
             call = Call(op, noise_scale=noise_scale)
             if not guided:
-                getattr(call.args, "sample", call.args).uncond_logits.data = None
+                call.sample.uncond_logits.data = None
             call.kept[0][0].view(torch.int32)[1, 30, 41] = bits - (bits >> 31 << 32)
             assert call(context(name))[0] == BAD_LOGITS and call.index == 37 + 30, (name, noise_scale, guided)
 
@@ -209,8 +224,7 @@ def test_a_dimension_of_size_1_has_any_stride(op, shape, stride):
         results = []
         for odd in (False, True):
             call = Call(op, **sizes)
-            draw = getattr(call.args, "sample", call.args)
-            for half in (draw.logits, draw.uncond_logits):
+            for half in (call.sample.logits, call.sample.uncond_logits):
                 normal = (37 * 70, 1, 37) if by_position else (37 * 70, 70, 1)
                 for name, size, usual in zip(names, shape, normal, strict=True):
                     setattr(half, name, stride if odd and size == 1 else usual)
@@ -261,7 +275,7 @@ def test_offsets_near_2_to_62_are_refused(op):
         for stride in (BIG, -BIG, 2**63 - 1, -(2**63)):
             for half in ("logits", "uncond_logits"):
                 call = Call(op)
-                setattr(getattr(getattr(call.args, "sample", call.args), half), name, stride)
+                setattr(getattr(call.sample, half), name, stride)
                 assert call.workspace(context()) == -1 and call(context(), 2**40)[0] == INVALID
 
 
@@ -302,7 +316,10 @@ def test_any_number_of_threads_works_or_is_refused(op):
         assert Call(op)(context(num_threads=num_threads), 2**20)[0] == INVALID
 
 
-ENUMS = {"dtype": (-1, 3, 255, 2**31 - 1), "scale_dtype": (-1, 1, 3, 256), "variant": (-1, 2, 255)}
+ENUMS = {
+    "dtype": (-1, 3, 255, 2**31 - 1), "scale_dtype": (-1, 1, 3, 256), "variant": (-1, 2, 255),
+    "rows": (-1, 3, 255, 2**31 - 1),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -313,18 +330,101 @@ def test_enum_values_outside_their_lists_are_refused(op):
         assert Call(op)(where, 2**20)[0] == UNAVAILABLE
     for name, values in ENUMS.items():
         for value in values:
-            try:
-                call = Call(op, **{name: value})
-            except AttributeError:
-                continue
-            if name in dict(call.args._fields_) or name in dict(getattr(call.args, "sample", call.args)._fields_):
+            call = Call(op)
+            if call.has(name):
+                call.set(name, value)
                 assert call(context(), 2**20)[0] == INVALID, (name, value)
+                assert op == "mask_by_confidence" or call.workspace(context()) == -1, (name, value)
+
+
+@pytest.mark.parametrize("op", ["sample_tokens", "differential_sample"])
+@pytest.mark.parametrize("change", [-8, -1, 1, 8])
+def test_structures_of_another_size_are_refused(op, change):
+    call = Call(op)
+    for argument in {id(args): args for args in (call.args, call.sample)}.values():
+        argument.struct_size += change
+        assert call.workspace(context()) == -1 and call(context(), 2**20)[0] == INVALID
+        argument.struct_size -= change
+    if op == "sample_tokens":
+        call.drawn.struct_size += change
+        # which the query does not take
+        assert call.workspace(context()) > 0 and call(context())[0] == INVALID
+        call.drawn.struct_size = 0
+        assert call(context())[0] == INVALID
+        call.drawn.struct_size = ctypes.sizeof(Drawn)
+    assert call(context())[0] == OK
+
+
+@pytest.mark.parametrize("op", ["sample_tokens", "differential_sample"])
+def test_arrays_of_samples_are_checked(op):
+    # of the second sample, so that all are looked at
+    for place, values in ((3, (-1, 2**32 - 36, 2**32, -(2**63), 2**63 - 1)), (4, (torch.nan, torch.inf, -torch.inf))):
+        for value in values:
+            call = Call(op)
+            call.kept[place][1] = value
+            # the query reads none
+            assert call.workspace(context()) > 0 and call(context())[0] == INVALID, value
+    call = Call(op)
+    call.kept[3][1] = 2**32 - 37
+    call.kept[4][1] = -torch.finfo(torch.float32).max / 2**20
+    assert call(context())[0] == OK
+
+
+def test_token_ids_are_required():
+    call = Call("sample_tokens")
+    call.drawn.token_ids = None
+    assert call(context())[0] == INVALID
+
+
+def test_a_differential_draw_has_a_sample_of_masked_rows():
+    for rows in (1, 2):
+        call = Call("differential_sample", rows=rows)
+        assert call.workspace(context()) == -1 and call(context(), 2**20)[0] == INVALID
+    call = Call("differential_sample", sample=None)
+    assert call.workspace(context()) == -1 and call(context(), 2**20)[0] == INVALID
+
+
+@pytest.mark.parametrize("token", [-1, 70, 2**63 - 1])
+def test_a_known_token_outside_the_codebook_is_refused_where_its_logprob_is_asked_for(token):
+    for rows, asked, status in ((1, True, BAD_TOKEN), (2, True, BAD_TOKEN), (0, True, OK), (1, False, OK)):
+        # 71 is the mask, and in no codebook
+        call = Call("sample_tokens", rows=rows, mask_token_id=71)
+        call.kept[1].fill_(71)
+        call.kept[1][1, [30, 32]] = token
+        if not asked:
+            call.drawn.known_logprob = None
+        assert call(context())[0] == status, (rows, asked)
+        assert call.index == (37 + 30 if status else -1)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2])
+def test_outputs_do_not_depend_on_which_others_are_asked_for(rows):
+    names = [name for name, _ in Drawn._fields_[2:]]
+    for isa in ISAS:
+        call = Call("sample_tokens", rows=rows)
+        call.kept[1][:, ::3] = 6
+        status, expected = call(context(isa))
+        assert status == OK
+        for name in names:
+            for others in (False, True):
+                call = Call("sample_tokens", rows=rows)
+                call.kept[1][:, ::3] = 6
+                for other in names:
+                    if (other != name) != others:
+                        setattr(call.drawn, other, None)
+                status, results = call(context(isa))
+                assert status == OK
+                for output, result, right in zip(["token_ids", *names], results, expected, strict=True):
+                    if getattr(call.drawn, output):
+                        assert torch.equal(result.view(torch.uint8), right.view(torch.uint8)), (isa, output)
+                    else:
+                        assert not result.any(), output
 
 
 def test_cpp_reads_enums_as_integers():
     # the enums have a fixed underlying type, so that no number is undefined behaviour
     header = (CSRC / "mgt_kernels.h").read_text()
-    assert header.count("typedef enum MGT_INT32 {") == len(re.findall(r"\benum\b", header)) == 4
+    assert header.count("typedef enum MGT_INT32 {") == len(re.findall(r"\benum\b", header)) == 5
     assert "#define MGT_INT32 : int32_t" in header
 
 
