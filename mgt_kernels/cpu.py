@@ -173,12 +173,12 @@ def _draw_record(
     rows: str = "masked",
 ) -> bytes:
     """Pack mgt_sample_tokens_args; what it points to must outlive the call."""
-    scales = guidance_scale.data_ptr() if isinstance(guidance_scale, Tensor) else 0
+    scale, scales = (0.0, guidance_scale.data_ptr()) if isinstance(guidance_scale, Tensor) else (guidance_scale, 0)
     return _SAMPLE_TOKENS_ARGS.pack(
         _SAMPLE_TOKENS_ARGS.size, _DTYPES[logits.dtype], *logits.shape, *_half(logits), *_half(uncond_logits),
         tokens.data_ptr(), _address(seeds), _address(first_positions), scales,
-        0 if token_bias is None else token_bias.data_ptr(), mask_token_id, step, 0.0 if scales else guidance_scale,
-        noise_scale, temperature, ROWS.index(rows),
+        0 if token_bias is None else token_bias.data_ptr(), mask_token_id, step, scale, noise_scale, temperature,
+        ROWS.index(rows),
     )  # fmt: skip
 
 
