@@ -324,6 +324,16 @@ GOOD = dict(logits=torch.zeros(2, 3, 4), tokens=torch.full((2, 3), 4), mask_toke
         (dict(tokens=torch.full((2, 2), 4)), ValueError, r"tokens: expected shape \(2, 3\)"),
         (dict(tokens=torch.full((2, 3), 4, device="meta")), ValueError, "tokens: expected device cpu"),
         (
+            dict(tokens=torch.tensor([[4, 4, 4], [4, 7, 4]]), rows="all", statistics=["known_logprob"]),
+            ValueError,
+            "tokens: sample 1, position 1 is 7",
+        ),
+        (
+            dict(tokens=torch.tensor([[4, 4, 4], [4, 4, -1]]), rows="known", statistics=["known_logprob"]),
+            ValueError,
+            "tokens: sample 1, position 2 is -1",
+        ),
+        (
             dict(uncond_logits=torch.zeros(2, 3, 4).half()),
             TypeError,
             "uncond_logits: expected dtype torch.float32",
