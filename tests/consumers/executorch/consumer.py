@@ -10,14 +10,30 @@ from torch import Tensor
 
 import mgt_kernels
 
-# in a program, an op writes to memory that was planned at export: the form of it that kernels.cpp has the kernel of
-library = torch.library.Library("mgt_kernels", "FRAGMENT")
-library.define(
-    "sample_tokens.out(Tensor logits, Tensor tokens, Tensor seed, Tensor step, SymInt mask_token_id, "
-    "Tensor? uncond_logits, Tensor guidance_scale, Tensor noise_scale, Tensor temperature, Tensor first_position, "
-    "Tensor? token_bias, str rows, str statistics, str backend, *, "
-    "Tensor(a!) token_ids, Tensor(b!) logprob, Tensor(c!)[] asked) -> ()"
+# in a program, an op writes to memory that was planned at export: the form of it that kernels.cpp has the kernel of.
+# ExecuTorch plans no list beside tensors, as the statistics are, so this op is the draw without them
+ARGUMENTS = (
+    "Tensor logits, Tensor tokens, Tensor seed, Tensor step, SymInt mask_token_id, Tensor? uncond_logits, "
+    "Tensor guidance_scale, Tensor noise_scale, Tensor temperature, Tensor first_position, Tensor? token_bias"
 )
+library = torch.library.Library("mgt_executorch", "DEF")
+library.define(f"sample_tokens({ARGUMENTS}) -> (Tensor, Tensor)")
+library.define(
+    f"sample_tokens.out({ARGUMENTS}, *, Tensor(a!) token_ids, Tensor(b!) logprob) -> (Tensor(a!), Tensor(b!))"
+)
+
+
+@torch.library.register_fake("mgt_executorch::sample_tokens", lib=library)
+def _(logits: Tensor, tokens: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(tokens), torch.empty_like(tokens, dtype=torch.float32)
+
+
+def draw_alone(*arguments: object) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Make the op of a draw the one above."""
+    *arguments, rows, statistics, backend = arguments
+    if (rows, statistics, backend) != ("masked", "", "auto"):
+        raise ValueError(f"expected masked rows, no statistics and backend auto, got {rows}, {statistics}, {backend}")
+    return *torch.ops.mgt_executorch.sample_tokens(*arguments), []
 
 
 class Step(torch.nn.Module):
@@ -42,6 +58,7 @@ if __name__ == "__main__":
     tokens, seed, step = torch.full((2, 5), 40), torch.tensor([7, 8]), torch.tensor(3)
     tokens[:, 2] = 11
     exported = torch.export.export(Step(), (tokens, seed, step), dynamic_shapes=({0: batch}, {0: batch}, None))
+    exported = exported.run_decompositions({torch.ops.mgt_kernels.sample_tokens.default: draw_alone})
     program = to_edge(exported).to_executorch()
     ctypes.CDLL(sys.argv[1])
     method = Runtime.get().load_program(program.buffer).load_method("forward")

@@ -1,4 +1,4 @@
-// ExecuTorch's side of the library: the kernel of torch's op mgt_kernels::sample_tokens, for programs exported with it.
+// ExecuTorch's side of the library: the kernel of the op that consumer.py makes of mgt_kernels::sample_tokens.
 #include <executorch/runtime/kernel/kernel_includes.h>
 #include <executorch/runtime/kernel/operator_registry.h>
 #include <mgt_kernels.h>
@@ -34,19 +34,15 @@ static std::optional<float> number_in(const Tensor& scalar) {
 }
 
 // sample_tokens(logits, tokens, seed, step, mask_token_id, uncond_logits, guidance_scale, noise_scale, temperature,
-//               first_position, token_bias, rows, statistics, backend, *, token_ids, logprob, asked); exporting has
-// checked shapes and types
+//               first_position, token_bias, *, token_ids, logprob); exporting has checked shapes and types
 static void sample_tokens(et::KernelRuntimeContext& context, et::Span<et::EValue*> stack) {
   const Tensor &logits = stack[0]->toTensor(), &tokens = stack[1]->toTensor();
   const Tensor &seed = stack[2]->toTensor(), &step = stack[3]->toTensor();
   const Tensor& first_position = stack[9]->toTensor();
-  Tensor &token_ids = stack[14]->toTensor(), &logprob = stack[15]->toTensor();
+  Tensor &token_ids = stack[11]->toTensor(), &logprob = stack[12]->toTensor();
   const std::optional<mgt_dtype> dtype = dtype_of(logits);
   ET_KERNEL_CHECK_MSG(context, dtype && et::tensor_is_contiguous(tokens), InvalidArgument, ,
                       "sample_tokens: expected logits in floats of 32 or 16 bits, and contiguous tokens");
-  ET_KERNEL_CHECK_MSG(
-      context, stack[11]->toString() == "masked" && stack[12]->toString().empty() && stack[13]->toString() == "auto",
-      NotSupported, , "sample_tokens: expected rows masked, no statistics and backend auto");
   const std::optional<float> guidance_scale = number_in(stack[6]->toTensor());
   const std::optional<float> noise_scale = number_in(stack[7]->toTensor());
   const std::optional<float> temperature = number_in(stack[8]->toTensor());
@@ -90,4 +86,4 @@ static void sample_tokens(et::KernelRuntimeContext& context, et::Span<et::EValue
                       static_cast<int>(status), static_cast<int>(bad_row));
 }
 
-static const et::Error registered = et::register_kernel(et::Kernel("mgt_kernels::sample_tokens.out", sample_tokens));
+static const et::Error registered = et::register_kernel(et::Kernel("mgt_executorch::sample_tokens.out", sample_tokens));
