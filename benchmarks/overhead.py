@@ -83,7 +83,7 @@ def doors() -> dict[str, tuple[Callable[[], object], ...]]:
         "differential_sample": differential_op,
         "mask_by_confidence": lambda: ops.mask_by_confidence(tokens, logprob, count, seed, step, 32, one, "auto"),
         "w4a8_linear": lambda: ops.w4a8_linear(*packed, None, None, "auto"),
-        "w4a16_linear": lambda: ops.w4a16_linear(*packed, None, "auto"),
+        "w4a16_linear": lambda: ops.w4a16_linear(*packed, None, False, "auto"),
     }
     return {
         op: (recorded("int4_linear" if "linear" in op else op, call), dispatched[op], call)
