@@ -49,8 +49,7 @@ typedef enum MGT_INT32 {
   /* logits of a position that is read hold NaN or +inf, overflow to +inf under guidance, noise or temperature, or
    * forbid every token; error_index is its row b * N + n */
   MGT_BAD_LOGITS = 3,
-  /* a known token whose log-probability was asked for is outside [0, num_tokens), or the mask's; error_index is its row
-   * b * N + n */
+  /* a known token whose log-probability is asked for is outside [0, num_tokens); error_index is its row b * N + n */
   MGT_BAD_TOKEN = 4,
   /* mask_len is outside [0, masked positions of the sample]; error_index is the sample */
   MGT_BAD_MASK_LEN = 5,

@@ -7,6 +7,7 @@ from mgt_kernels.linear import w4a8_linear, w4a16_linear
 from mgt_kernels.ops import (
     REMASK_VARIANTS,
     DifferentialState,
+    Sampled,
     differential_sample,
     mask_by_confidence,
     remask_tokens,
@@ -21,6 +22,7 @@ __all__ = [
     "REMASK_VARIANTS",
     "DifferentialState",
     "PackedInt4",
+    "Sampled",
     "__version__",
     "differential_sample",
     "include_dir",

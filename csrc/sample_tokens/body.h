@@ -216,22 +216,21 @@ bool consume_tile(const float* tile, int64_t width, float max, int64_t first_col
     if (greedy) row.race_scale = 0.0f;
   }
   const F shift = S::set(row.max), negligible = S::set(row.max - kNegligible);
-  F acc = S::set(0.0f), moment = acc;
-  const auto take = [&](auto num_words, int64_t k) {
-    constexpr int kWords = num_words();
-    acc = S::add(acc, race<S, kWords, kStatistics>(tile, k, first_column, shift, negligible, key, row, moment));
-  };
+  F acc = S::set(0.0f), moment = S::set(0.0f);
   const int64_t words = std::min(width, kWordWidth);
   for (int64_t k = 0; k < words; k += 16) {
     for (int64_t offset = k * prefetch.bytes / words; offset < (k + 16) * prefetch.bytes / words; offset += 64) {
       __builtin_prefetch(prefetch.rows[0] + offset, 0, 3);
       __builtin_prefetch(prefetch.rows[1] + offset, 0, 3);
     }
+    const auto take = [&](auto num_words) {
+      return race<S, num_words(), kStatistics>(tile, k, first_column, shift, negligible, key, row, moment);
+    };
     switch ((width - k + kWordWidth - 1) / kWordWidth) {
-      case 4: take(std::integral_constant<int, 4>(), k); break;
-      case 3: take(std::integral_constant<int, 3>(), k); break;
-      case 2: take(std::integral_constant<int, 2>(), k); break;
-      default: take(std::integral_constant<int, 1>(), k);
+      case 4: acc = S::add(acc, take(std::integral_constant<int, 4>())); break;
+      case 3: acc = S::add(acc, take(std::integral_constant<int, 3>())); break;
+      case 2: acc = S::add(acc, take(std::integral_constant<int, 2>())); break;
+      default: acc = S::add(acc, take(std::integral_constant<int, 1>()));
     }
   }
   if (S::to_bits(S::is_nan(acc))) {
@@ -345,11 +344,13 @@ float stage_token_major(const Source& source, int64_t position, int64_t first_co
   const int64_t cond = position * source.cond.stride_position + first_column;
   const int64_t uncond = position * source.uncond.stride_position + first_column;
   const F scale = S::set(source.guidance_scale);
+  // copies stay in registers, as what is stored could else be the source
+  const void *cond_data = source.cond.data, *uncond_data = source.uncond.data;
+  const bool guided = source.guided;
   F max0 = S::set(-kInfinity), max1 = max0;
   const auto stage = [&](int64_t j, F& max) {
-    F logits = load_vector<S, dtype>(source.cond.data, cond + j);
-    if (source.guided)
-      logits = guide<S, kNegative>(logits, load_vector<S, dtype>(source.uncond.data, uncond + j), scale);
+    F logits = load_vector<S, dtype>(cond_data, cond + j);
+    if (guided) logits = guide<S, kNegative>(logits, load_vector<S, dtype>(uncond_data, uncond + j), scale);
     S::store(tile + j, logits);
     max = S::max(logits, max);
   };
@@ -368,6 +369,8 @@ template <class S, mgt_dtype dtype, bool kNegative>
 void stage_position_major(const Source& source, int64_t position, int64_t count, int64_t first_column, int64_t width,
                           float (*tiles)[kTileWidth]) {
   const auto scale = S::set(source.guidance_scale);
+  const Half source_cond = source.cond, source_uncond = source.uncond;
+  const bool guided = source.guided;
   const int64_t even_count = count / 16 * 16, even_width = width / 16 * 16;
   for (int64_t j = 0; j < even_width; j += 16) {
     for (int64_t p = 0; p < even_count; p += 16) {
@@ -377,8 +380,7 @@ void stage_position_major(const Source& source, int64_t position, int64_t count,
         const auto load = [&](const Half& half) {
           return load_vector<S, dtype>(half.data, position + p + column * half.stride_token);
         };
-        rows[i] =
-            source.guided ? guide<S, kNegative>(load(source.cond), load(source.uncond), scale) : load(source.cond);
+        rows[i] = guided ? guide<S, kNegative>(load(source_cond), load(source_uncond), scale) : load(source_cond);
       }
       S::transpose(rows);
       for (int i = 0; i < 16; ++i) S::store(tiles[p + i] + j, rows[i]);
