@@ -106,6 +106,19 @@ py::tuple mask_by_confidence(int isa, int num_threads, std::uintptr_t parallel, 
   return py::make_tuple(static_cast<int>(status), error_index);
 }
 
+py::tuple commit_tokens(int isa, int num_threads, std::uintptr_t parallel, py::bytes args, py::bytes outputs) {
+  const auto given = record<mgt_commit_tokens_args>(args);
+  const auto written = record<mgt_commit_tokens_outputs>(outputs);
+  const mgt_context where = context(isa, num_threads, parallel);
+  int64_t error_index = -1;
+  mgt_status status;
+  {
+    py::gil_scoped_release released;
+    status = mgt_commit_tokens(&where, &given, &written, &error_index);
+  }
+  return py::make_tuple(static_cast<int>(status), error_index);
+}
+
 // shape: (rows, inputs, outputs); weight: addresses of w_q, scale, its dtype, address of zero_point, group size;
 // buffers: (address, number of elements) pairs
 mgt_int4_linear_args int4_linear_args(py::tuple shape, int dtype, std::uintptr_t x, int64_t x_stride, py::tuple weight,
@@ -178,6 +191,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("sample_tokens", &sample_tokens);
   m.def("differential_sample", &differential_sample);
   m.def("mask_by_confidence", &mask_by_confidence);
+  m.def("commit_tokens", &commit_tokens);
   m.def("int4_linear", &int4_linear);
   m.def("kernel_isa", &kernel_isa);
   m.def("philox", &philox);

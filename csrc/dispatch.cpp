@@ -11,8 +11,9 @@ namespace mgt {
 namespace {
 
 #if defined(__x86_64__)
-constexpr Kernels kAvx512 = {sample_tokens_avx512, differential_sample_avx512, mask_by_confidence_avx512, philox_avx512,
-                             gaussian_avx512,      &w4a8_linear_avx512,        &w4a16_linear_avx512};
+constexpr Kernels kAvx512 = {
+    sample_tokens_avx512, differential_sample_avx512, mask_by_confidence_avx512, commit_tokens_avx512, philox_avx512,
+    gaussian_avx512,      &w4a8_linear_avx512,        &w4a16_linear_avx512};
 
 constexpr Kernels with_linear(Kernels kernels, const Int4LinearKernel* w4a8, const Int4LinearKernel* w4a16) {
   kernels.w4a8_linear = w4a8;
@@ -25,11 +26,11 @@ constexpr Kernels with_linear(Kernels kernels, const Int4LinearKernel* w4a8, con
 
 constexpr Kernels kKernels[] = {
     {},
-    {sample_tokens_scalar, differential_sample_scalar, mask_by_confidence_scalar, philox_scalar, gaussian_scalar,
-     &w4a8_linear_scalar, &w4a16_linear_scalar},
+    {sample_tokens_scalar, differential_sample_scalar, mask_by_confidence_scalar, commit_tokens_scalar, philox_scalar,
+     gaussian_scalar, &w4a8_linear_scalar, &w4a16_linear_scalar},
 #if defined(__x86_64__)
-    {sample_tokens_avx2, differential_sample_avx2, mask_by_confidence_avx2, philox_avx2, gaussian_avx2,
-     &w4a8_linear_avx2, &w4a16_linear_avx2},
+    {sample_tokens_avx2, differential_sample_avx2, mask_by_confidence_avx2, commit_tokens_avx2, philox_avx2,
+     gaussian_avx2, &w4a8_linear_avx2, &w4a16_linear_avx2},
     kAvx512,
     with_linear(kAvx512, &w4a8_linear_avx512_vnni, &w4a16_linear_avx512),
     with_linear(kAvx512, &w4a8_linear_avx512_vnni, &w4a16_linear_avx512_bf16),
@@ -63,6 +64,8 @@ extern "C" mgt_status mgt_kernel_isa(const char* op, mgt_isa isa, mgt_isa* kerne
     *kernel = first_with_kernel(isa, &Kernels::differential_sample);
   else if (is("mask_by_confidence"))
     *kernel = first_with_kernel(isa, &Kernels::mask_by_confidence);
+  else if (is("commit_tokens"))
+    *kernel = first_with_kernel(isa, &Kernels::commit_tokens);
   else if (is("w4a8_linear"))
     *kernel = first_with_kernel(isa, &Kernels::w4a8_linear);
   else if (is("w4a16_linear"))

@@ -1,6 +1,7 @@
 // The kernels of every instruction set.
 #pragma once
 
+#include "commit_tokens/op.h"
 #include "differential_sample/op.h"
 #include "draws/op.h"
 #include "int4_linear/op.h"
@@ -13,6 +14,7 @@ struct Kernels {
   SampleTokens sample_tokens;
   DifferentialSample differential_sample;
   MaskByConfidence mask_by_confidence;
+  CommitTokens commit_tokens;
   Philox philox;
   Gaussian gaussian;
   const Int4LinearKernel* w4a8_linear;

@@ -6,8 +6,8 @@
  * Threads need 64 KiB of stack. Strides count elements; a dimension of size 1 is never stepped along, so that any
  * stride of it will do.
  *
- * A structure of arguments or outputs begins with its size, sizeof it in the header that the caller is compiled with;
- * another size is an invalid argument. Start from zeros: a zero means what each member says of it, and a later version
+ * A structure that has a struct_size begins with it, its sizeof in the header that the caller is compiled with; another
+ * size is an invalid argument. Start from zeros: a zero means what each member says of it, and a later version
  * that adds members at the end takes the sizes of before, and zero for what they lack.
  *
  * Random draws are functions of (seed, step, position, token id) alone, so results do not depend on the batch, the
@@ -56,7 +56,13 @@ typedef enum MGT_INT32 {
   /* a masked position's logprob is NaN; error_index is its row b * N + n */
   MGT_BAD_LOGPROB = 6,
   /* a row of activations holds NaN or inf, or rounds to inf; error_index is the row */
-  MGT_BAD_ACTIVATION = 7
+  MGT_BAD_ACTIVATION = 7,
+  /* a count is negative or, by MGT_COMMIT_COUNT, more than compete; error_index is the sample */
+  MGT_BAD_COUNT = 8,
+  /* a competing position's score is NaN; error_index is its row b * N + n */
+  MGT_BAD_SCORE = 9,
+  /* a window is not within [0, num_positions), or ends before it starts; error_index is the sample */
+  MGT_BAD_WINDOW = 10
 } mgt_status;
 
 /* What a kernel may use, each more than the one before; an op without a kernel of that name runs the best one below. */
@@ -237,6 +243,73 @@ typedef struct {
  * tokens: (B, N) contiguous, may not alias an input. */
 MGT_API mgt_status mgt_mask_by_confidence(const mgt_context* context, const mgt_mask_by_confidence_args* args,
                                           int64_t* tokens, int64_t* error_index);
+
+/* How many of the competing positions become known: the first in the order of falling confidence. */
+typedef enum MGT_INT32 {
+  /* exactly counts */
+  MGT_COMMIT_COUNT = 0,
+  /* all whose confidence is at least value */
+  MGT_COMMIT_THRESHOLD = 1,
+  /* the most for each of which confidence >= 1 - value / (n + 1), n its place in the order, from 1 on; score is a
+   * probability */
+  MGT_COMMIT_FACTOR = 2,
+  /* the most whose entropies, without the largest, add up to at most value; score is an entropy in nats, of which whole
+   * units of 2^-36 within [0, 64] count, and the confidence is -score; for at most 2^20 positions */
+  MGT_COMMIT_ENTROPY_BOUND = 3
+} mgt_commit_rule;
+
+typedef struct {
+  /* sizeof(mgt_commit_tokens_args) */
+  uint32_t struct_size;
+  mgt_commit_rule rule;
+  int64_t num_samples;
+  /* below 2^32 */
+  int64_t num_positions;
+  /* (B, N) contiguous: the drawn token and its score, higher is sooner; +inf counts as the largest float */
+  const int64_t* token_ids;
+  const float* score;
+  /* (B, N) contiguous: what was there before; positions that hold mask_token_id, within the window, compete */
+  const int64_t* tokens;
+  /* (B): exactly how many become known by MGT_COMMIT_COUNT, within [0, competing positions]; by the other rules at
+   * least how many, or all where fewer compete */
+  const int64_t* counts;
+  /* (B): the window [start, end) of each sample, or NULL for 0 and for num_positions */
+  const int64_t* starts;
+  const int64_t* ends;
+  /* (B) */
+  const int64_t* seeds;
+  int64_t mask_token_id;
+  /* in [0, 2^32) */
+  int64_t step;
+  /* of the rule: finite, and at least 0 by MGT_COMMIT_FACTOR and MGT_COMMIT_ENTROPY_BOUND */
+  float value;
+  /* finite, at least 0 */
+  float temperature;
+  /* (B, N) contiguous, or both NULL: a known token of the window that is not argmax becomes it where max_logprob >
+   * replace_above */
+  const int64_t* argmax;
+  const float* max_logprob;
+  /* (B, N) contiguous, or NULL: any other known token of the window is masked where known_logprob < mask_below */
+  const float* known_logprob;
+  /* not NaN */
+  float replace_above;
+  float mask_below;
+} mgt_commit_tokens_args;
+
+typedef struct {
+  /* sizeof(mgt_commit_tokens_outputs) */
+  uint32_t struct_size;
+  /* (B, N) contiguous, may not alias an input */
+  int64_t* tokens;
+  /* (B), or NULL: 1 where no position of the window holds mask_token_id any more, else 0 */
+  uint8_t* done;
+} mgt_commit_tokens_outputs;
+
+/* Makes competing positions known, those of the highest confidence, by a rule; the others stay masked. The confidence
+ * is score + temperature * Gumbel noise, the noise of mgt_mask_by_confidence; of equal ones the higher position comes
+ * first. On an error nothing is written. */
+MGT_API mgt_status mgt_commit_tokens(const mgt_context* context, const mgt_commit_tokens_args* args,
+                                     const mgt_commit_tokens_outputs* outputs, int64_t* error_index);
 
 typedef struct {
   int64_t num_rows;

@@ -38,9 +38,10 @@ void check_names(Input& input) {
   REQUIRE(status == (available(isa) ? MGT_OK : MGT_ISA_UNAVAILABLE));
   if (status == MGT_OK) REQUIRE(available(resolved) && resolved != MGT_ISA_AUTO && (resolved == isa || !listed));
   REQUIRE(mgt_resolve_isa(isa, nullptr) == MGT_INVALID_ARGUMENT);
-  const std::string op = input.coin() ? input.one_of<const char*>({"sample_tokens", "differential_sample",
-                                                                   "mask_by_confidence", "w4a8_linear", "w4a16_linear"})
-                                      : "sample_token";
+  const std::string op = input.coin()
+                             ? input.one_of<const char*>({"sample_tokens", "differential_sample", "mask_by_confidence",
+                                                          "commit_tokens", "w4a8_linear", "w4a16_linear"})
+                             : "sample_token";
   mgt_isa kernel = MGT_ISA_AUTO;
   const mgt_status found = mgt_kernel_isa(op.c_str(), isa, &kernel);
   REQUIRE(found == (listed && op != "sample_token" ? MGT_OK : MGT_INVALID_ARGUMENT));

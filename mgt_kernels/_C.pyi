@@ -29,6 +29,7 @@ def mask_by_confidence(
     tokens: int,
     tokens_length: int,
 ) -> tuple[int, int]: ...
+def commit_tokens(isa: int, num_threads: int, parallel: int, args: bytes, outputs: bytes) -> tuple[int, int]: ...
 def philox(
     isa: int,
     seed: int,

@@ -198,6 +198,18 @@ def check_confidence_temperature(value: float) -> None:
     check_range("temperature", value, 0)
 
 
+def check_bound(name: str, value: float) -> None:
+    """Check that a number is finite, in float32 too, or an infinity, which nothing or everything is below."""
+    if not (abs(value) <= _FLOAT32_MAX or abs(value) == math.inf):
+        raise ValueError(f"{name}: expected a finite number or an infinity, got {value}")
+
+
+def check_rule(rule: str, value: float) -> None:
+    """Check the number that belongs to a rule of `commit_tokens`."""
+    if rule != "count":
+        check_range(rule, value, -math.inf if rule == "threshold" else 0)
+
+
 def per_sample(name: str, value: Any, batch: int, device: torch.device) -> int | Tensor:
     """Return an integer of any kind as an int for all samples, and a tensor or array of one for each as (B,) int64."""
     if not isinstance(value, Tensor):

@@ -28,6 +28,7 @@ STATISTICS = {
     "known_logprob": torch.float32,
     "logit": torch.float32,
 }
+COMMIT_RULES = ("count", "threshold", "factor", "entropy_bound")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -389,6 +390,106 @@ def bad_mask_len(mask_len: int | Tensor, logprob: Tensor, sample: int) -> ValueE
 def bad_logprob(row: int, num_positions: int) -> ValueError:
     """Return the error for a confidence that cannot be ranked."""
     return ValueError(f"logprob: {_where(row, num_positions)} is NaN; expected nats or +inf for a known position")
+
+
+# mgt_commit_tokens_args and mgt_commit_tokens_outputs of mgt_kernels.h, laid out as C does
+_COMMIT_TOKENS_ARGS = struct.Struct(
+    "@I"  # struct_size
+    "i"  # rule
+    "2q"  # num_samples, num_positions
+    "3P"  # token_ids, score, tokens
+    "4P"  # counts, starts, ends, seeds
+    "2q"  # mask_token_id, step
+    "2f"  # value, temperature
+    "3P"  # argmax, max_logprob, known_logprob
+    "2f"  # replace_above, mask_below
+)
+_COMMIT_TOKENS_OUTPUTS = struct.Struct(
+    "@I"  # struct_size
+    "2P"  # tokens, done
+)
+
+
+def commit_tokens(
+    token_ids: Tensor,
+    score: Tensor,
+    tokens: Tensor,
+    count: int | Tensor,
+    seed: int | Tensor,
+    step: int,
+    mask_token_id: int,
+    rule: str,
+    value: float,
+    temperature: float,
+    start: int | Tensor | None,
+    end: int | Tensor | None,
+    argmax: Tensor | None,
+    max_logprob: Tensor | None,
+    replace_above: float,
+    known_logprob: Tensor | None,
+    mask_below: float,
+    isa: str,
+) -> tuple[Tensor, Tensor]:
+    """Run the C kernel on checked arguments."""
+    num_samples, num_positions = tokens.shape
+    rows = [
+        None if x is None else x.contiguous() for x in (token_ids, score, tokens, argmax, max_logprob, known_logprob)
+    ]
+    samples = [None if x is None else _per_sample(x, num_samples) for x in (count, start, end, seed)]
+    after, done = _empty_like(tokens, torch.int64), _empty((num_samples,), torch.bool)
+    status, index = _C.commit_tokens(
+        ISAS.index(isa), *_threads(),
+        _COMMIT_TOKENS_ARGS.pack(
+            _COMMIT_TOKENS_ARGS.size, COMMIT_RULES.index(rule), num_samples, num_positions,
+            *map(_address_or_null, rows[:3]), *map(_address_or_null, samples), mask_token_id, step, value, temperature,
+            *map(_address_or_null, rows[3:]), replace_above, mask_below,
+        ),
+        _COMMIT_TOKENS_OUTPUTS.pack(_COMMIT_TOKENS_OUTPUTS.size, after.data_ptr(), done.data_ptr()),
+    )  # fmt: skip
+    if status == 2:
+        _raise_unavailable(isa)
+    if status == 8:
+        raise bad_count(count, tokens, mask_token_id, rule, start, end, index)
+    if status == 9:
+        raise bad_score(index, num_positions)
+    if status == 10:
+        raise bad_window(start, end, num_positions, index)
+    if status:
+        raise RuntimeError(f"mgt_commit_tokens refused its arguments (status {status})")
+    return after, done
+
+
+def _address_or_null(values: Tensor | array[int] | None) -> int:
+    return 0 if values is None else _address(values)
+
+
+def _of_sample(values: int | Tensor, sample: int) -> int:
+    return values if isinstance(values, int) else int(values[sample])
+
+
+def bad_count(
+    count: int | Tensor, tokens: Tensor, mask_token_id: int, rule: str, start: int | Tensor | None,
+    end: int | Tensor | None, sample: int,
+) -> ValueError:  # fmt: skip
+    """Return the error for a sample that is asked to commit more positions than compete, or less than none."""
+    window = slice(0 if start is None else _of_sample(start, sample), None if end is None else _of_sample(end, sample))
+    num_competing = int((tokens[sample, window] == mask_token_id).sum())
+    wanted = f"a value within [0, {num_competing}], the positions that compete" if rule == "count" else "at least 0"
+    return ValueError(f"count: sample {sample} is {_of_sample(count, sample)}; expected {wanted}")
+
+
+def bad_score(row: int, num_positions: int) -> ValueError:
+    """Return the error for a score that cannot be ranked."""
+    return ValueError(f"score: {_where(row, num_positions)} is NaN; expected a number where a masked position competes")
+
+
+def bad_window(start: int | Tensor | None, end: int | Tensor | None, num_positions: int, sample: int) -> ValueError:
+    """Return the error for a window that lies outside the row or ends before it starts."""
+    first = 0 if start is None else _of_sample(start, sample)
+    last = num_positions if end is None else _of_sample(end, sample)
+    return ValueError(
+        f"within: sample {sample} is ({first}, {last}); expected 0 <= start <= end <= {num_positions}, the positions"
+    )
 
 
 def kernel_isa(op: str, isa: str = "auto") -> str:

@@ -1,9 +1,11 @@
 """The public ops: arguments are checked here, once, and handed to the backend asked for."""
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from torch import Tensor
 from mgt_kernels import cpu, reference
 from mgt_kernels.checks import (
     check_backend,
+    check_bound,
     check_confidence_temperature,
     check_draw,
     check_first_position,
@@ -18,6 +21,7 @@ from mgt_kernels.checks import (
     check_noise_scale,
     check_range,
     check_rows,
+    check_rule,
     check_shape,
     check_statistics,
     check_step,
@@ -354,6 +358,169 @@ def mask_by_confidence(
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class TokenEdit:
+    """What `commit_tokens` does to known tokens: those of which the model has become sure otherwise, or unsure.
+
+    A known token that is not `argmax` is replaced by it where max_logprob > replace_above; any other is masked where
+    known_logprob < mask_below. NaN changes nothing. The bounds are in the unit of the tensors, nats for what
+    `sample_tokens` gives: log(0.9) for a probability of 0.9, -inf for 0.
+
+    Attributes:
+        argmax: (B, N) int64, the likeliest token; with max_logprob and replace_above, or None.
+        max_logprob: (B, N) float32, its log-probability.
+        replace_above: a number or a 0-dimensional tensor.
+        known_logprob: (B, N) float32, the log-probability of the token that is there; with mask_below, or None.
+        mask_below: a number or a 0-dimensional tensor.
+
+    Source: LLaDA2.1, whose editing of known tokens (T2T) is the first.
+    """
+
+    argmax: Tensor | None = None
+    max_logprob: Tensor | None = None
+    replace_above: float | Tensor | None = None
+    known_logprob: Tensor | None = None
+    mask_below: float | Tensor | None = None
+
+
+def commit_tokens(
+    token_ids: Tensor,
+    score: Tensor,
+    tokens: Tensor,
+    *,
+    mask_token_id: int,
+    seed: int | Tensor,
+    step: int | Tensor,
+    count: int | Tensor = 1,
+    threshold: float | Tensor | None = None,
+    factor: float | Tensor | None = None,
+    entropy_bound: float | Tensor | None = None,
+    temperature: float | Tensor = 0.0,
+    within: tuple[int | Tensor, int | Tensor] | None = None,
+    edit: TokenEdit | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    r"""Decide which of the drawn tokens stay: the best of the masked positions become known, the others stay masked.
+
+    The masked positions compete, with g ~ Gumbel(0, 1), a function of (seed, step, position) alone, by::
+
+        confidence_i = score_i + temperature g_i            by entropy_bound: -score_i + temperature g_i
+
+    in falling order, among ties the higher position first, as in `mask_by_confidence`. One rule says how many n of the
+    best become known, c_1 >= c_2 >= ... being the confidences::
+
+        count            n = count                          exactly
+        threshold        the largest n with c_n >= threshold
+        factor           the largest n with (n + 1) (1 - c_n) <= factor, c a probability: c_n >= 1 - factor / (n + 1)
+        entropy_bound    the largest n with sum H - max H <= entropy_bound over the first n, H = -c an entropy in nats
+
+    but at least count, where threshold, factor or entropy_bound is given, or all where fewer compete. Each H counts in
+    whole units of 2^-36 nats within [0, 64], so that the sums are exact. With the count alone,
+    `mask_by_confidence` of mask_len = masked positions - count masks the others.
+
+    Args:
+        token_ids: (B, N) int64, the drawn tokens, as `sample_tokens` returns them.
+        score: (B, N) float32, higher is sooner: any statistic for count and threshold, such as a log-probability; a
+            probability for factor, as its authors have it (logprob.exp()); an entropy in nats for entropy_bound, where
+            lower is sooner. +inf counts as the largest float. What is not masked is not looked at.
+        tokens: (B, N) int64, what was there before; positions that hold mask_token_id compete, the others keep their
+            token unless it is edited.
+        mask_token_id: marks masked positions.
+        seed: (B,), or one integer, with which all samples get the same noise.
+        step: index of the decoding step, within [0, 2^32); an integer, which a CUDA graph keeps, or a 0-dimensional
+            tensor.
+        count: an integer for all samples or (B,), at least 0; without another rule within [0, competing positions].
+            (On CUDA, where checking would wait for the device, a larger value commits all that compete, and NaN ranks
+            lowest and meets no rule.)
+        threshold: finite, in the unit of score: log(0.9) for a probability of 0.9 where score is a log-probability; a
+            number or a 0-dimensional tensor, as the next three. They are rounded to float32, as score is.
+        factor: finite and >= 0.
+        entropy_bound: finite and >= 0; for at most 2^20 positions.
+        temperature: of the noise, finite and >= 0.
+        within: (start, end), each an integer or (B,): only positions in [start, end) compete, are edited and count for
+            done; None for all positions.
+        edit: what becomes of known tokens, or None: they stay.
+        backend: as for `sample_tokens`.
+
+    Returns:
+        tokens (B, N) int64, and done (B,) bool, whether no position is masked any more, of the window if there is one.
+
+    Raises:
+        TypeError: if an argument has the wrong type or dtype.
+        ValueError: if a shape, device or range is wrong, more than one rule is given, an edit lacks a tensor or a
+            bound, count or a window is out of range, or the score of a position that competes is NaN.
+        RuntimeError: if the backend asked for is not available.
+
+    Source: count, MaskGIT (arXiv 2202.04200); threshold and factor, Fast-dLLM (arXiv 2505.22618); entropy_bound,
+    EB-Sampler (arXiv 2505.24857).
+    """
+    check_tensor("token_ids", token_ids, 2, (torch.int64,))
+    device, shape = token_ids.device, token_ids.shape
+    check_tensor("score", score, 2, (torch.float32,), device)
+    check_shape("score", score, shape)
+    check_tensor("tokens", tokens, 2, (torch.int64,), device)
+    check_shape("tokens", tokens, shape)
+    rules = {"threshold": threshold, "factor": factor, "entropy_bound": entropy_bound}
+    given = [name for name, bound in rules.items() if bound is not None]
+    if len(given) > 1:
+        raise ValueError(f"threshold, factor, entropy_bound: expected at most one of them, got {' and '.join(given)}")
+    rule = given[0] if given else "count"
+    value = number(rule, rules[rule], device) if given else 0.0
+    if not isinstance(value, Tensor):
+        check_rule(rule, value)
+    if rule == "entropy_bound" and shape[1] > 2**20:
+        raise ValueError(f"entropy_bound: expected at most 2^20 positions, got {shape[1]}")
+    start, end = (None, None) if within is None else _window(within, shape, device)
+    return _call_commit_tokens(
+        token_ids, score, tokens, per_sample("count", count, shape[0], device),
+        per_sample("seed", seed, shape[0], device), check_step(step, device), integer("mask_token_id", mask_token_id),
+        rule, value, number("temperature", temperature, device), start, end, *_edit_arguments(edit, token_ids),
+        check_backend(backend, device),
+    )  # fmt: skip
+
+
+def _window(
+    within: tuple[int | Tensor, int | Tensor], shape: torch.Size, device: torch.device
+) -> tuple[int | Tensor, int | Tensor]:
+    if not isinstance(within, tuple) or len(within) != 2:
+        raise TypeError(f"within: expected a tuple (start, end) or None, got {within!r}")
+    start, end = (
+        per_sample(name, bound, shape[0], device)
+        for name, bound in zip(("within's start", "within's end"), within, strict=True)
+    )
+    if isinstance(start, int) and isinstance(end, int) and not 0 <= start <= end <= shape[1]:
+        raise ValueError(f"within: expected 0 <= start <= end <= {shape[1]}, the positions, got ({start}, {end})")
+    return start, end
+
+
+def _edit_arguments(edit: TokenEdit | None, tokens: Tensor) -> tuple[Any, ...]:
+    """Return argmax, max_logprob, replace_above, known_logprob and mask_below, checked."""
+    if edit is None:
+        return None, None, math.inf, None, -math.inf
+    if not is_a(edit, TokenEdit):
+        raise TypeError(f"edit: expected a TokenEdit or None, got {type(edit).__name__}")
+    replaces = {"argmax": edit.argmax, "max_logprob": edit.max_logprob, "replace_above": edit.replace_above}
+    masks = {"known_logprob": edit.known_logprob, "mask_below": edit.mask_below}
+    for together in (replaces, masks):
+        given = [name for name, value in together.items() if value is not None]
+        if 0 < len(given) < len(together):
+            raise ValueError(f"edit: expected all of {', '.join(together)}, or none; got {', '.join(given)}")
+    device, shape = tokens.device, tokens.shape
+    above: float | Tensor = math.inf
+    below: float | Tensor = -math.inf
+    if edit.argmax is not None and edit.max_logprob is not None:
+        check_tensor("edit.argmax", edit.argmax, 2, (torch.int64,), device)
+        check_shape("edit.argmax", edit.argmax, shape)
+        check_tensor("edit.max_logprob", edit.max_logprob, 2, (torch.float32,), device)
+        check_shape("edit.max_logprob", edit.max_logprob, shape)
+        above = number("edit.replace_above", edit.replace_above, device)
+    if edit.known_logprob is not None:
+        check_tensor("edit.known_logprob", edit.known_logprob, 2, (torch.float32,), device)
+        check_shape("edit.known_logprob", edit.known_logprob, shape)
+        below = number("edit.mask_below", edit.mask_below, device)
+    return edit.argmax, edit.max_logprob, above, edit.known_logprob, below
+
+
 def remask_tokens(
     logits: Tensor | None,
     tokens: Tensor,
@@ -549,6 +716,63 @@ def _reference_mask_by_confidence(
     )
 
 
+def _reference_commit_tokens(
+    token_ids: Tensor,
+    score: Tensor,
+    tokens: Tensor,
+    count: Tensor,
+    seed: Tensor,
+    step: int,
+    mask_token_id: int,
+    rule: str,
+    value: float,
+    temperature: float,
+    start: Tensor | None,
+    end: Tensor | None,
+    argmax: Tensor | None,
+    max_logprob: Tensor | None,
+    replace_above: float,
+    known_logprob: Tensor | None,
+    mask_below: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    check_rule(rule, value)
+    (batch, num_positions), device = tokens.shape, tokens.device
+    count, seed = _for_each(count, batch, device), _for_each(seed, batch, device)
+    start = _for_each(0 if start is None else start, batch, device)
+    end = _for_each(num_positions if end is None else end, batch, device)
+    sample = cpu.first_index((start < 0) | (start > end) | (end > num_positions))
+    if sample >= 0:
+        raise cpu.bad_window(start, end, num_positions, sample)
+    position = torch.arange(num_positions, dtype=torch.int64, device=device)
+    competes = (tokens == mask_token_id) & (position >= start[:, None]) & (position < end[:, None])
+    row = cpu.first_index(competes & score.isnan())
+    sample = cpu.first_index((count < 0) | ((count > competes.sum(-1)) & (rule == "count")))
+    # as the kernels, one sample after the other
+    if row >= 0 and (sample < 0 or row // num_positions <= sample):
+        raise cpu.bad_score(row, num_positions)
+    if sample >= 0:
+        raise cpu.bad_count(count, tokens, mask_token_id, rule, start, end, sample)
+    value, replace_above, mask_below = torch.tensor([value, replace_above, mask_below], dtype=torch.float32).tolist()
+    after, done = reference.commit_tokens(
+        token_ids, score, tokens, mask_token_id=mask_token_id, count=count, rule=rule, value=value, start=start,
+        end=end, temperature=temperature, seed=seed, step=step, argmax=argmax, max_logprob=max_logprob,
+        replace_above=replace_above, known_logprob=known_logprob, mask_below=mask_below,
+    )  # fmt: skip
+    return _dense(after), done
+
+
+def _cpu_commit_tokens(  # type: ignore[no-untyped-def]
+    token_ids, score, tokens, count, seed, step, mask_token_id, rule, value, *options
+):
+    check_rule(rule, value)
+    return cpu.commit_tokens(token_ids, score, tokens, count, seed, step, mask_token_id, rule, value, *options)
+
+
+def _fake_commit_tokens(token_ids, *_):  # type: ignore[no-untyped-def]
+    return token_ids.new_empty(token_ids.shape), token_ids.new_empty(token_ids.shape[:1], dtype=torch.bool)
+
+
 def _reference_differential_sample(
     logits: Tensor,
     tokens: Tensor,
@@ -699,6 +923,21 @@ _call_mask_by_confidence = register(
     cpu.mask_by_confidence,
     per_sample=("mask_len", "seed"),
     numbers={**_STEP, "temperature": check_confidence_temperature},
+)
+_call_commit_tokens = register(
+    "commit_tokens",
+    _reference_commit_tokens,
+    _fake_commit_tokens,
+    _cpu_commit_tokens,
+    per_sample=("count", "seed", "start", "end"),
+    numbers={
+        **_STEP,
+        # its range is the rule's, which the kernels know
+        "value": lambda value: None,
+        "temperature": check_confidence_temperature,
+        "replace_above": partial(check_bound, "edit.replace_above"),
+        "mask_below": partial(check_bound, "edit.mask_below"),
+    },
 )
 # the same on every device: what differs is in the ops it is made of
 _call_remask_tokens = register(

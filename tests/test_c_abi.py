@@ -29,7 +29,7 @@ def structure(name, **fields):
     return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
 
 
-I64, I32, F32, POINTER = ctypes.c_int64, ctypes.c_int32, ctypes.c_float, ctypes.c_void_p
+I64, I32, U32, F32, POINTER = ctypes.c_int64, ctypes.c_int32, ctypes.c_uint32, ctypes.c_float, ctypes.c_void_p
 Context = structure("Context", isa=I32, num_threads=I32, parallel=POINTER)
 Logits = structure("Logits", data=POINTER, stride_sample=I64, stride_position=I64, stride_token=I64)
 Draw = structure(
@@ -49,6 +49,12 @@ Mask = structure(
     "Mask", num_samples=I64, num_positions=I64, token_ids=POINTER, logprob=POINTER, mask_len=POINTER, seeds=POINTER,
     mask_token_id=I64, step=I64, temperature=F32,
 )  # fmt: skip
+Commit = structure(
+    "Commit", struct_size=U32, rule=I32, num_samples=I64, num_positions=I64, token_ids=POINTER, score=POINTER,
+    tokens=POINTER, counts=POINTER, starts=POINTER, ends=POINTER, seeds=POINTER, mask_token_id=I64, step=I64, value=F32,
+    temperature=F32, argmax=POINTER, max_logprob=POINTER, known_logprob=POINTER, replace_above=F32, mask_below=F32,
+)  # fmt: skip
+Committed = structure("Committed", struct_size=U32, tokens=POINTER, done=POINTER)
 Layer = structure(
     "Layer", num_rows=I64, num_inputs=I64, num_outputs=I64, dtype=I32, x=POINTER, x_stride=I64, w_q=POINTER,
     scale=POINTER, scale_dtype=I32, zero_point=POINTER, group_size=I64, bias=POINTER,
@@ -98,6 +104,17 @@ class Call:
             self.kept = [token_ids, logprob, mask_len, seeds]
             self.args = Mask(2, 37, *(t.data_ptr() for t in self.kept), 99, 3, 0.0)
             self.outputs = [torch.zeros(2, 37, dtype=torch.int64)]
+        elif op == "commit_tokens":
+            score = -torch.rand(2, 37, generator=generator) * 1e-39
+            token_ids, tokens = torch.arange(74).view(2, 37), torch.full((2, 37), 99)
+            tokens[:, :9] = 5
+            counts, starts, ends, seeds = (torch.tensor(x) for x in ([3, 4], [0, 6], [30, 37], [5, 6]))
+            self.kept = [token_ids, score, tokens, counts, starts, ends, seeds]
+            sizes = ctypes.sizeof(Commit), 1, 2, 37
+            addresses = [t.data_ptr() for t in self.kept]
+            edit = token_ids.data_ptr(), score.data_ptr(), score.data_ptr(), -5e-40, -1e-39
+            self.args = Commit(*sizes, *addresses, 99, 3, -5e-40, 0.0, *edit)
+            self.outputs = [torch.zeros(2, 37, dtype=torch.int64), torch.zeros(2, dtype=torch.uint8)]
         else:
             x = torch.randn(20, 70, generator=generator) * 1e-38
             w_q = torch.randint(0, 256, (66, 64), generator=generator).to(torch.uint8)
@@ -121,7 +138,7 @@ class Call:
         setattr(self.args if name in dict(self.args._fields_) else self.sample, name, value)
 
     def workspace(self, where):
-        if self.op == "mask_by_confidence":
+        if self.op in WITHOUT_WORKSPACE:
             return 0
         query = getattr(LIBRARY, f"mgt_{self.op}_workspace")
         return query(ctypes.byref(where), ctypes.byref(self.args))
@@ -130,12 +147,15 @@ class Call:
         """Return the status and what was written."""
         index = I64(-1)
         lent = []
-        if self.op != "mask_by_confidence":
+        if self.op not in WITHOUT_WORKSPACE:
             num_bytes = self.workspace(where) if num_bytes is None else num_bytes
             # a call that must refuse before it touches memory is told of more than there is
             memory = torch.empty(min(max(num_bytes, 0), 2**26), dtype=torch.uint8)
             lent = [pointer(memory), I64(num_bytes)]
-        outputs = [ctypes.byref(self.drawn)] if self.op == "sample_tokens" else map(pointer, self.outputs)
+        outputs = [ctypes.byref(self.drawn)] if self.op == "sample_tokens" else [pointer(x) for x in self.outputs]
+        if self.op == "commit_tokens":
+            committed = Committed(ctypes.sizeof(Committed), *outputs)
+            outputs = [ctypes.byref(committed)]
         status = getattr(LIBRARY, f"mgt_{self.op}")(
             ctypes.byref(where), ctypes.byref(self.args), *self.extra, *outputs, *lent, ctypes.byref(index)
         )
@@ -143,7 +163,8 @@ class Call:
         return status, [output.clone() for output in self.outputs]
 
 
-OPS = ("sample_tokens", "differential_sample", "mask_by_confidence", "w4a8_linear", "w4a16_linear")
+OPS = ("sample_tokens", "differential_sample", "mask_by_confidence", "commit_tokens", "w4a8_linear", "w4a16_linear")
+WITHOUT_WORKSPACE = ("mask_by_confidence", "commit_tokens")
 
 
 def same(first, second):
@@ -257,6 +278,10 @@ SIZES = {
     ],
 }  # fmt: skip
 SIZES["w4a16_linear"] = SIZES["w4a8_linear"]
+SIZES["commit_tokens"] = [
+    *SIZES["mask_by_confidence"], dict(struct_size=0), dict(struct_size=ctypes.sizeof(Commit) - 8),
+    dict(struct_size=ctypes.sizeof(Commit) + 8), dict(rule=3, num_positions=2**20 + 1), dict(step=-1),
+]  # fmt: skip
 SIZES["differential_sample"] = [*SIZES["sample_tokens"], dict(num_samples=2**20, num_positions=2**31, num_tokens=2**30)]
 
 
@@ -264,7 +289,7 @@ SIZES["differential_sample"] = [*SIZES["sample_tokens"], dict(num_samples=2**20,
 def test_sizes_near_2_to_62_are_refused(op):
     for changes in SIZES[op]:
         call = Call(op, **changes)
-        if op != "mask_by_confidence":
+        if op not in WITHOUT_WORKSPACE:
             assert call.workspace(context()) == -1, changes
         assert call(context(), 2**40)[0] == INVALID, changes
 
@@ -316,9 +341,36 @@ def test_any_number_of_threads_works_or_is_refused(op):
         assert Call(op)(context(num_threads=num_threads), 2**20)[0] == INVALID
 
 
+def test_commits_refuse_numbers_out_of_range_and_write_nothing():
+    nan, inf = float("nan"), float("inf")
+    bad = [
+        *(dict(rule=rule, value=value) for rule in (1, 2, 3) for value in (nan, inf, -inf)),
+        *(dict(rule=rule, value=-1.0) for rule in (2, 3)), dict(temperature=-1.0), dict(temperature=nan),
+        dict(replace_above=nan), dict(mask_below=nan), dict(argmax=None), dict(max_logprob=None), dict(score=None),
+        dict(tokens=None), dict(token_ids=None), dict(counts=None), dict(seeds=None),
+    ]  # fmt: skip
+    for changes in bad:
+        call = Call("commit_tokens", **changes)
+        status, outputs = call(context())
+        assert status == INVALID and not outputs[0].any() and not outputs[1].any(), changes
+    for kept, index, value, status, where in ((3, 1, -1, 8, 1), (1, (1, 36), nan, 9, 73), (5, 0, 38, 10, 0)):
+        call = Call("commit_tokens")
+        call.kept[kept][index] = value
+        assert call(context())[0] == status and call.index == where and not call.outputs[0].any()
+    for outputs in (Committed(8, None, None), Committed(ctypes.sizeof(Committed), None, None)):
+        call = Call("commit_tokens")
+        arguments = ctypes.byref(context()), ctypes.byref(call.args), ctypes.byref(outputs), None
+        assert LIBRARY.mgt_commit_tokens(*arguments) == INVALID
+    # done need not be asked for, nor a window or an edit be given
+    call = Call("commit_tokens", starts=None, ends=None, argmax=None, max_logprob=None, known_logprob=None)
+    outputs = Committed(ctypes.sizeof(Committed), call.outputs[0].data_ptr(), None)
+    arguments = ctypes.byref(context()), ctypes.byref(call.args), ctypes.byref(outputs), None
+    assert LIBRARY.mgt_commit_tokens(*arguments) == OK and call.outputs[0].any() and not call.outputs[1].any()
+
+
 ENUMS = {
     "dtype": (-1, 3, 255, 2**31 - 1), "scale_dtype": (-1, 1, 3, 256), "variant": (-1, 2, 255),
-    "rows": (-1, 3, 255, 2**31 - 1),
+    "rows": (-1, 3, 255, 2**31 - 1), "rule": (-1, 4, 255),
 }  # fmt: skip
 
 

@@ -82,6 +82,21 @@ def test_mask_by_confidence_passes_opcheck(layout, path):
 
 
 @pytest.mark.parametrize("path", BACKENDS)
+@pytest.mark.parametrize("layout, rule", [*((layout, "threshold") for layout in LAYOUTS), ("slice", "entropy_bound")])
+def test_commit_tokens_passes_opcheck(layout, rule, path):
+    rows = torch.arange(10).view(2, 5), torch.rand(2, 5), torch.full((2, 5), 40)
+    samples = torch.tensor([1, 2]), torch.tensor([3, 4]), torch.tensor([0, 1]), torch.tensor([5, 4])
+    token_ids, score, tokens, count, seed, start, end = in_layout(layout, *rows, *samples)
+    window, edit = (None, None), (None, None, number(1.0), None, number(0.0))
+    if rule == "threshold":
+        window, edit = (start, end), (token_ids, score, number(0.5), score, number(0.1))
+    check_op(
+        "commit_tokens", token_ids, score, tokens, count, seed, torch.tensor(5), 40, rule, number(0.5), number(0.1),
+        *window, *edit, path,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("path", BACKENDS)
 @pytest.mark.parametrize(
     "layout, variant", [*((layout, "paper") for layout in LAYOUTS), ("slice", "official"), ("slice", "random")]
 )
@@ -250,6 +265,7 @@ logits, tokens, draw = torch.randn(1, 4, 9), torch.full((1, 4), 9), dict(mask_to
 token_ids, logprob, *_ = mgt_kernels.sample_tokens(logits, tokens, **draw)
 mgt_kernels.differential_sample(logits, tokens, None, **draw)
 mgt_kernels.mask_by_confidence(token_ids, logprob, 2, temperature=1.0, **draw)
+mgt_kernels.commit_tokens(token_ids, logprob, tokens, threshold=-1.0, **draw)
 mgt_kernels.remask_tokens(logits, token_ids, 2, **draw)
 weight = mgt_kernels.quantize_int4(torch.randn(8, 64))
 mgt_kernels.w4a8_linear(torch.randn(2, 64), weight)
@@ -351,7 +367,19 @@ def a_step(logits, uncond, tokens, seed, step, mask_len, guidance_scale, noise_s
     token_ids, logprob, *_ = mgt_kernels.sample_tokens(logits, tokens, **guided, **noisy, **draw)
     _, other, _ = mgt_kernels.differential_sample(logits, tokens, None, **guided, **noisy, **draw)
     masked = mgt_kernels.mask_by_confidence(token_ids, logprob, mask_len, temperature=temperature, **draw)
-    return token_ids, logprob, other, masked, *mgt_kernels.remask_tokens(logits, token_ids, mask_len, **guided, **draw)
+    edit = mgt_kernels.TokenEdit(token_ids, logprob, noise_scale)
+    committed = mgt_kernels.commit_tokens(
+        token_ids, logprob, tokens, factor=guidance_scale, count=mask_len, temperature=temperature, edit=edit,
+        within=(1, 6), **draw,
+    )  # fmt: skip
+    return (
+        token_ids,
+        logprob,
+        other,
+        masked,
+        *committed,
+        *mgt_kernels.remask_tokens(logits, token_ids, mask_len, **guided, **draw),
+    )
 
 
 def schedule(number):
@@ -552,6 +580,9 @@ def test_every_view_runs(shape, view, backend):
             score = mgt_kernels.remask_tokens(logits, odd(known), 0, step=0, **halves, **draw)
             yield from score
             yield mgt_kernels.mask_by_confidence(tokens, odd(score[1].detach()), 0, temperature=1.0, step=1, **draw)
+            yield from mgt_kernels.commit_tokens(
+                odd(known), odd(torch.zeros(shape[:2])), tokens, step=1, count=0, **draw
+            )
 
     for ours, right in zip(every_op(*views), every_op(*copies), strict=True):
         assert torch.equal(ours, right) and ours.is_contiguous()

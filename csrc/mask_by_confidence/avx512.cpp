@@ -8,6 +8,7 @@ MGT_TARGET_AVX512_BEGIN
 #include "philox.h"
 #include "elementary.h"
 #include "select.h"
+#include "confidence.h"
 #include "mask_by_confidence/body.h"
 
 namespace mgt {

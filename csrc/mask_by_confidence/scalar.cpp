@@ -5,6 +5,7 @@
 #include "philox.h"
 #include "elementary.h"
 #include "select.h"
+#include "confidence.h"
 #include "mask_by_confidence/body.h"
 
 namespace mgt {

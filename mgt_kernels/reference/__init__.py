@@ -1,5 +1,6 @@
 """The oracles: every op once more in float64 PyTorch, one line per equation."""
 
+from mgt_kernels.reference.commit_tokens import commit_tokens
 from mgt_kernels.reference.differential_sample import decode_history, differential_sample, encode_history
 from mgt_kernels.reference.draws import confidence_gumbel, gaussian, philox, remask_gumbel, token_gumbel
 from mgt_kernels.reference.mask_by_confidence import mask_by_confidence
@@ -9,6 +10,7 @@ from mgt_kernels.reference.w4a8_linear import dynamic_scale, group_sums, quantiz
 from mgt_kernels.reference.w4a16_linear import w4a16_linear
 
 __all__ = [
+    "commit_tokens",
     "confidence_gumbel",
     "decode_history",
     "differential_sample",

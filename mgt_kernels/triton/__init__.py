@@ -5,10 +5,11 @@ try:
 except ImportError as error:
     raise RuntimeError("tensors on CUDA need Triton: pip install mgt-kernels[gpu]") from error
 
+from mgt_kernels.triton.commit_tokens import commit_tokens
 from mgt_kernels.triton.differential_sample import differential_sample
 from mgt_kernels.triton.mask_by_confidence import mask_by_confidence
 from mgt_kernels.triton.sample_tokens import sample_tokens
 from mgt_kernels.triton.w4a8_linear import w4a8_linear
 from mgt_kernels.triton.w4a16_linear import w4a16_linear
 
-__all__ = ["differential_sample", "mask_by_confidence", "sample_tokens", "w4a8_linear", "w4a16_linear"]
+__all__ = ["commit_tokens", "differential_sample", "mask_by_confidence", "sample_tokens", "w4a8_linear", "w4a16_linear"]

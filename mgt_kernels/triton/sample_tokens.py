@@ -724,8 +724,8 @@ def sample_tokens(
             MAY_FORBID=uncond_logits is not None and may_be_negative(guidance_scale),
             # nothing is drawn of known positions
             SCALE_PER_SAMPLE=is_per_sample(guidance_scale), HAS_NOISE=noisy,
-            GREEDY=rows == "known" or is_greedy(temperature), READS=rows, BLOCK_POSITIONS=block_positions, BLOCK_COLUMNS=block_columns, num_warps=num_warps,
-            maxnreg=max_registers, **LAUNCH_OPTIONS,
+            GREEDY=rows == "known" or is_greedy(temperature), READS=rows, BLOCK_POSITIONS=block_positions,
+            BLOCK_COLUMNS=block_columns, num_warps=num_warps, maxnreg=max_registers, **LAUNCH_OPTIONS,
         )  # fmt: skip
         if partials is not None:
             launch(

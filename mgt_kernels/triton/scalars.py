@@ -13,7 +13,8 @@ from torch import Tensor
 # compiled, for a step of a schedule or the seed of one sample lies anywhere
 SCALARS = (
     "guidance_scale", "noise_scale", "inverse_temperature", "temperature", "seed_ptr", "step_ptr",
-    "first_position_ptr", "mask_len_ptr", "history_seed_ptr", "history_step_ptr",
+    "first_position_ptr", "mask_len_ptr", "history_seed_ptr", "history_step_ptr", "count_ptr", "start_ptr", "end_ptr",
+    "value", "replace_above", "mask_below",
 )  # fmt: skip
 
 # the smallest temperature but 0, as the checks of the ops have it

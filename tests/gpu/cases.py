@@ -235,7 +235,12 @@ def bad_rows_case(position_major: bool) -> Case:
 
 
 # scalars that a step may change, by their place among the arguments
-SCALARS = {"sample_tokens": (6, 7, 8), "mask_by_confidence": (6,), "differential_sample": (11, 12, 13)}
+SCALARS = {
+    "sample_tokens": (6, 7, 8),
+    "mask_by_confidence": (6,),
+    "commit_tokens": (8, 9, 14, 16),
+    "differential_sample": (11, 12, 13),
+}
 
 
 def with_numbers(arguments: tuple) -> tuple:
@@ -328,6 +333,76 @@ def too_many_to_mask_case() -> Case:
         assert torch.equal(outputs[0], expected[0])
 
     return Case("mask_by_confidence", "more than is masked, and NaN", make_arguments, expected, check)
+
+
+COMMIT_VALUES = {"count": 0.0, "threshold": 0.6, "factor": 1.3, "entropy_bound": 2.5}
+
+
+def commit_tokens_case(
+    rule: str,
+    num_positions: int,
+    temperature: float = 0.0,
+    *,
+    within: bool = False,
+    edit: bool = False,
+    digits: int = 4,
+) -> Case:
+    """Make a case with a third of the positions known, and with ties of few digits."""
+
+    def make_arguments() -> tuple:
+        generator = torch.Generator().manual_seed(num_positions)
+        shape = (3, num_positions)
+        token_ids = torch.randint(100, shape, generator=generator)
+        tokens = torch.where(torch.rand(shape, generator=generator) < 1 / 3, token_ids, 100)
+        score = torch.rand(shape, generator=generator) ** torch.tensor([[2.0], [0.1], [0.01]])
+        score = (1 - score if rule == "entropy_bound" else score).round(decimals=digits)
+        start = torch.tensor([num_positions // 3, 0, 1]) if within else None
+        end = torch.tensor([num_positions, num_positions // 2, 1]) if within else None
+        # what a step would draw and the model thinks of what is there
+        argmax = torch.randint(100, shape, generator=generator) if edit else None
+        max_logprob, known_logprob = -torch.rand(2, *shape, generator=generator) if edit else (None, None)
+        count = torch.tensor([num_positions // 8, 1, 0])
+        return (
+            token_ids, score, tokens, count, torch.tensor([1, -2, 2**63 - 10]), torch.tensor(7), 100, rule,
+            COMMIT_VALUES[rule], temperature, start, end, argmax, max_logprob, -0.5, known_logprob, -0.75,
+        )  # fmt: skip
+
+    name = f"{rule} N={num_positions} temperature={temperature}{' within' * within}{' edit' * edit}"
+    return Case("commit_tokens", name, make_arguments, on_cpu("commit_tokens"), check_equal)
+
+
+def check_equal(arguments: tuple, expected: Outputs, outputs: Outputs) -> None:
+    """Every output equals the CPU's."""
+    for theirs, ours in zip(expected, outputs, strict=True):
+        assert torch.equal(ours, theirs), f"{int((ours != theirs).sum())} differ"
+
+
+def bad_commits_case(rule: str) -> Case:
+    """NaN, windows and counts that a CPU refuses: NaN ranks lowest and meets no rule, of a window what there is."""
+
+    def make_arguments() -> tuple:
+        score = torch.tensor([[0.1, torch.nan, 0.9, torch.inf, -torch.inf, 0.9]] * 4)
+        tokens = torch.full((4, 6), 100)
+        tokens[:, 0] = 5
+        options = (rule, COMMIT_VALUES[rule], 0.0, torch.tensor([0, -9, 3, 5]), torch.tensor([6, 99, 6, 2]))
+        return (
+            torch.arange(24).view(4, 6), score, tokens, torch.tensor([4, -1, 9, 1]), torch.tensor([1, 2, 3, 4]),
+            torch.tensor(0), 100, *options, None, None, torch.inf, None, -torch.inf,
+        )  # fmt: skip
+
+    def expected(token_ids: Tensor, score: Tensor, tokens: Tensor, *_: object) -> Outputs:
+        num_by_rule = {"count": 0, "threshold": 3, "factor": 3, "entropy_bound": 4}[rule]
+        order = [1, 4, 2, 5, 3] if rule != "entropy_bound" else [1, 3, 5, 2, 4]
+        after = tokens.clone()
+        for sample, (num_competing, count) in enumerate([(5, 4), (5, 0), (3, 3), (0, 0)]):
+            competing = [i for i in order if num_competing == 5 or i >= 3]
+            num = min(max(count, num_by_rule), num_competing)
+            for i in competing[len(competing) - num :]:
+                after[sample, i] = token_ids[sample, i]
+        done = torch.tensor([False, False, True, True], device=tokens.device)
+        return after, done
+
+    return Case("commit_tokens", f"{rule}, what a CPU refuses", make_arguments, expected, check_equal)
 
 
 def extreme_rows(steps: list[Tensor]) -> None:
@@ -784,6 +859,16 @@ CASES = [
     ],
     too_many_to_mask_case(),
     overflowing_case(),
+    *[
+        commit_tokens_case(rule, num_positions, temperature)
+        for rule, num_positions, temperature in (
+            ("count", 5, 0.0), ("count", 256, 1.3), ("threshold", 200, 0.0), ("threshold", 256, 0.05),
+            ("factor", 300, 0.0), ("factor", 256, 0.05), ("entropy_bound", 300, 0.0), ("entropy_bound", 256, 0.05),
+            ("factor", 17000, 0.0), ("entropy_bound", 17000, 0.0), ("threshold", 64, 3e38),
+        )
+    ],
+    *[commit_tokens_case(rule, 150, digits=1, within=True, edit=True) for rule in COMMIT_VALUES],
+    *[bad_commits_case(rule) for rule in COMMIT_VALUES],
     differential_sample_case("first step", 2100, num_steps=1),
     differential_sample_case("first step, official and aliased, position-major", 600, num_steps=1, position_major=True,
                              variant="official", aliased_history=True),
@@ -855,6 +940,7 @@ CASES = [
 WITH_TENSORS = [
     "bf16 noise, -inf, the mask in the vocabulary", "fp32 greedy with ties", "fp32 unguided, warm",
     "N=256 temperature=0.0 digits=0", "N=256 temperature=1.3 digits=3", "temperature 3e38", "paper greedy",
+    *[f"{rule} N=150 temperature=0.0 within edit" for rule in COMMIT_VALUES], "factor N=256 temperature=0.05",
     "official, aliased, bf16, noise",
 ]  # fmt: skip
 CASES += [scalars_as_tensors(case) for case in CASES if case.name in WITH_TENSORS]

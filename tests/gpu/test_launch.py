@@ -17,18 +17,29 @@ from triton.runtime import JITFunction
 import mgt_kernels
 from mgt_kernels import ops
 from mgt_kernels import triton as kernels
-from mgt_kernels.triton import differential_sample, mask_by_confidence, sample_tokens, w4a8_linear, w4a16_linear
+from mgt_kernels.triton import (
+    commit_tokens,
+    differential_sample,
+    mask_by_confidence,
+    sample_tokens,
+    w4a8_linear,
+    w4a16_linear,
+)
 from mgt_kernels.triton import launch as launching
 
 SPLIT = next(case for case in CASES if case.name == "bf16 split over four programs")
 MASK = next(case for case in CASES if case.name == "N=256 temperature=1.3 digits=3")
+COMMIT = next(case for case in CASES if case.name == "factor N=256 temperature=0.05")
 DIFFERENCE = next(case for case in CASES if case.name == "official, aliased, bf16, noise")
 LINEAR = next(case for case in CASES if case.name == "w4a8 bf16, two static scales, a short group")
 LINEAR_16 = next(case for case in CASES if case.name == "w4a16 fp32, groups of 32")
 SPLIT_LINEAR = next(case for case in CASES if case.name == "w4a8 bf16, split")
 SPLIT_LINEAR_16 = next(case for case in CASES if case.name == "w4a16 bf16, split")
 DEQUANTIZED = next(case for case in CASES if case.name == "w4a16 bf16, dequantized")
-ONE_OF_EACH = [SPLIT, MASK, DIFFERENCE, LINEAR, LINEAR_16, SPLIT_LINEAR, SPLIT_LINEAR_16, DEQUANTIZED]
+ONE_OF_EACH = [SPLIT, MASK, COMMIT, DIFFERENCE, LINEAR, LINEAR_16, SPLIT_LINEAR, SPLIT_LINEAR_16, DEQUANTIZED]
+
+
+MODULES = (sample_tokens, mask_by_confidence, commit_tokens, differential_sample, w4a8_linear, w4a16_linear)
 
 
 def launches_of(*arguments, op="sample_tokens"):
@@ -38,7 +49,8 @@ def launches_of(*arguments, op="sample_tokens"):
 
 
 @pytest.mark.parametrize(
-    "op", ["sample_tokens", "mask_by_confidence", "differential_sample", "w4a8_linear", "w4a16_linear"]
+    "op",
+    ["sample_tokens", "mask_by_confidence", "commit_tokens", "differential_sample", "w4a8_linear", "w4a16_linear"],
 )
 def test_ops_have_a_cuda_kernel(op):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"mgt_kernels::{op}", "CUDA")
@@ -53,7 +65,12 @@ def test_public_ops_on_cuda_wait_for_nothing():
         options = dict(mask_token_id=1000, seed=1)
         token_ids, logprob, *_ = mgt_kernels.sample_tokens(logits, tokens, step=step, **options)
         masked = mgt_kernels.mask_by_confidence(token_ids, logprob, 20, temperature=1.0, step=3, **options)
-        assert token_ids.is_cuda and logprob.is_cuda and masked.is_cuda
+        edit = mgt_kernels.TokenEdit(token_ids, logprob, -0.1)
+        end = torch.empty(2, dtype=torch.int64, device="cuda")
+        after, done = mgt_kernels.commit_tokens(
+            token_ids, logprob, tokens, threshold=-0.1, within=(4, end), edit=edit, step=step, **options
+        )
+        assert all(x.is_cuda for x in (token_ids, logprob, masked, after, done))
         state = None
         for _ in range(2):
             _, _, state = mgt_kernels.differential_sample(logits, tokens, state, step=step, **options)
@@ -169,12 +186,12 @@ def test_settings_of_a_step_do_not_compile_anew():
 def test_nothing_is_tuned_at_run_time():
     found = [
         value
-        for module in (sample_tokens, mask_by_confidence, differential_sample, w4a8_linear, w4a16_linear)
+        for module in MODULES
         for name, value in vars(sys.modules[module.__module__]).items()
         if name.endswith("_kernel")
     ]
     # a tuner would wrap it; what is launched is a function of dtype, layout and shape
-    assert len(found) == 13 and all(type(kernel) is JITFunction for kernel in found)
+    assert len(found) == 14 and all(type(kernel) is JITFunction for kernel in found)
 
 
 def assert_exact_arithmetic(ptx: str) -> None:
@@ -189,7 +206,7 @@ def test_arithmetic_is_exact(case, monkeypatch):
     for launch in launches_of(*arguments, op=case.op):
         assert_exact_arithmetic(launch.ptx)
     # with fusion left on, the check is red
-    for module in (sample_tokens, mask_by_confidence, differential_sample, w4a8_linear, w4a16_linear):
+    for module in MODULES:
         monkeypatch.setitem(sys.modules[module.__module__].LAUNCH_OPTIONS, "enable_fp_fusion", True)
     with pytest.raises(AssertionError):
         for launch in launches_of(*arguments, op=case.op):

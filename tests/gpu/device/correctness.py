@@ -15,6 +15,7 @@ from device.standin import cpu_tensors_on
 REHEARSED_CASES = (
     "sample_tokens: fp32 one token",
     "mask_by_confidence: N=5 temperature=0.0 digits=0",
+    "commit_tokens: count N=5 temperature=0.0",
     "differential_sample: first step",
     "w4a8_linear: w4a8 fp32, an input",
     "w4a16_linear: w4a16 fp32, an input",

@@ -14,6 +14,8 @@ _NAMES = (
     "sample_tokens: many peaked rows with noise",
     "mask_by_confidence: N=16384 temperature=1.3 digits=3",
     "mask_by_confidence: N=20000 temperature=1.3 digits=3",
+    "commit_tokens: factor N=17000 temperature=0.0",
+    "commit_tokens: entropy_bound N=17000 temperature=0.0",
     "differential_sample: many rows of differences",
     "differential_sample: more positions than registers hold",
     "differential_sample: paper bf16 position-major, odd",

@@ -14,6 +14,7 @@ _NAMES = (
     "sample_tokens: bf16 split over four programs",
     "sample_tokens: fp16 position-major, odd, noise",
     "mask_by_confidence: N=4097 temperature=1.3 digits=3",
+    "commit_tokens: entropy_bound N=150 temperature=0.0 within edit",
     "differential_sample: paper bf16",
     "differential_sample: official, aliased, bf16, noise",
     "w4a8_linear: w4a8 bf16, two static scales, a short group",
