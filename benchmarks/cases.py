@@ -24,6 +24,7 @@ from .models import (
 )  # fmt: skip
 from .steps import (
     alternation_case,
+    commit_case,
     differential_case,
     gpu_absent,
     kernels,
@@ -52,6 +53,7 @@ def quick_cases(threads: int) -> Iterator[Case]:
         if model.name.startswith(("LLaDA", "Show-o 256")):
             yield sampling_case(model, op="sample_tokens", threads=threads)
     yield sampling_case(AMUSED_256, op="mask_by_confidence", threads=threads)
+    yield commit_case(AMUSED_256, threads=threads)
     yield differential_case(AMUSED_256, threads=threads)
     yield remask_case(AMUSED_256, threads=threads)
     yield from alternations(threads)
@@ -121,6 +123,8 @@ def full_cases(threads: int) -> Iterator[Case]:
         for backend in [*kernels("mask_by_confidence"), *on_gpu]:
             # reads no logits
             yield sampling_case(model, op="mask_by_confidence", dtype=dtypes[0], backend=backend, threads=count)
+        for backend in [*kernels("commit_tokens"), *on_gpu]:
+            yield commit_case(model, backend=backend, threads=count)
     for layer, dtype, group_size, count in product(LAYERS, dtypes[:2], (128, 32), counts):
         for op in ("w4a8_linear", "w4a16_linear"):
             for backend in [*kernels(op), *on_gpu]:

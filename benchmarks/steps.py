@@ -419,6 +419,46 @@ def differential_case(
     return Case(setting, prepare, targets, bytes_per_position)
 
 
+def commit_case(model: Model = MEISSONIC_1024, *, backend: str = "auto", threads: int = 2) -> Case:
+    """The commit of one step at B=1 by a bound on the entropies, with every position masked."""
+    setting = Setting(
+        "commit_tokens", "entropy bound", model.name, f"B=1 N={model.num_positions}", backend=backend, threads=threads
+    )
+
+    def prepare() -> Job:
+        device, shape, mask_token_id = device_of(backend), (1, model.num_positions), model.codebook_size
+        generator = torch.Generator().manual_seed(0)
+        token_ids = torch.randint(mask_token_id, shape, generator=generator).to(device)
+        entropy = (3 * torch.rand(shape, generator=generator) ** 4).to(device)
+        tokens = torch.full_like(token_ids, mask_token_id)
+        bound = model.num_positions / 100
+
+        def run() -> tuple[Tensor, Tensor]:
+            return mgt_kernels.commit_tokens(
+                token_ids, entropy, tokens, entropy_bound=bound, mask_token_id=mask_token_id, seed=0, step=0,
+                backend=backend,
+            )  # fmt: skip
+
+        def pytorch() -> tuple[Tensor, Tensor]:
+            masked = tokens == mask_token_id
+            ordered, order = torch.where(masked, entropy, torch.inf).sort(-1)
+            accepted = ordered.cumsum(-1) - ordered <= bound
+            commits = torch.zeros_like(masked).scatter(-1, order, accepted) & masked
+            after = torch.where(commits, token_ids, tokens)
+            return after, (after != mask_token_id).all(-1)
+
+        def check() -> None:
+            # the chain adds in float32
+            ours, theirs = ((after != mask_token_id).sum() for after, _ in (run(), pytorch()))
+            if abs(int(ours) - int(theirs)) > 1 or not 0 < int(ours) < model.num_positions:
+                raise AssertionError(f"{ours} positions are committed, {theirs} by the chain")
+
+        # ids, entropy and tokens in, tokens out
+        return Job(Work(28 * tokens.numel(), tokens.numel()), Call(run), {"pytorch": Call(pytorch)}, check)
+
+    return Case(setting, prepare)
+
+
 def remask_case(
     model: Model = MEISSONIC_1024,
     *,

@@ -89,6 +89,7 @@ def test_every_op_of_the_suite_runs_on_small_shapes():
     timed = [
         cases.differential_case(SMALL, threads=1),
         cases.remask_case(SMALL, threads=1),
+        cases.commit_case(SMALL, threads=1),
         cases.scheduler_case(SMALL, threads=1),
         cases.z_sampling_case(batch=1, threads=1),
         cases.linear_case(Layer("small", 5, 64, 32), op="w4a8_linear", group_size=32, threads=1),
