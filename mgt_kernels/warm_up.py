@@ -23,6 +23,10 @@ def warm_up(
     noise_scale: Values = 0.0,
     temperature: Values = 1.0,
     confidence_temperature: Values = (1.0, 0.0),
+    first_position: int | Tensor = 0,
+    allowed: Tensor | None = None,
+    rows: str = "masked",
+    statistics: Sequence[str] = (),
     variant: str | None = None,
     aliased_history: bool = False,
 ) -> None:
@@ -30,10 +34,11 @@ def warm_up(
 
     On CUDA a kernel is compiled when a variant of it is first launched, which takes seconds, and loaded, which the
     capture of a CUDA graph forbids. A variant depends on the dtype, shape, strides and alignment of the logits, on
-    whether there is an unguided half, on whether guidance may be negative, on whether noise and temperatures are 0, and
-    on which scalars are tensors; it does not depend on the number of samples, the seeds, the step and the values
-    themselves. So give logits and tokens as the model and the loop make them, and of each scalar all values that the
-    generation will take, or some that stand for them: `noise_scale=(1.0, 0.0)` for noise that ends early.
+    whether there is an unguided half, on whether guidance may be negative, on whether noise and temperatures are 0, on
+    which scalars are tensors, and on what a draw is asked for and told besides; it does not depend on the number of
+    samples, the seeds, the step and the values themselves. So give logits and tokens as the model and the loop make
+    them, and of each scalar all values that the generation will take, or some that stand for them:
+    `noise_scale=(1.0, 0.0)` for noise that ends early.
 
     The results are thrown away, and nothing that is given is written to. Where the guidance scale passes 0 or 1,
     which spare the loop one of the halves, the steps with one half are run too. `remask_tokens` draws
@@ -48,6 +53,8 @@ def warm_up(
         noise_scale: of the logits.
         temperature: of the draw of a token.
         confidence_temperature: of `mask_by_confidence`.
+        first_position, allowed, rows, statistics: as for `sample_tokens`; the last two are not of generations by
+            `differential_sample`.
         variant: "paper" or "official", for generations by `differential_sample`; None for `sample_tokens`.
         aliased_history: as for `differential_sample`.
 
@@ -70,10 +77,10 @@ def warm_up(
     ):
         options: dict[str, Any] = dict(
             mask_token_id=mask_token_id, seed=seed, uncond_logits=uncond, guidance_scale=guidance, noise_scale=noise,
-            temperature=draw_temperature,
+            temperature=draw_temperature, first_position=first_position, allowed=allowed,
         )  # fmt: skip
         if variant is None:
-            sample_tokens(logits, tokens, step=0, **options)
+            sample_tokens(logits, tokens, step=0, rows=rows, statistics=statistics, **options)
             continue
         state: DifferentialState | None = None
         for step in range(2):

@@ -57,11 +57,16 @@ _KINDS = {
     "w_q_ptr": "*u8", "zero_point_ptr": "*u8", "bias_ptr": "*fp32", "x_q_ptr": "*i8", "x_sum_ptr": "*i32",
     "row_scale_ptr": "*fp32", "x_scale_ptr": "*fp32", "stride_row": "i64",
 }  # fmt: skip
+# arguments that the launchers in C have no door for
+_ABSENT = {
+    "argmax_ptr", "max_logprob_ptr", "margin_ptr", "entropy_ptr", "logsumexp_ptr", "known_logprob_ptr", "logit_ptr",
+    "logit_inverse_temperature", "token_bias_ptr", "first_position_ptr",
+}  # fmt: skip
 
 
 def _types(kernel: JITFunction, **kinds: str) -> dict[str, str]:
     """Return the arguments of a kernel that are not constexprs with their types; `kinds` has those that vary."""
-    names = [parameter.name for parameter in kernel.params if not parameter.is_constexpr]
+    names = [parameter.name for parameter in kernel.params if not (parameter.is_constexpr or parameter.name in _ABSENT)]
     known = _KINDS | kinds
     return {name: known[name] if name.endswith("_ptr") else known.get(name, "i32") for name in names}
 
@@ -246,7 +251,8 @@ def compile_for(variant: Variant, architecture: int) -> Compiled:
         for index, name in enumerate(kernel.arg_names)
         if name in variant.multiples_of_16 and name in variant.parameters
     }
-    source = ASTSource(kernel, signature, dict(variant.constants), attributes)
+    absent = {name: None for name in kernel.arg_names if name in _ABSENT}
+    source = ASTSource(kernel, signature, {**variant.constants, **absent}, attributes)
     options = {**variant.options, **LAUNCH_OPTIONS}
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     _check_interface(variant, compiled)
@@ -280,7 +286,7 @@ def _layout_constants(position_major: bool, guided: bool) -> dict[str, Any]:
         constants["uncond_ptr"] = None
         constants |= {f"uncond_stride_{dimension}": 0 for dimension in ("sample", "position", "token")}
     # one variant for all guidance scales
-    return {**constants, "MAY_FORBID": guided}
+    return {**constants, "MAY_FORBID": guided, "SCALE_PER_SAMPLE": False}
 
 
 def _aligned_logits(position_major: bool) -> set[str]:
@@ -300,6 +306,7 @@ def _sample_tokens(
         **({} if split else {"partials_ptr": None}),
         "HAS_NOISE": noise,
         "GREEDY": greedy,
+        "READS": "masked",
         "BLOCK_POSITIONS": 16 if position_major else 1,
         "BLOCK_COLUMNS": 32 if position_major else 512,
     }
@@ -323,7 +330,7 @@ def _combine_splits(block_splits: int) -> Variant:
         key=f"MGT_CUDA_COMBINE_SPLITS({block_splits})",
         kernel=_combine_splits_kernel,
         types=_types(_combine_splits_kernel),
-        constants={"BLOCK_ROWS": 32, "BLOCK_SPLITS": block_splits},
+        constants={"READS": "masked", "BLOCK_ROWS": 32, "BLOCK_SPLITS": block_splits},
         multiples_of_16=frozenset(),
         options={"num_warps": 4},
     )

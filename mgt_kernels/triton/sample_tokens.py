@@ -595,7 +595,7 @@ def _combine_splits_kernel(
     num_rows,
     num_splits,
     mask_token_id,
-    inverse_temperature,
+    logit_inverse_temperature,
     READS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
@@ -636,10 +636,11 @@ def _combine_splits_kernel(
         token_ids_ptr, logprob_ptr, argmax_ptr, max_logprob_ptr, margin_ptr, entropy_ptr, logsumexp_ptr,
         known_logprob_ptr, logit_ptr,
     )  # fmt: skip
-    inverse_temperature, _ = load_inverse_temperature(inverse_temperature)
+    if logit_ptr is not None:
+        logit_inverse_temperature, _ = load_inverse_temperature(logit_inverse_temperature)
     _store_rows(
         outputs, offs_row, inside, read, token, masked, row_max, row_sum, logit, drawn, of_row, known_logit,
-        inverse_temperature,
+        logit_inverse_temperature,
     )  # fmt: skip
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 # the kernels' names for them and for what else is loaded alone: there, where a pointer points does not decide what is
 # compiled, for a step of a schedule or the seed of one sample lies anywhere
 SCALARS = (
-    "guidance_scale", "noise_scale", "inverse_temperature", "temperature", "seed_ptr", "step_ptr",
-    "first_position_ptr", "mask_len_ptr", "history_seed_ptr", "history_step_ptr", "count_ptr", "start_ptr", "end_ptr",
-    "value", "replace_above", "mask_below",
+    "guidance_scale", "noise_scale", "inverse_temperature", "logit_inverse_temperature", "temperature", "seed_ptr",
+    "step_ptr", "first_position_ptr", "mask_len_ptr", "history_seed_ptr", "history_step_ptr", "count_ptr",
+    "start_ptr", "end_ptr", "value", "replace_above", "mask_below",
 )  # fmt: skip
 
 # the smallest temperature but 0, as the checks of the ops have it

@@ -222,7 +222,7 @@ def _differential_sample(
         tokens = torch.full((1, num_positions), num_tokens)
         kernels.differential_sample(
             halves[0], tokens, history, torch.empty(tokens.shape, dtype=torch.bool), step.clone(), seed.clone(), True,
-            seed, step, num_tokens, halves[1], 3.0, 0.0, 1.0, 0.75, variant, aliased_history,
+            seed, step, num_tokens, halves[1], 3.0, 0.0, 1.0, None, None, 0.75, variant, aliased_history,
         )  # fmt: skip
 
     def dram_bytes(accesses_of_code: int) -> Callable[[list[driver.Launch]], int]:

@@ -44,10 +44,10 @@ def make_step() -> Callable[[], object]:
     draw: dict[str, Any] = dict(mask_token_id=TOKENS, seed=seed, step=torch.tensor(1))
 
     def step() -> object:
-        drawn = mgt_kernels.sample_tokens(
+        token_ids, logprob, *_ = mgt_kernels.sample_tokens(
             logits, tokens, uncond_logits=uncond, guidance_scale=4.0, noise_scale=0.5, **draw
         )
-        return mgt_kernels.mask_by_confidence(*drawn, count, temperature=0.5, **draw)
+        return mgt_kernels.mask_by_confidence(token_ids, logprob, count, temperature=0.5, **draw)
 
     return step
 

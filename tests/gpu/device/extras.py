@@ -19,7 +19,7 @@ def graph_replays_with_fresh_draws() -> None:
     arguments = case.make_arguments()
     logits, tokens, seed, step, mask_token_id, uncond, guidance_scale, *_ = _on("cuda", arguments)
 
-    def draw() -> tuple[torch.Tensor, torch.Tensor]:
+    def draw() -> mgt_kernels.Sampled:
         return mgt_kernels.sample_tokens(
             logits, tokens, mask_token_id=mask_token_id, seed=seed, step=step, uncond_logits=uncond,
             guidance_scale=guidance_scale,
@@ -30,7 +30,7 @@ def graph_replays_with_fresh_draws() -> None:
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        token_ids, _ = draw()
+        token_ids = draw().token_ids
     for value in (1, 2):
         step.fill_(value)
         seed += value

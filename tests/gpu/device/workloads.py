@@ -156,8 +156,8 @@ def our_step(draw: Draw) -> Workload:
         shared = {name: options[name] for name in ("mask_token_id", "seed", "step")}
 
         def step() -> Tensor:
-            drawn = mgt_kernels.sample_tokens(logits, tokens, **options)
-            return mgt_kernels.mask_by_confidence(*drawn, mask_len, temperature=1.3, **shared)
+            token_ids, logprob, *_ = mgt_kernels.sample_tokens(logits, tokens, **options)
+            return mgt_kernels.mask_by_confidence(token_ids, logprob, mask_len, temperature=1.3, **shared)
 
         return step
 
