@@ -163,6 +163,7 @@ static void count_masks(const mgt_context* context) {
   uint32_t state = 1;
   mgt_mask_by_confidence_args args;
   memset(&args, 0, sizeof args);
+  args.struct_size = sizeof args;
   args.num_samples = 1;
   args.num_positions = NUM_POSITIONS;
   args.token_ids = token_ids;
@@ -191,6 +192,7 @@ static void count_layers(const mgt_context* context, int eight_bits) {
   }
   mgt_int4_linear_args args;
   memset(&args, 0, sizeof args);
+  args.struct_size = sizeof args;
   args.num_rows = M;
   args.num_inputs = K;
   args.num_outputs = N;

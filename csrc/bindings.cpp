@@ -82,20 +82,9 @@ py::tuple differential_sample(int isa, int num_threads, std::uintptr_t parallel,
   return py::make_tuple(static_cast<int>(status), error_index);
 }
 
-py::tuple mask_by_confidence(int isa, int num_threads, std::uintptr_t parallel, int64_t num_samples,
-                             int64_t num_positions, std::uintptr_t token_ids, std::uintptr_t logprob,
-                             std::uintptr_t mask_len, std::uintptr_t seeds, int64_t mask_token_id, int64_t step,
-                             float temperature, std::uintptr_t tokens, int64_t tokens_length) {
-  require_length("tokens", tokens_length, num_samples * num_positions);
-  const mgt_mask_by_confidence_args args{num_samples,
-                                         num_positions,
-                                         pointer<const int64_t>(token_ids),
-                                         pointer<const float>(logprob),
-                                         pointer<const int64_t>(mask_len),
-                                         pointer<const int64_t>(seeds),
-                                         mask_token_id,
-                                         step,
-                                         temperature};
+py::tuple mask_by_confidence(int isa, int num_threads, std::uintptr_t parallel, const py::bytes& packed_args,
+                             std::uintptr_t tokens) {
+  const auto args = record<mgt_mask_by_confidence_args>(packed_args);
   const mgt_context where = context(isa, num_threads, parallel);
   int64_t error_index = -1;
   mgt_status status;
@@ -119,34 +108,12 @@ py::tuple commit_tokens(int isa, int num_threads, std::uintptr_t parallel, py::b
   return py::make_tuple(static_cast<int>(status), error_index);
 }
 
-// shape: (rows, inputs, outputs); weight: addresses of w_q, scale, its dtype, address of zero_point, group size;
-// buffers: (address, number of elements) pairs
-mgt_int4_linear_args int4_linear_args(py::tuple shape, int dtype, std::uintptr_t x, int64_t x_stride, py::tuple weight,
-                                      std::uintptr_t bias) {
-  mgt_int4_linear_args args{};
-  args.num_rows = shape[0].cast<int64_t>();
-  args.num_inputs = shape[1].cast<int64_t>();
-  args.num_outputs = shape[2].cast<int64_t>();
-  args.dtype = static_cast<mgt_dtype>(dtype);
-  args.x = pointer<const void>(x);
-  args.x_stride = x_stride;
-  args.w_q = pointer<const uint8_t>(weight[0].cast<std::uintptr_t>());
-  args.scale = pointer<const void>(weight[1].cast<std::uintptr_t>());
-  args.scale_dtype = static_cast<mgt_dtype>(weight[2].cast<int>());
-  args.zero_point = pointer<const uint8_t>(weight[3].cast<std::uintptr_t>());
-  args.group_size = weight[4].cast<int64_t>();
-  args.bias = pointer<const float>(bias);
-  return args;
-}
-
-py::tuple int4_linear(bool a8, int isa, int num_threads, std::uintptr_t parallel, py::tuple shape, int dtype,
-                      std::uintptr_t x, int64_t x_stride, py::tuple weight, std::uintptr_t bias, py::tuple x_scale,
-                      py::tuple y) {
-  const mgt_int4_linear_args args = int4_linear_args(shape, dtype, x, x_stride, weight, bias);
-  require_length("y", y[1].cast<int64_t>(), args.num_rows * args.num_outputs);
-  const auto* scales = pointer<const float>(x_scale[0].cast<std::uintptr_t>());
-  const auto num_scales = x_scale[1].cast<int64_t>();
-  auto* result = pointer<void>(y[0].cast<std::uintptr_t>());
+// of w4a8_linear where a8, else of w4a16_linear, which has no scales of x
+py::tuple int4_linear(bool a8, int isa, int num_threads, std::uintptr_t parallel, const py::bytes& packed_args,
+                      std::uintptr_t x_scale, int64_t num_x_scales, std::uintptr_t y) {
+  const auto args = record<mgt_int4_linear_args>(packed_args);
+  const auto* scales = pointer<const float>(x_scale);
+  auto* result = pointer<void>(y);
   const mgt_context where = context(isa, num_threads, parallel);
   int64_t error_index = -1;
   mgt_status status;
@@ -155,8 +122,9 @@ py::tuple int4_linear(bool a8, int isa, int num_threads, std::uintptr_t parallel
     const Workspace workspace(a8 ? mgt_w4a8_linear_workspace(&where, &args)
                                  : mgt_w4a16_linear_workspace(&where, &args));
     char* memory = workspace.memory.get();
-    status = a8 ? mgt_w4a8_linear(&where, &args, scales, num_scales, result, memory, workspace.num_bytes, &error_index)
-                : mgt_w4a16_linear(&where, &args, result, memory, workspace.num_bytes, &error_index);
+    status =
+        a8 ? mgt_w4a8_linear(&where, &args, scales, num_x_scales, result, memory, workspace.num_bytes, &error_index)
+           : mgt_w4a16_linear(&where, &args, result, memory, workspace.num_bytes, &error_index);
   }
   return py::make_tuple(static_cast<int>(status), error_index);
 }

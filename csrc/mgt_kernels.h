@@ -6,8 +6,8 @@
  * Threads need 64 KiB of stack. Strides count elements; a dimension of size 1 is never stepped along, so that any
  * stride of it will do.
  *
- * A structure that has a struct_size begins with it, its sizeof in the header that the caller is compiled with; another
- * size is an invalid argument. Start from zeros: a zero means what each member says of it, and a later version
+ * A structure of arguments or outputs begins with its size, its sizeof in the header that the caller is compiled with;
+ * another size is an invalid argument. Start from zeros: a zero means what each member says of it, and a later version
  * that adds members at the end takes the sizes of before, and zero for what they lack.
  *
  * Random draws are functions of (seed, step, position, token id) alone, so results do not depend on the batch, the
@@ -221,6 +221,9 @@ MGT_API mgt_status mgt_differential_sample(const mgt_context* context, const mgt
                                            int64_t* error_index);
 
 typedef struct {
+  uint32_t struct_size;
+  /* finite, at least 0 */
+  float temperature;
   int64_t num_samples;
   /* below 2^32 */
   int64_t num_positions;
@@ -234,8 +237,6 @@ typedef struct {
   int64_t mask_token_id;
   /* in [0, 2^32) */
   int64_t step;
-  /* finite, at least 0 */
-  float temperature;
 } mgt_mask_by_confidence_args;
 
 /* Masks the mask_len least confident of the masked positions again, exactly as many. The confidence is logprob +
@@ -312,12 +313,13 @@ MGT_API mgt_status mgt_commit_tokens(const mgt_context* context, const mgt_commi
                                      const mgt_commit_tokens_outputs* outputs, int64_t* error_index);
 
 typedef struct {
+  uint32_t struct_size;
+  /* of x and y: MGT_FLOAT32 or MGT_BFLOAT16 */
+  mgt_dtype dtype;
   int64_t num_rows;
   /* within [1, 2^31) */
   int64_t num_inputs;
   int64_t num_outputs;
-  /* of x and y: MGT_FLOAT32 or MGT_BFLOAT16 */
-  mgt_dtype dtype;
   /* (num_rows, num_inputs), unit stride over inputs */
   const void* x;
   /* from row to row, at least num_inputs */
@@ -327,13 +329,13 @@ typedef struct {
   const uint8_t* w_q;
   /* (num_outputs, ceil(num_inputs / group_size)) contiguous, positive; MGT_FLOAT32 or MGT_FLOAT16 */
   const void* scale;
-  mgt_dtype scale_dtype;
   /* as scale, within [0, 15]; a weight is (w_q - zero_point) * scale */
   const uint8_t* zero_point;
-  /* a multiple of 32 within [32, 16384] */
-  int64_t group_size;
   /* (num_outputs), or NULL */
   const float* bias;
+  /* a multiple of 32 within [32, 16384] */
+  int64_t group_size;
+  mgt_dtype scale_dtype;
 } mgt_int4_linear_args;
 
 /* Bytes of workspace for these sizes and context; -1 where they are invalid or the instruction set is missing. */

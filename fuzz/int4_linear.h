@@ -37,6 +37,7 @@ int fuzz_linear(const uint8_t* data, size_t size) {
   mgt_context c = context(input);
   const unsigned state = float_state(input);
   mgt_int4_linear_args a{};
+  a.struct_size = sizeof a;
   a.num_rows = input.size(0, input.one_of<int64_t>({1, 3, 3, 10, 40}));
   a.num_inputs = input.size(1, input.one_of<int64_t>({20, 20, 70, 70, 200, 600}));
   a.num_outputs = input.size(1, input.one_of<int64_t>({4, 4, 20, 70, 130}));

@@ -33,6 +33,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   mgt_context c = context(input);
   const unsigned state = float_state(input);
   mgt_mask_by_confidence_args a{};
+  a.struct_size = sizeof a;
   a.num_samples = input.size(0, 4);
   a.num_positions = input.size(0, input.rarely(16) ? 300 : 20);
   a.mask_token_id = input.rarely(4) ? input.hostile() : 500;

@@ -13,22 +13,7 @@ def differential_sample(
     logprob: int,
     divergence: int,
 ) -> tuple[int, int]: ...
-def mask_by_confidence(
-    isa: int,
-    num_threads: int,
-    parallel: int,
-    num_samples: int,
-    num_positions: int,
-    token_ids: int,
-    logprob: int,
-    mask_len: int,
-    seeds: int,
-    mask_token_id: int,
-    step: int,
-    temperature: float,
-    tokens: int,
-    tokens_length: int,
-) -> tuple[int, int]: ...
+def mask_by_confidence(isa: int, num_threads: int, parallel: int, args: bytes, tokens: int) -> tuple[int, int]: ...
 def commit_tokens(isa: int, num_threads: int, parallel: int, args: bytes, outputs: bytes) -> tuple[int, int]: ...
 def philox(
     isa: int,
@@ -44,17 +29,6 @@ def philox(
 def gaussian(isa: int, seed: int, position: int, step: int, noise: int, noise_length: int) -> int: ...
 def kernel_isa(op: str, isa: int) -> tuple[int, int]: ...
 def int4_linear(
-    a8: bool,
-    isa: int,
-    num_threads: int,
-    parallel: int,
-    shape: tuple[int, ...],
-    dtype: int,
-    x: int,
-    x_stride: int,
-    weight: tuple[int, ...],
-    bias: int,
-    x_scale: tuple[int, int],
-    y: tuple[int, int],
+    a8: bool, isa: int, num_threads: int, parallel: int, args: bytes, x_scale: int, num_x_scales: int, y: int
 ) -> tuple[int, int]: ...
 def peak(isa: str, dtype: str, num_threads: int, seconds: float) -> float: ...

@@ -154,6 +154,10 @@ def _address(values: Tensor | array[int] | None) -> int:
 _SAMPLE_TOKENS_ARGS = struct.Struct("@Ii 3q P3q P3q 5P 2q 3fi")
 # mgt_sample_tokens_outputs: struct_size; token_ids, logprob, then STATISTICS
 _SAMPLE_TOKENS_OUTPUTS = struct.Struct("@I 9P")
+# mgt_mask_by_confidence_args: struct_size, temperature; sizes; token_ids, logprob, mask_len, seeds; mask_token_id, step
+_MASK_BY_CONFIDENCE_ARGS = struct.Struct("@If 2q 4P 2q")
+# mgt_int4_linear_args: struct_size, dtype; sizes; x, x_stride; w_q, scale, zero_point, bias; group_size, scale_dtype
+_INT4_LINEAR_ARGS = struct.Struct("@Ii 3q Pq 4P qi0q")
 # mgt_differential_sample_args: struct_size, variant; sample, which the binding fills in; aliased_history, has_history,
 # share
 _DIFFERENTIAL_SAMPLE_ARGS = struct.Struct("@Ii P 2i d")
@@ -364,8 +368,12 @@ def mask_by_confidence(
     counts, seeds = _per_sample(mask_len, num_samples), _per_sample(seed, num_samples)
     tokens = _empty_like(token_ids, torch.int64)
     status, index = _C.mask_by_confidence(
-        ISAS.index(isa), *_threads(), num_samples, num_positions, token_ids.data_ptr(), logprob.data_ptr(),
-        _address(counts), _address(seeds), mask_token_id, step, temperature, tokens.data_ptr(), tokens.numel(),
+        ISAS.index(isa), *_threads(),
+        _MASK_BY_CONFIDENCE_ARGS.pack(
+            _MASK_BY_CONFIDENCE_ARGS.size, temperature, num_samples, num_positions, token_ids.data_ptr(),
+            logprob.data_ptr(), _address(counts), _address(seeds), mask_token_id, step,
+        ),
+        tokens.data_ptr(),
     )  # fmt: skip
     if status == 2:
         _raise_unavailable(isa)
@@ -530,17 +538,19 @@ def int4_linear(
     if num_rows == 0:
         return y
     x = rows_apart(x)
-    shape, dtype = (num_rows, num_inputs, num_outputs), _DTYPES[x.dtype]
     stride = num_inputs if num_rows == 1 else x.stride(0)
     if x_scale is not None:
         x_scale = x_scale.contiguous()
     if bias is not None:
         bias = bias.float()
-    weight = w_q.data_ptr(), scale.data_ptr(), _DTYPES[scale.dtype], zero_point.data_ptr(), group_size
     status, row = _C.int4_linear(
-        a8, ISAS.index(isa), *_threads(), shape, dtype, x.data_ptr(), stride, weight,
-        0 if bias is None else bias.data_ptr(), (0, 0) if x_scale is None else (x_scale.data_ptr(), len(x_scale)),
-        (y.data_ptr(), y.numel()),
+        a8, ISAS.index(isa), *_threads(),
+        _INT4_LINEAR_ARGS.pack(
+            _INT4_LINEAR_ARGS.size, _DTYPES[x.dtype], num_rows, num_inputs, num_outputs, x.data_ptr(), stride,
+            w_q.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), 0 if bias is None else bias.data_ptr(),
+            group_size, _DTYPES[scale.dtype],
+        ),
+        *((0, 0) if x_scale is None else (x_scale.data_ptr(), len(x_scale))), y.data_ptr(),
     )  # fmt: skip
     if status == 2:
         _raise_unavailable(isa)

@@ -73,7 +73,7 @@ using Op = const mgt::Int4LinearKernel* mgt::Kernels::*;
 
 int64_t workspace_bytes(const mgt_context* context, const mgt_int4_linear_args* args, Op op) {
   mgt_isa isa;
-  if (!mgt::valid(context) || args == nullptr || mgt_resolve_isa(context->isa, &isa) != MGT_OK) return -1;
+  if (!mgt::valid(context) || !mgt::whole(args) || mgt_resolve_isa(context->isa, &isa) != MGT_OK) return -1;
   const mgt_int4_linear_args a = normalized(*args);
   return valid(a) ? workspace_of(*context, a, *(mgt::kKernels[isa].*op)).total.value() : -1;
 }
@@ -81,7 +81,7 @@ int64_t workspace_bytes(const mgt_context* context, const mgt_int4_linear_args* 
 mgt_status run_linear(const mgt_context* context, const mgt_int4_linear_args* args, Op op, const float* x_scale,
                       int64_t num_x_scales, void* y, void* workspace, int64_t num_bytes, int64_t* error_index) {
   const mgt::FloatState state;
-  if (!mgt::valid(context) || args == nullptr) return MGT_INVALID_ARGUMENT;
+  if (!mgt::valid(context) || !mgt::whole(args)) return MGT_INVALID_ARGUMENT;
   const mgt_int4_linear_args a = normalized(*args);
   if (!valid(a) || num_x_scales < 0 || (num_x_scales > 0 && (x_scale == nullptr || a.num_rows % num_x_scales != 0)))
     return MGT_INVALID_ARGUMENT;

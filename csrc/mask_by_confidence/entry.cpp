@@ -6,7 +6,7 @@
 extern "C" mgt_status mgt_mask_by_confidence(const mgt_context* context, const mgt_mask_by_confidence_args* args,
                                              int64_t* tokens, int64_t* error_index) {
   const mgt::FloatState state;
-  if (!mgt::valid(context) || args == nullptr) return MGT_INVALID_ARGUMENT;
+  if (!mgt::valid(context) || !mgt::whole(args)) return MGT_INVALID_ARGUMENT;
   const mgt_mask_by_confidence_args& a = *args;
   if (a.num_samples < 0 || a.num_positions < 0 || a.num_positions > UINT32_MAX || !mgt::valid_step(a.step) ||
       !(a.temperature >= 0.0f) || !std::isfinite(a.temperature) ||

@@ -137,6 +137,7 @@ class Round {
     for (size_t i = 0; i < halves_.size(); ++i) halves_[i] = static_cast<uint16_t>(0x3000 + i * 7919 % 0x1000);
     for (size_t i = 0; i < x_.size(); ++i) x_[i] = static_cast<float>(i * 31 % 101) - 50.0f;
     for (size_t i = 0; i < w_q_.size(); ++i) w_q_[i] = static_cast<uint8_t>(37 * i);
+    layer_.struct_size = sizeof layer_;
     layer_.num_rows = kRows;
     layer_.num_inputs = kInputs;
     layer_.num_outputs = kOutputs;
@@ -190,6 +191,7 @@ class Round {
       }
     }
     mgt_mask_by_confidence_args mask{};
+    mask.struct_size = sizeof mask;
     mask.num_samples = 1;
     mask.num_positions = kPositions;
     mask.token_ids = ids_.data();

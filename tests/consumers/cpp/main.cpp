@@ -54,6 +54,7 @@ int main() {
   const std::vector<float> scale{0.5f, 0.25f};
   const std::vector<uint8_t> zero_point{7, 8};
   mgt_int4_linear_args layer{};
+  layer.struct_size = sizeof layer;
   layer.num_rows = 3;
   layer.num_inputs = 64;
   layer.num_outputs = 2;

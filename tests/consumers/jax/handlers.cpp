@@ -68,6 +68,7 @@ static ffi::Error MaskByConfidence(ffi::Buffer<ffi::S32> token_ids, ffi::Buffer<
   std::vector<int64_t> keys(seeds.typed_data(), seeds.typed_data() + sizes[0]);
   const mgt_context context{MGT_ISA_AUTO, 2, nullptr};
   mgt_mask_by_confidence_args args{};
+  args.struct_size = sizeof args;
   args.num_samples = sizes[0];
   args.num_positions = sizes[1];
   args.token_ids = drawn.data();
