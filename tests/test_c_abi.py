@@ -29,7 +29,7 @@ def structure(name, **fields):
     return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
 
 
-I64, I32, U32, F32, POINTER = ctypes.c_int64, ctypes.c_int32, U32, ctypes.c_float, ctypes.c_void_p
+I64, I32, U32, F32, POINTER = ctypes.c_int64, ctypes.c_int32, ctypes.c_uint32, ctypes.c_float, ctypes.c_void_p
 Context = structure("Context", isa=I32, num_threads=I32, parallel=POINTER)
 Logits = structure("Logits", data=POINTER, stride_sample=I64, stride_position=I64, stride_token=I64)
 Draw = structure(
