@@ -55,7 +55,8 @@ def check_op(op, *arguments):
     torch.library.opcheck(getattr(torch.ops.mgt_kernels, op).default, arguments)
     # the compiler holds the stride of a dimension of size 1 to the fake result too; opcheck does not
     results = getattr(torch.ops.mgt_kernels, op)(*arguments)
-    for result in results if isinstance(results, tuple) else (results,):
+    several = results if isinstance(results, tuple) else (results,)
+    for result in (x for y in several for x in (y if isinstance(y, list) else [y])):
         assert result.stride() == torch.empty(result.shape).stride()
 
 
@@ -67,9 +68,11 @@ BACKENDS = ("auto", "reference")
 def test_sample_tokens_passes_opcheck(layout, guided, path):
     logits, tokens, seed, step, mask_token_id = SAMPLE
     uncond = torch.randn(2, 5, 40) if guided else None
-    logits, uncond, tokens, seed = in_layout(layout, logits, uncond, tokens, seed)
-    numbers = number(2.0), number(0.5), number(1.0)
-    check_op("sample_tokens", logits, tokens, seed, step, mask_token_id, uncond, *numbers, path)
+    logits, uncond, tokens, seed, first = in_layout(layout, logits, uncond, tokens, seed, torch.tensor([3, 0]))
+    numbers, bias = (number(2.0), number(0.5), number(1.0)), torch.zeros(40)
+    rows, statistics = ("all", "margin,entropy") if guided else ("masked", "")
+    options = (first, bias, rows, statistics) if guided else (None, None, rows, statistics)
+    check_op("sample_tokens", logits, tokens, seed, step, mask_token_id, uncond, *numbers, *options, path)
 
 
 @pytest.mark.parametrize("path", BACKENDS)
@@ -116,14 +119,17 @@ def test_remask_tokens_passes_opcheck(layout, variant, path):
 @pytest.mark.parametrize("layout, has_history", [*((layout, True) for layout in LAYOUTS), ("slice", False)])
 def test_differential_sample_passes_opcheck(layout, has_history, path):
     logits, tokens, seed, step, mask_token_id = SAMPLE
-    logits, uncond, tokens, seed = in_layout(layout, logits, torch.randn(2, 5, 40), tokens, seed)
+    logits, uncond, tokens, seed, first = in_layout(
+        layout, logits, torch.randn(2, 5, 40), tokens, seed, torch.tensor([3, 0])
+    )
     before = torch.tensor(2 if has_history else -1)
     variant, aliased = ("official", True) if has_history else ("paper", False)
     history = reference.encode_history(torch.randn(logits.shape).log_softmax(-1)).contiguous()
     written = torch.ones(logits.shape[:2], dtype=torch.bool)
     check_op(
         "differential_sample", logits, tokens, history, written, before, seed.clone(), has_history, seed, step,
-        mask_token_id, uncond, number(2.0), number(0.5), number(1.0), 0.75, variant, aliased, path,
+        mask_token_id, uncond, number(2.0), number(0.5), number(1.0), first, torch.zeros(40), 0.75,
+        variant, aliased, path,
     )  # fmt: skip
 
 
@@ -203,7 +209,7 @@ def test_a_step_may_be_a_tensor(backend):
         options = dict(mask_token_id=40, seed=3, backend=backend)
         drawn = mgt_kernels.sample_tokens(logits, tokens, step=step, **options)
         drawn_again = mgt_kernels.sample_tokens(logits, tokens, step=torch.tensor(step), **options)
-        assert all(map(torch.equal, drawn, drawn_again))
+        assert all(map(torch.equal, drawn[:2], drawn_again[:2]))
         masked = mgt_kernels.mask_by_confidence(token_ids, torch.zeros(2, 5), 2, temperature=1.0, step=step, **options)
         assert torch.equal(
             masked,
@@ -573,7 +579,10 @@ def test_every_view_runs(shape, view, backend):
     def every_op(logits, uncond, tokens):
         draw = dict(mask_token_id=num_tokens, seed=odd(torch.arange(shape[0])), backend=backend)
         for halves in ({}, {"uncond_logits": uncond, "guidance_scale": 2.0}):
-            yield from mgt_kernels.sample_tokens(logits, tokens, step=0, **halves, **draw)
+            drawn = mgt_kernels.sample_tokens(
+                logits, tokens, step=0, statistics=["argmax", "entropy"], **halves, **draw
+            )
+            yield from (output for output in drawn if output is not None)
             _, _, state = mgt_kernels.differential_sample(logits, tokens, None, step=0, **halves, **draw)
             yield from mgt_kernels.differential_sample(uncond, tokens, state, step=1, **halves, **draw)[:2]
             known = torch.zeros(shape[:2], dtype=torch.int64)

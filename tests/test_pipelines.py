@@ -285,9 +285,9 @@ class TestZSampling:
         from mgt_sampler import techniques
 
         def draw(*args, **kwargs):
-            token_ids, logprob = original(*args, **kwargs)
-            token_ids[1, 7], logprob[1, 7] = 31, -1e30
-            return token_ids, logprob
+            drawn = original(*args, **kwargs)
+            drawn.token_ids[1, 7], drawn.logprob[1, 7] = 31, -1e30
+            return drawn
 
         original = techniques.sample_tokens
         monkeypatch.setattr(techniques, "sample_tokens", draw)

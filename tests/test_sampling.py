@@ -313,9 +313,9 @@ def test_what_a_gpu_kernel_could_not_draw_is_named_with_its_place(model, monkeyp
     from mgt_sampler import techniques
 
     def draw(*args, **kwargs):
-        token_ids, logprob = original(*args, **kwargs)
-        token_ids[2, 7] = MASK
-        return token_ids, logprob
+        drawn = original(*args, **kwargs)
+        drawn.token_ids[2, 7] = MASK
+        return drawn
 
     original = techniques.sample_tokens
     monkeypatch.setattr(techniques, "sample_tokens", draw)
