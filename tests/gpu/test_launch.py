@@ -307,6 +307,8 @@ def test_profilers_see_a_launch():
 
 
 def test_a_capture_loads_nothing(monkeypatch):
+    for loaded in ("_LOADED", "_LOADED_FOR"):
+        monkeypatch.setattr(launching, loaded, {})
     arguments = SPLIT.make_arguments()
     launches_of(*arguments)
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
