@@ -31,6 +31,7 @@ from .steps import (
     remask_case,
     sampling_case,
     scheduler_case,
+    statistics_case,
     z_sampling_case,
 )  # fmt: skip
 
@@ -54,6 +55,7 @@ def quick_cases(threads: int) -> Iterator[Case]:
             yield sampling_case(model, op="sample_tokens", threads=threads)
     yield sampling_case(AMUSED_256, op="mask_by_confidence", threads=threads)
     yield commit_case(AMUSED_256, threads=threads)
+    yield statistics_case(AMUSED_256, threads=threads)
     yield differential_case(AMUSED_256, threads=threads)
     yield remask_case(AMUSED_256, threads=threads)
     yield from alternations(threads)
@@ -123,6 +125,12 @@ def full_cases(threads: int) -> Iterator[Case]:
         for backend in [*kernels("mask_by_confidence"), *on_gpu]:
             # reads no logits
             yield sampling_case(model, op="mask_by_confidence", dtype=dtypes[0], backend=backend, threads=count)
+        for backend in [*kernels("sample_tokens"), *on_gpu]:
+            # the draw is a peer that is to stay near
+            targets = (
+                (Target(60, "pytorch"), Target(0.8, "plain draw")) if backend == kernels("sample_tokens")[-1] else ()
+            )
+            yield statistics_case(model, backend=backend, threads=count, targets=targets)
         for backend in [*kernels("commit_tokens"), *on_gpu]:
             yield commit_case(model, backend=backend, threads=count)
     for layer, dtype, group_size, count in product(LAYERS, dtypes[:2], (128, 32), counts):

@@ -100,9 +100,8 @@ def our_step(inputs: Inputs) -> Tensor:
     )  # fmt: skip
 
 
-def check_draw(inputs: Inputs) -> None:
-    """Compare some positions of the draw with the float64 oracle."""
-    token_ids, logprob = (x[:, CHECKED].cpu() for x in our_draw(inputs))
+def oracle(inputs: Inputs) -> dict[str, Tensor]:
+    """All that a draw can give, in float64, of the positions that are checked."""
     draw = inputs.draw(CHECKED)
     if draw["uncond_logits"] is not None:
         draw["uncond_logits"] = draw["uncond_logits"].cpu()
@@ -110,6 +109,13 @@ def check_draw(inputs: Inputs) -> None:
         inputs.logits[:, CHECKED].cpu(), inputs.tokens[:, CHECKED].cpu(),
         seed=torch.zeros(len(inputs.logits), dtype=torch.int64), **draw,
     )  # fmt: skip
+    return expected
+
+
+def check_draw(inputs: Inputs) -> None:
+    """Compare some positions of the draw with the float64 oracle."""
+    token_ids, logprob = (x[:, CHECKED].cpu() for x in our_draw(inputs))
+    expected = oracle(inputs)
     if not torch.equal(token_ids, expected["token_ids"]):
         raise AssertionError("token ids differ from the oracle's")
     if not torch.allclose(logprob.double(), expected["logprob"], atol=1e-4, rtol=0):
@@ -417,6 +423,66 @@ def differential_case(
     # beside what a position takes, each thread holds a row
     bytes_per_position = 64 + 4 * threads * model.codebook_size / model.num_positions
     return Case(setting, prepare, targets, bytes_per_position)
+
+
+STATISTICS = ("argmax", "max_logprob", "margin", "entropy")
+
+
+def pytorch_statistics(
+    logits: Tensor, uncond: Tensor | None, tokens: Tensor, guidance_scale: float, noise_scale: float, mask_token_id: int
+) -> tuple[Tensor, ...]:
+    """The draw and STATISTICS as PyTorch users write them."""
+    logits = pytorch_guidance(logits, uncond, guidance_scale, noise_scale)
+    log_p = logits.float().log_softmax(-1)
+    p = log_p.exp()
+    drawn = torch.multinomial(p.flatten(0, 1), 1).view_as(tokens)
+    logprob = log_p.gather(-1, drawn[..., None])[..., 0]
+    largest, index = log_p.topk(2, dim=-1)
+    margin = largest[..., 0].exp() - largest[..., 1].exp()
+    return drawn, logprob, index[..., 0], largest[..., 0], margin, -(p * log_p).sum(-1)
+
+
+def statistics_case(
+    model: Model = MEISSONIC_1024, *, backend: str = "auto", threads: int = 2, targets: tuple[Target, ...] = ()
+) -> Case:
+    """A draw at B=1 that gives four statistics of its rows, with every position masked."""
+    guidance_scale = model.guidance_scale
+    setting = Setting(
+        "sample_tokens", "statistics", model.name, f"B=1 N={model.num_positions} V={model.codebook_size}", model.dtype,
+        backend=backend, threads=threads,
+    )  # fmt: skip
+
+    def prepare() -> Job:
+        device = device_of(backend)
+        logits = random_logits(0, model, dtype=model.dtype, device=device)
+        uncond = None if guidance_scale is None else random_logits(1, model, dtype=model.dtype, device=device)
+        tokens = masked_tokens(model, device=device)
+        inputs = Inputs(logits, uncond, tokens, guidance_scale or 1.0, 0.0, backend)
+        arguments = (logits, uncond, tokens, inputs.guidance_scale, 0.0, inputs.mask_token_id)
+
+        def run() -> mgt_kernels.Sampled:
+            return mgt_kernels.sample_tokens(
+                logits, tokens, seed=0, backend=backend, statistics=STATISTICS, **inputs.draw()
+            )
+
+        def check() -> None:
+            check_draw(inputs)
+            drawn, expected = run()._asdict(), oracle(inputs)
+            for name in STATISTICS:
+                ours, theirs = drawn[name][:, CHECKED].cpu().double(), expected[name].double()
+                if not torch.allclose(ours, theirs, atol=1e-4, rtol=1e-5):
+                    raise AssertionError(f"{name} differs from the oracle's")
+
+        # every row of both halves is read once; tokens in, 20 bytes of the draw and as many of statistics out
+        num_read = (1 if uncond is None else 2) * logits.numel()
+        work = Work(num_read * logits.element_size() + 48 * tokens.numel(), tokens.numel())
+        peers: dict[str, Contestant] = {
+            "pytorch": Call(partial(pytorch_statistics, *arguments)),
+            "plain draw": Call(partial(our_draw, inputs)),
+        }
+        return Job(work, Call(run), peers, check)
+
+    return Case(setting, prepare, targets)
 
 
 def commit_case(model: Model = MEISSONIC_1024, *, backend: str = "auto", threads: int = 2) -> Case:
