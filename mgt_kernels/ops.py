@@ -96,7 +96,9 @@ def sample_tokens(
     eps and g are functions of (seed, step, position, token id) alone: a sample's result does not depend on the batch it
     is in, on threads, instruction set or backend. Temperature 0 takes the argmax without g, and logprob is that of
     temperature 1. A logit of -inf (in either half) forbids its token; mask_token_id is never drawn. On CUDA, where
-    raising would wait for the device, a bad row gives mask_token_id and logprob NaN, and known tokens go unchecked.
+    raising would wait for the device, a bad row gives mask_token_id, and NaN for logprob and the statistics; of known
+    tokens, places and what is allowed nothing is checked, and a known token outside [0, V) has known_logprob -inf. With
+    16-bit logits, asking for statistics may change the last bits of logprob there; token_ids never.
 
     g lies within [-3.2, 22.9]. Where l is so large that neighbouring floats (float32; float64 with "reference") are
     further apart, the sum l_j + g_j loses g, and equal logits give the lowest id: the draw begins to coarsen at
