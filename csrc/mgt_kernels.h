@@ -100,6 +100,22 @@ typedef struct {
   int64_t stride_token;
 } mgt_logits;
 
+/* How a second unconditional half v joins u, the first, with c the conditional logits; scales of 1 change nothing. */
+typedef enum MGT_INT32 {
+  /* g = u + guidance_scale (c - u), then v + second_guidance_scale (g - v) */
+  MGT_GUIDANCE_NESTED = 0,
+  /* c + (guidance_scale - 1) (c - u) + (second_guidance_scale - 1) (c - v) */
+  MGT_GUIDANCE_DUAL = 1
+} mgt_guidance;
+
+/* Of which distribution the log-probabilities and statistics of a truncated draw are. */
+typedef enum MGT_INT32 {
+  /* of what is kept, renormalised */
+  MGT_LOGPROB_OF_KEPT = 0,
+  /* of all tokens, as if nothing were left out */
+  MGT_LOGPROB_OF_FULL = 1
+} mgt_logprob_of;
+
 /* The positions whose logits are read. */
 typedef enum MGT_INT32 { MGT_ROWS_MASKED = 0, MGT_ROWS_KNOWN = 1, MGT_ROWS_ALL = 2 } mgt_rows;
 
@@ -114,6 +130,8 @@ typedef struct {
   mgt_logits logits;
   /* data NULL: no guidance */
   mgt_logits uncond_logits;
+  /* data NULL: one half of guidance at most; else uncond_logits is there too */
+  mgt_logits second_uncond_logits;
   /* (B, N) contiguous; known ones are any number where their log-probability is not asked for */
   const int64_t* tokens;
   /* (B) */
@@ -121,8 +139,9 @@ typedef struct {
   /* (B): the place in its sequence of a sample's first position, which random draws are functions of, so that a part
    * of a sequence draws what the whole does; within [0, 2^32 - num_positions]. NULL: all 0 */
   const int64_t* first_positions;
-  /* (B), finite, in the place of guidance_scale; or NULL */
+  /* (B), finite, in the place of guidance_scale and second_guidance_scale; or NULL */
   const float* guidance_scales;
+  const float* second_guidance_scales;
   /* (V), added to the guided logits of every position; -inf forbids a token. Or NULL */
   const float* token_bias;
   /* any; a token of the codebook that is the mask's is never drawn */
@@ -136,11 +155,27 @@ typedef struct {
   /* 0, or finite with a finite inverse */
   float temperature;
   mgt_rows rows;
+  /* finite */
+  float second_guidance_scale;
+  mgt_guidance guidance;
+  /* c: every logit l of every half becomes c tanh(l / c) first; finite, above 0, with a finite 2 / c. 0: none does */
+  float softcap;
+  /* What follows truncates the draw: with l the logits after guidance, token_bias, noise and temperature, the tokens
+   * below the largest of three bounds are not drawn. Those at a bound are: equal ones all stay or all go. */
+  mgt_logprob_of logprob_of;
+  /* the top_k largest l; within [1, num_tokens]. 0: all */
+  int64_t top_k;
+  /* of what top_k leaves, the fewest largest l whose probabilities add up to top_p; within (0, 1]. 0: all. A token
+   * counts exp(l - max l) in whole units of 2^-31, so that sums are exact */
+  float top_p;
+  /* p of at least min_p times the largest p; within [0, 1) */
+  float min_p;
 } mgt_sample_tokens_args;
 
 /* What one read of the logits gives of a position, each (B, N) contiguous; NULL where it is not asked for, but
  * token_ids, which every call gives. With l the logits after guidance, token_bias, noise and temperature (0 counts as
- * 1), p = softmax(l), in nats. Positions that are not read get +inf, and their own token for argmax. */
+ * 1), p = softmax(l), over the tokens that a truncated draw keeps or over all (logprob_of), in nats. Positions that are
+ * not read get +inf, and their own token for argmax. */
 typedef struct {
   uint32_t struct_size;
   /* the drawn token of a masked position that is read; the others keep theirs */
@@ -191,7 +226,7 @@ typedef enum MGT_INT32 {
 typedef struct {
   uint32_t struct_size;
   mgt_differential_variant variant;
-  /* its rows are MGT_ROWS_MASKED */
+  /* its rows are MGT_ROWS_MASKED, and nothing of it truncates */
   const mgt_sample_tokens_args* sample;
   /* MGT_DIFFERENTIAL_OFFICIAL only: selected rows leave their weights in the history instead of p */
   int32_t aliased_history;

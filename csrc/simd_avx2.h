@@ -72,6 +72,7 @@ struct Avx2 {
   static MGT_INLINE F add(F a, F b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
   static MGT_INLINE F sub(F a, F b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
   static MGT_INLINE F mul(F a, F b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
+  static MGT_INLINE F div(F a, F b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
   static MGT_INLINE F fma(F a, F b, F c) {
     return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
   }
@@ -110,6 +111,8 @@ struct Avx2 {
   }
   static MGT_INLINE F uint_to_float(U u) { return {uint_to_float(u.lo), uint_to_float(u.hi)}; }
   static MGT_INLINE F int_to_float(U u) { return {_mm256_cvtepi32_ps(u.lo), _mm256_cvtepi32_ps(u.hi)}; }
+  // 2^31, which no signed integer is, comes as 0x80000000
+  static MGT_INLINE U to_uint(F a) { return {_mm256_cvttps_epi32(a.lo), _mm256_cvttps_epi32(a.hi)}; }
   static MGT_INLINE F scale_by_power_of_two(F p, F shifted) { return mul(p, from_bits(shift_left<23>(bits(shifted)))); }
   static MGT_INLINE U set_u(uint32_t x) {
     return {_mm256_set1_epi32(static_cast<int>(x)), _mm256_set1_epi32(static_cast<int>(x))};

@@ -47,6 +47,7 @@ struct Avx512 {
   static MGT_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
   static MGT_INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }
   static MGT_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static MGT_INLINE F div(F a, F b) { return _mm512_div_ps(a, b); }
   static MGT_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static MGT_INLINE F fms(F a, F b, F c) { return _mm512_fmsub_ps(a, b, c); }
   static MGT_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
@@ -63,6 +64,7 @@ struct Avx512 {
   static MGT_INLINE F from_bits(U u) { return _mm512_castsi512_ps(u); }
   static MGT_INLINE F uint_to_float(U u) { return _mm512_cvtepu32_ps(u); }
   static MGT_INLINE F int_to_float(U u) { return _mm512_cvtepi32_ps(u); }
+  static MGT_INLINE U to_uint(F a) { return _mm512_cvttps_epu32(a); }
   // p 2^n, 127 + n the integer in the low bits of shifted; NaN where p is
   static MGT_INLINE F scale_by_power_of_two(F p, F shifted) {
     return mul(p, from_bits(_mm512_slli_epi32(bits(shifted), 23)));

@@ -39,6 +39,7 @@ struct Lane1 {
   static MGT_INLINE F add(F a, F b) { return a + b; }
   static MGT_INLINE F sub(F a, F b) { return a - b; }
   static MGT_INLINE F mul(F a, F b) { return a * b; }
+  static MGT_INLINE F div(F a, F b) { return a / b; }
   static MGT_INLINE F fma(F a, F b, F c) { return __builtin_fmaf(a, b, c); }
   static MGT_INLINE F fms(F a, F b, F c) { return __builtin_fmaf(a, b, -c); }
   // b where either is NaN, as the x86 instruction has it
@@ -60,6 +61,8 @@ struct Lane1 {
   }
   static MGT_INLINE F uint_to_float(U u) { return static_cast<float>(u); }
   static MGT_INLINE F int_to_float(U u) { return static_cast<float>(static_cast<int32_t>(u)); }
+  // towards 0, of numbers within [0, 2^31]
+  static MGT_INLINE U to_uint(F a) { return static_cast<U>(a); }
   static MGT_INLINE F scale_by_power_of_two(F p, F shifted) { return p * from_bits(bits(shifted) << 23); }
   static MGT_INLINE U set_u(uint32_t x) { return x; }
   static MGT_INLINE U add_u(U a, U b) { return a + b; }
@@ -140,6 +143,9 @@ struct Scalar16 {
   static MGT_INLINE F mul(F a, F b) {
     return each<F>([&](int i) { return a.lane[i] * b.lane[i]; });
   }
+  static MGT_INLINE F div(F a, F b) {
+    return each<F>([&](int i) { return a.lane[i] / b.lane[i]; });
+  }
   static MGT_INLINE F fma(F a, F b, F c) {
     return each<F>([&](int i) { return __builtin_fmaf(a.lane[i], b.lane[i], c.lane[i]); });
   }
@@ -195,6 +201,9 @@ struct Scalar16 {
   }
   static MGT_INLINE F int_to_float(U u) {
     return each<F>([&](int i) { return static_cast<float>(static_cast<int32_t>(u.lane[i])); });
+  }
+  static MGT_INLINE U to_uint(F a) {
+    return each<U>([&](int i) { return static_cast<uint32_t>(a.lane[i]); });
   }
   static MGT_INLINE F scale_by_power_of_two(F p, F shifted) {
     return each<F>([&](int i) { return Lane1::scale_by_power_of_two(p.lane[i], shifted.lane[i]); });

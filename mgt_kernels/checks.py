@@ -26,7 +26,9 @@ _SMALLEST_CAPABILITY_OF = {"w4a8_linear": (8, 0), "w4a16_linear": (8, 0)}
 _SMALLEST_TEMPERATURE = 1e-30
 
 
-def check_draw(logits: Tensor, tokens: Tensor, uncond_logits: Tensor | None) -> None:
+def check_draw(
+    logits: Tensor, tokens: Tensor, uncond_logits: Tensor | None, second_uncond_logits: Tensor | None
+) -> None:
     """Check the tensors of every op that reads logits."""
     check_tensor("logits", logits, 3, _LOGITS_DTYPES)
     check_tensor("tokens", tokens, 2, (torch.int64,), logits.device)
@@ -34,10 +36,18 @@ def check_draw(logits: Tensor, tokens: Tensor, uncond_logits: Tensor | None) -> 
     check_shape("tokens", tokens, shape[:2])
     if shape[2] < 1:
         raise ValueError(f"logits: expected at least one token in the last dimension, got shape {tuple(shape)}")
+    halves = [logits]
     if uncond_logits is not None:
+        halves.append(uncond_logits)
         check_tensor("uncond_logits", uncond_logits, 3, (logits.dtype,), logits.device)
         check_shape("uncond_logits", uncond_logits, shape)
-    check_strides(logits, uncond_logits)
+    if second_uncond_logits is not None:
+        if uncond_logits is None:
+            raise ValueError("second_uncond_logits: expected None where uncond_logits is None, got a tensor")
+        halves.append(second_uncond_logits)
+        check_tensor("second_uncond_logits", second_uncond_logits, 3, (logits.dtype,), logits.device)
+        check_shape("second_uncond_logits", second_uncond_logits, shape)
+    check_strides(halves)
 
 
 def check_tensor(
@@ -68,23 +78,18 @@ def check_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(value.shape)}")
 
 
-def check_strides(logits: Tensor, uncond_logits: Tensor | None) -> None:
-    """Check that tokens, or else positions, lie side by side in memory, in both halves alike."""
-    _, num_positions, num_tokens = logits.shape
-    _, by_position, by_token = logits.stride()
-    if uncond_logits is None:
-        _, uncond_by_position, uncond_by_token = 0, by_position, by_token
-    else:
-        _, uncond_by_position, uncond_by_token = uncond_logits.stride()
+def check_strides(halves: Sequence[Tensor]) -> None:
+    """Check that tokens, or else positions, lie side by side in memory, in all guidance halves alike."""
+    _, num_positions, num_tokens = halves[0].shape
     # a dimension of size 1 is never stepped along, so any stride of it will do
-    if num_tokens == 1 or by_token == uncond_by_token == 1:
+    if num_tokens == 1 or all(half.stride(2) == 1 for half in halves):
         return
-    if num_positions == 1 or by_position == uncond_by_position == 1 or logits.numel() == 0:
+    if num_positions == 1 or all(half.stride(1) == 1 for half in halves) or halves[0].numel() == 0:
         return
-    strides = " and ".join(str(half.stride()) for half in (logits, uncond_logits) if half is not None)
+    strides = " and ".join(str(half.stride()) for half in halves)
     raise ValueError(
         "logits and uncond_logits: expected unit stride over tokens (last dimension) or over positions (middle "
-        f"dimension), the same for both, got strides {strides}; .contiguous() makes a copy that has it"
+        f"dimension), the same for all, got strides {strides}; .contiguous() makes a copy that has it"
     )
 
 
@@ -102,11 +107,39 @@ def integer(name: str, value: Any) -> int:
     return value
 
 
-def check_rows(rows: str) -> str:
-    """Check the positions that are read."""
-    if rows not in cpu.ROWS:
-        raise ValueError(f"rows: expected one of {cpu.ROWS}, got {rows!r}")
-    return rows
+def check_choice(name: str, value: str, choices: Sequence[str]) -> str:
+    """Check that a name is one of those that there are."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {tuple(choices)}, got {value!r}")
+    return value
+
+
+def check_top_k(top_k: Any, num_tokens: int) -> int:
+    """Return how many tokens a draw keeps; 0 for None, which keeps all."""
+    if top_k is None:
+        return 0
+    top_k = integer("top_k", top_k)
+    if not 1 <= top_k <= num_tokens:
+        raise ValueError(f"top_k: expected None or a value within [1, {num_tokens}], the tokens, got {top_k}")
+    return top_k
+
+
+def check_top_p(value: float) -> None:
+    """Check that a share of the probability is above 0, and not above 1."""
+    if not 0 < value <= 1:
+        raise ValueError(f"top_p: expected a number within (0, 1], got {value}")
+
+
+def check_min_p(value: float) -> None:
+    """Check that a share of the largest probability is at least 0, and below 1."""
+    if not 0 <= value < 1:
+        raise ValueError(f"min_p: expected a number within [0, 1), got {value}")
+
+
+def check_softcap(value: float) -> None:
+    """Check that a cap of the logits is above 0, with a finite inverse; inf caps nothing."""
+    if not (_SMALLEST_TEMPERATURE <= value <= _FLOAT32_MAX or value == math.inf):
+        raise ValueError(f"softcap: expected a finite number of at least {_SMALLEST_TEMPERATURE}, or None, got {value}")
 
 
 def check_statistics(statistics: Sequence[str]) -> str:
@@ -176,9 +209,9 @@ def check_range(name: str, value: float, low: float) -> None:
         raise ValueError(f"{name}: expected {wanted}, got {value}")
 
 
-def check_guidance_scale(value: float) -> None:
+def check_guidance_scale(name: str, value: float) -> None:
     """Check that a guidance scale is finite."""
-    check_range("guidance_scale", value, -math.inf)
+    check_range(name, value, -math.inf)
 
 
 def check_noise_scale(value: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import os
 import struct
 from array import array
@@ -14,10 +15,13 @@ import torch
 from torch import Tensor
 
 from mgt_kernels import _C
+from mgt_kernels.draw import Draw
 
 ISAS = ("auto", "scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx")
 DIFFERENTIAL_VARIANTS = ("paper", "official")
 ROWS = ("masked", "known", "all")
+GUIDANCE = ("nested", "dual")
+LOGPROB_OF = ("kept", "full")
 # what sample_tokens gives of a row besides token_ids and logprob, and the dtypes
 STATISTICS = {
     "argmax": torch.int64,
@@ -149,9 +153,10 @@ def _address(values: Tensor | array[int] | None) -> int:
     return values.data_ptr() if isinstance(values, Tensor) else values.buffer_info()[0]
 
 
-# mgt_sample_tokens_args: struct_size, dtype; sizes; logits; uncond_logits; tokens, seeds, first_positions,
-# guidance_scales, token_bias; mask_token_id, step; guidance_scale, noise_scale, temperature, rows
-_SAMPLE_TOKENS_ARGS = struct.Struct("@Ii 3q P3q P3q 5P 2q 3fi")
+# mgt_sample_tokens_args: struct_size, dtype; sizes; logits; uncond_logits; second_uncond_logits; tokens, seeds,
+# first_positions, guidance_scales, second_guidance_scales, token_bias; mask_token_id, step; guidance_scale,
+# noise_scale, temperature, rows; second_guidance_scale, guidance, softcap, logprob_of; top_k; top_p, min_p
+_SAMPLE_TOKENS_ARGS = struct.Struct("@Ii 3q P3q P3q P3q 6P 2q 3fi fifi q 2f")
 # mgt_sample_tokens_outputs: struct_size; token_ids, logprob, then STATISTICS
 _SAMPLE_TOKENS_OUTPUTS = struct.Struct("@I 9P")
 # mgt_mask_by_confidence_args: struct_size, temperature; sizes; token_ids, logprob, mask_len, seeds; mask_token_id, step
@@ -163,43 +168,56 @@ _INT4_LINEAR_ARGS = struct.Struct("@Ii 3q Pq 4P qi0q")
 _DIFFERENTIAL_SAMPLE_ARGS = struct.Struct("@Ii P 2i d")
 
 
-def _draw_record(
-    logits: Tensor,
-    tokens: Tensor,
-    seeds: Tensor | array[int],
-    step: int,
-    mask_token_id: int,
-    uncond_logits: Tensor | None,
-    guidance_scale: float | Tensor,
-    noise_scale: float,
-    temperature: float,
-    first_positions: Tensor | array[int] | None,
-    token_bias: Tensor | None,
-    rows: str = "masked",
-) -> bytes:
-    """Pack mgt_sample_tokens_args; what it points to must outlive the call."""
-    scale, scales = (0.0, guidance_scale.data_ptr()) if isinstance(guidance_scale, Tensor) else (guidance_scale, 0)
-    return _SAMPLE_TOKENS_ARGS.pack(
-        _SAMPLE_TOKENS_ARGS.size, _DTYPES[logits.dtype], *logits.shape, *_half(logits), *_half(uncond_logits),
-        tokens.data_ptr(), _address(seeds), _address(first_positions), scales,
-        0 if token_bias is None else token_bias.data_ptr(), mask_token_id, step, scale, noise_scale, temperature,
-        ROWS.index(rows),
-    )  # fmt: skip
+def _scale(scale: float | Tensor) -> tuple[float, Tensor | None]:
+    """Return a scale for all samples, or (B,) float32 of one for each."""
+    return (0.0, scale.float().contiguous()) if isinstance(scale, Tensor) else (scale, None)
 
 
-def check_samples(guidance_scale: float | Tensor, first_position: int | Tensor | None, shape: Sequence[int]) -> None:
+# float32 would round them to what keeps everything, or to what is refused
+_SMALLEST_TOP_P, _LARGEST_MIN_P = 2.0**-149, 1 - 2.0**-24
+
+
+class _Record:
+    """mgt_sample_tokens_args of a draw, packed, and what it points to, which must outlive the call."""
+
+    def __init__(
+        self, draw: Draw, rows: str = "masked", top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0,
+        logprob_of: str = "kept",
+    ) -> None:  # fmt: skip
+        logits = draw.logits
+        shape = logits.shape
+        check_samples(draw)
+        check_token_bias(draw.token_bias)
+        self.tokens, seeds = draw.tokens.contiguous(), _per_sample(draw.seed, shape[0])
+        firsts = None if draw.first_position is None else _per_sample(draw.first_position, shape[0])
+        bias = None if draw.token_bias is None else draw.token_bias.contiguous()
+        scale, scales = _scale(draw.guidance_scale)
+        second_scale, second_scales = _scale(draw.second_guidance_scale)
+        pointers = (self.tokens, seeds, firsts, scales, second_scales, bias)
+        self._pointers = pointers
+        self.packed = _SAMPLE_TOKENS_ARGS.pack(
+            _SAMPLE_TOKENS_ARGS.size, _DTYPES[logits.dtype], *shape, *_half(logits), *_half(draw.uncond_logits),
+            *_half(draw.second_uncond_logits), *map(_address, pointers), draw.mask_token_id, draw.step, scale,
+            draw.noise_scale, draw.temperature, ROWS.index(rows), second_scale, GUIDANCE.index(draw.guidance),
+            0.0 if draw.softcap == math.inf else draw.softcap, LOGPROB_OF.index(logprob_of), top_k,
+            max(top_p, _SMALLEST_TOP_P), min(min_p, _LARGEST_MIN_P),
+        )  # fmt: skip
+
+
+def check_samples(draw: Draw) -> None:
     """Check the values of what may differ between samples; the device's are read."""
-    if isinstance(guidance_scale, Tensor):
-        # 16 bits would take the limit for inf
-        sample = first_index(~(guidance_scale.double().abs() <= torch.finfo(torch.float32).max))
-        if sample >= 0:
-            raise ValueError(
-                f"guidance_scale: expected finite numbers, got {float(guidance_scale[sample])} for sample {sample}"
-            )
+    for name in ("guidance_scale", "second_guidance_scale"):
+        scale = getattr(draw, name)
+        if isinstance(scale, Tensor):
+            # 16 bits would take the limit for inf
+            sample = first_index(~(scale.double().abs() <= torch.finfo(torch.float32).max))
+            if sample >= 0:
+                raise ValueError(f"{name}: expected finite numbers, got {float(scale[sample])} for sample {sample}")
+    first_position = draw.first_position
     if first_position is None:
         return
     positions = [first_position] if isinstance(first_position, int) else first_position.tolist()
-    last = 2**32 - shape[1]
+    last = 2**32 - draw.logits.shape[1]
     for sample, first in enumerate(positions):
         if not 0 <= first <= last:
             raise ValueError(f"first_position: expected a value within [0, {last}], got {first} for sample {sample}")
@@ -227,86 +245,41 @@ def _check_draw(name: str, status: int, index: int, tokens: Tensor, num_tokens: 
 
 
 def sample_tokens(
-    logits: Tensor,
-    tokens: Tensor,
-    seed: int | Tensor,
-    step: int,
-    mask_token_id: int,
-    uncond_logits: Tensor | None,
-    guidance_scale: float | Tensor,
-    noise_scale: float,
-    temperature: float,
-    first_position: int | Tensor | None,
-    token_bias: Tensor | None,
-    rows: str,
-    statistics: str,
-    isa: str,
+    draw: Draw, rows: str, statistics: str, top_k: int, top_p: float, min_p: float, logprob_of: str, isa: str
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Run the C kernel on checked arguments."""
-    shape = logits.shape
-    check_samples(guidance_scale, first_position, shape)
-    check_token_bias(token_bias)
-    tokens, seeds = tokens.contiguous(), _per_sample(seed, shape[0])
-    firsts = None if first_position is None else _per_sample(first_position, shape[0])
-    if isinstance(guidance_scale, Tensor):
-        guidance_scale = guidance_scale.float().contiguous()
-    if token_bias is not None:
-        token_bias = token_bias.contiguous()
+    record = _Record(draw, rows, top_k, top_p, min_p, logprob_of)
+    tokens = record.tokens
     token_ids, logprob = _empty_like(tokens, torch.int64), _empty_like(tokens, torch.float32)
     asked = {name: _empty_like(tokens, STATISTICS[name]) for name in statistics.split(",") if name}
     status, index = _C.sample_tokens(
-        ISAS.index(isa), *_threads(),
-        _draw_record(
-            logits, tokens, seeds, step, mask_token_id, uncond_logits, guidance_scale, noise_scale, temperature,
-            firsts, token_bias, rows,
-        ),
+        ISAS.index(isa), *_threads(), record.packed,
         _SAMPLE_TOKENS_OUTPUTS.pack(
             _SAMPLE_TOKENS_OUTPUTS.size, token_ids.data_ptr(), logprob.data_ptr(),
             *[asked[name].data_ptr() if name in asked else 0 for name in STATISTICS],
         ),
     )  # fmt: skip
-    _check_draw("mgt_sample_tokens", status, index, tokens, shape[-1], isa)
+    _check_draw("mgt_sample_tokens", status, index, tokens, draw.logits.shape[-1], isa)
     return token_ids, logprob, list(asked.values())
 
 
 def differential_sample(
-    logits: Tensor,
-    tokens: Tensor,
+    draw: Draw,
     history: Tensor,
     written: Tensor,
     has_history: bool,
-    seed: int | Tensor,
-    step: int,
-    mask_token_id: int,
-    uncond_logits: Tensor | None,
-    guidance_scale: float | Tensor,
-    noise_scale: float,
-    temperature: float,
-    first_position: int | Tensor | None,
-    token_bias: Tensor | None,
     share: float,
     variant: str,
     aliased_history: bool,
     isa: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the C kernel on checked arguments; history and written are contiguous and updated in place."""
-    shape = logits.shape
-    check_samples(guidance_scale, first_position, shape)
-    check_token_bias(token_bias)
-    tokens, seeds = tokens.contiguous(), _per_sample(seed, shape[0])
-    firsts = None if first_position is None else _per_sample(first_position, shape[0])
-    if isinstance(guidance_scale, Tensor):
-        guidance_scale = guidance_scale.float().contiguous()
-    if token_bias is not None:
-        token_bias = token_bias.contiguous()
+    record = _Record(draw)
+    tokens = record.tokens
     token_ids = _empty_like(tokens, torch.int64)
     logprob, divergence = (_empty_like(tokens, torch.float32) for _ in range(2))
     status, index = _C.differential_sample(
-        ISAS.index(isa), *_threads(),
-        _draw_record(
-            logits, tokens, seeds, step, mask_token_id, uncond_logits, guidance_scale, noise_scale, temperature,
-            firsts, token_bias,
-        ),
+        ISAS.index(isa), *_threads(), record.packed,
         _DIFFERENTIAL_SAMPLE_ARGS.pack(
             _DIFFERENTIAL_SAMPLE_ARGS.size, DIFFERENTIAL_VARIANTS.index(variant), 0, aliased_history, has_history, share
         ),
@@ -315,7 +288,7 @@ def differential_sample(
     if status:
         # some rows were overwritten: none may be taken for the previous step's
         overwrite(written, False)
-    _check_draw("mgt_differential_sample", status, index, tokens, shape[-1], isa)
+    _check_draw("mgt_differential_sample", status, index, tokens, draw.logits.shape[-1], isa)
     return token_ids, logprob, divergence
 
 

@@ -1,7 +1,7 @@
 """The public ops: arguments are checked here, once, and handed to the backend asked for."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -14,26 +14,31 @@ from mgt_kernels import cpu, reference
 from mgt_kernels.checks import (
     check_backend,
     check_bound,
+    check_choice,
     check_confidence_temperature,
     check_draw,
     check_first_position,
     check_guidance_scale,
+    check_min_p,
     check_noise_scale,
     check_range,
-    check_rows,
     check_rule,
     check_shape,
+    check_softcap,
     check_statistics,
     check_step,
     check_step_range,
     check_temperature,
     check_tensor,
+    check_top_k,
+    check_top_p,
     integer,
     is_a,
     number,
     per_sample,
     token_bias,
 )
+from mgt_kernels.draw import Draw
 from mgt_kernels.registration import register
 
 REMASK_VARIANTS = ("paper", "official", "random")
@@ -67,6 +72,39 @@ class Sampled(NamedTuple):
     logit: Tensor | None = None
 
 
+def _draw(
+    logits: Tensor,
+    tokens: Tensor,
+    *,
+    mask_token_id: int,
+    seed: int | Tensor,
+    step: int | Tensor,
+    uncond_logits: Tensor | None,
+    guidance_scale: float | Tensor,
+    second_uncond_logits: Tensor | None,
+    second_guidance_scale: float | Tensor,
+    guidance: str,
+    softcap: float | Tensor | None,
+    noise_scale: float | Tensor,
+    temperature: float | Tensor,
+    first_position: int | Tensor,
+    allowed: Tensor | None,
+) -> tuple[Any, ...]:
+    """Check the arguments of a draw; return the fields of a `Draw`."""
+    check_draw(logits, tokens, uncond_logits, second_uncond_logits)
+    device, batch = logits.device, logits.shape[0]
+    return (
+        logits, tokens, per_sample("seed", seed, batch, device), check_step(step, device),
+        integer("mask_token_id", mask_token_id), uncond_logits,
+        number("guidance_scale", guidance_scale, device, batch), number("noise_scale", noise_scale, device),
+        number("temperature", temperature, device), check_first_position(first_position, batch, device),
+        token_bias(allowed, logits), second_uncond_logits,
+        number("second_guidance_scale", second_guidance_scale, device, batch),
+        check_choice("guidance", guidance, cpu.GUIDANCE),
+        math.inf if softcap is None else number("softcap", softcap, device),
+    )  # fmt: skip
+
+
 def sample_tokens(
     logits: Tensor,
     tokens: Tensor,
@@ -76,10 +114,18 @@ def sample_tokens(
     step: int | Tensor,
     uncond_logits: Tensor | None = None,
     guidance_scale: float | Tensor = 1.0,
+    second_uncond_logits: Tensor | None = None,
+    second_guidance_scale: float | Tensor = 1.0,
+    guidance: str = "nested",
+    softcap: float | Tensor | None = None,
     noise_scale: float | Tensor = 0.0,
     temperature: float | Tensor = 1.0,
     first_position: int | Tensor = 0,
     allowed: Tensor | None = None,
+    top_k: int | None = None,
+    top_p: float | Tensor = 1.0,
+    min_p: float | Tensor = 0.0,
+    logprob_of: str = "kept",
     rows: str = "masked",
     statistics: Sequence[str] = (),
     backend: str = "auto",
@@ -90,8 +136,16 @@ def sample_tokens(
 
         guided_j = u_j + guidance_scale (c_j - u_j)        (c_j where uncond_logits is None)
         l_j      = (guided_j + allowed_j + noise_scale eps_j) / temperature
-        token    = argmax_j (l_j + g_j)                    ties: the lowest id
-        logprob  = l_token - logsumexp(l)                  nats
+        token    = argmax_j (l_j + g_j) over the kept j    ties: the lowest id
+        logprob  = l_token - logsumexp(l)                  nats, over the kept j
+
+    All tokens are kept, unless top_k, top_p or min_p leave some out. A second unguided half v = second_uncond_logits,
+    with s and t for guidance_scale and second_guidance_scale, joins by one of::
+
+        guided_j = v_j + t (g_j - v_j),  g_j = u_j + s (c_j - u_j)          guidance "nested"
+        guided_j = c_j + (s - 1) (c_j - u_j) + (t - 1) (c_j - v_j)          guidance "dual"
+
+    softcap r > 0 first makes r tanh(x / r) of every finite logit x of each half.
 
     eps and g are functions of (seed, step, position, token id) alone: a sample's result does not depend on the batch it
     is in, on threads, instruction set or backend. Temperature 0 takes the argmax without g, and logprob is that of
@@ -104,11 +158,11 @@ def sample_tokens(
     further apart, the sum l_j + g_j loses g, and equal logits give the lowest id: the draw begins to coarsen at
     |l| = 1e5, whose neighbours are 0.008 apart, and g is lost from 3e8 on. Subtract a row's maximum before such logits.
 
-    Integers may be Python's or NumPy's, and tensors of any integer dtype. The three scales may be numbers of any kind,
-    or 0-dimensional tensors on the CPU or the device of logits: then one compiled graph serves all values, and a CUDA
-    graph reads those on its device anew at each replay (their ranges go unchecked there). What is a number, or a tensor
-    on the CPU, when a CUDA graph is captured stays what it was at every replay: with a seed and a step that are ints,
-    each replay draws the same noise.
+    Integers may be Python's or NumPy's, and tensors of any integer dtype. Scales, temperature, softcap, top_p and min_p
+    may be numbers of any kind, or 0-dimensional tensors on the CPU or the device of logits: then one compiled graph
+    serves all values, and a CUDA graph reads those on its device anew at each replay (their ranges go unchecked there).
+    What is a number, or a tensor on the CPU, when a CUDA graph is captured stays what it was at every replay: with a
+    seed and a step that are ints, each replay draws the same noise.
 
     Args:
         logits: (B, N, V) float32, bfloat16 or float16, with unit stride over V or over N (then read without a copy).
@@ -122,6 +176,10 @@ def sample_tokens(
             tensor, which it reads anew at each replay if that lies on the device of logits.
         uncond_logits: (B, N, V) of the same dtype and device, or None for no guidance.
         guidance_scale: finite; may be (B,), a scale per sample.
+        second_uncond_logits: (B, N, V) like uncond_logits, which is there too, or None.
+        second_guidance_scale: like guidance_scale; 1 changes nothing.
+        guidance: "nested" (LaVida-O's two scales) or "dual" (an image's and a text's condition, each left out once).
+        softcap: above 0, or None; what the last layer of DiffusionGemma does.
         noise_scale: standard deviation of the Gaussian logit noise, >= 0 (arXiv 2411.10781, noise regularization).
         temperature: 0, or at least 1e-30.
         first_position: (B,) or one integer, the place of a sample's first position in its sequence, of which noise is a
@@ -129,6 +187,12 @@ def sample_tokens(
             sequences is R samples of one position, `logits[:, None]`, each with its own seed and first_position.
         allowed: (V,) bool, the tokens that may be drawn at any position; or (V,) float32, added to the guided logits of
             every position, -inf to forbid; or None. A window of neighbouring ids needs none: slice the logits.
+        top_k: within [1, V], an int: the k largest l are kept, and all that equal the k-th. None: all.
+        top_p: within (0, 1]: of what top_k leaves, the fewest largest l whose probabilities add up to top_p are kept,
+            and all that equal the last. A token counts exp(l - max l) in whole units of 2^-31, so that sums are exact.
+        min_p: within [0, 1): of what those leave, the tokens of at least min_p times the largest probability are kept.
+        logprob_of: "kept": logprob and the statistics are of the distribution that is drawn from, with l = -inf for
+            what is left out; "full": of the one of all tokens.
         rows: the positions whose logits are read, "masked", "known" or "all". Known ones are not drawn.
         statistics: names of what else to give of every position that is read, out of "argmax", "max_logprob", "margin",
             "entropy", "logsumexp", "known_logprob" and "logit"; `Sampled` says what they are. It costs no second read.
@@ -146,15 +210,18 @@ def sample_tokens(
             every token (the message names sample and position).
         RuntimeError: if the backend asked for is not available.
     """
-    check_draw(logits, tokens, uncond_logits)
-    device, batch = logits.device, logits.shape[0]
+    draw = _draw(
+        logits, tokens, mask_token_id=mask_token_id, seed=seed, step=step, uncond_logits=uncond_logits,
+        guidance_scale=guidance_scale, second_uncond_logits=second_uncond_logits,
+        second_guidance_scale=second_guidance_scale, guidance=guidance, softcap=softcap, noise_scale=noise_scale,
+        temperature=temperature, first_position=first_position, allowed=allowed,
+    )  # fmt: skip
+    device = logits.device
     asked = check_statistics(statistics)
     token_ids, logprob, others = _call_sample_tokens(
-        logits, tokens, per_sample("seed", seed, batch, device), check_step(step, device),
-        integer("mask_token_id", mask_token_id), uncond_logits, number("guidance_scale", guidance_scale, device, batch),
-        number("noise_scale", noise_scale, device), number("temperature", temperature, device),
-        check_first_position(first_position, batch, device), token_bias(allowed, logits), check_rows(rows),
-        asked, check_backend(backend, device),
+        *draw, check_choice("rows", rows, cpu.ROWS), asked, check_top_k(top_k, logits.shape[2]),
+        number("top_p", top_p, device), number("min_p", min_p, device),
+        check_choice("logprob_of", logprob_of, cpu.LOGPROB_OF), check_backend(backend, device),
     )  # fmt: skip
     if not asked:
         return Sampled(token_ids, logprob)
@@ -197,6 +264,10 @@ def differential_sample(
     variant: str = "paper",
     uncond_logits: Tensor | None = None,
     guidance_scale: float | Tensor = 1.0,
+    second_uncond_logits: Tensor | None = None,
+    second_guidance_scale: float | Tensor = 1.0,
+    guidance: str = "nested",
+    softcap: float | Tensor | None = None,
     noise_scale: float | Tensor = 0.0,
     temperature: float | Tensor = 1.0,
     first_position: int | Tensor = 0,
@@ -243,6 +314,7 @@ def differential_sample(
         variant: "paper" or "official".
         uncond_logits: (B, N, V) of the same dtype and device, or None for no guidance.
         guidance_scale: finite; a number or a 0-dimensional tensor, as the next two, or (B,).
+        second_uncond_logits, second_guidance_scale, guidance, softcap: as for `sample_tokens`.
         noise_scale: standard deviation of the Gaussian logit noise, >= 0.
         temperature: 0, or at least 1e-30.
         first_position, allowed: as for `sample_tokens`; the same at all steps of a generation.
@@ -263,12 +335,17 @@ def differential_sample(
 
     Source: differential sampling, arXiv 2411.10781; its authors' code for variant "official".
     """
-    check_draw(logits, tokens, uncond_logits)
+    draw = Draw._make(
+        _draw(
+            logits, tokens, mask_token_id=mask_token_id, seed=seed, step=step, uncond_logits=uncond_logits,
+            guidance_scale=guidance_scale, second_uncond_logits=second_uncond_logits,
+            second_guidance_scale=second_guidance_scale, guidance=guidance, softcap=softcap, noise_scale=noise_scale,
+            temperature=temperature, first_position=first_position, allowed=allowed,
+        )
+    )  # fmt: skip
     batch, num_positions, num_tokens = logits.shape
     device = logits.device
     backend = check_backend(backend, device)
-    seed, step = per_sample("seed", seed, batch, device), check_step(step, device)
-    mask_token_id = integer("mask_token_id", mask_token_id)
     share = float(number("share", share, device))
     check_range("share", share, 0)
     if share > 1:
@@ -279,30 +356,27 @@ def differential_sample(
         raise TypeError(f"aliased_history: expected a bool, got {type(aliased_history).__name__}")
     if aliased_history and variant != "official":
         raise ValueError(f"aliased_history: expected False with variant {variant!r}; it is a switch of 'official'")
-    settings = dict(variant=variant, aliased_history=aliased_history, mask_token_id=mask_token_id)
+    settings = dict(variant=variant, aliased_history=aliased_history, mask_token_id=draw.mask_token_id)
     if state is None:
         history = torch.empty(batch, num_positions, num_tokens, dtype=torch.int16, device=device)
         written = torch.zeros(batch, num_positions, dtype=torch.bool, device=device)
         history_step = torch.full((), -1, dtype=torch.int64, device=device)
         # the caller may change its tensor; the generation's seeds stay
-        history_seed = _for_each(seed, batch, device).clone()
+        history_seed = _for_each(draw.seed, batch, device).clone()
     else:
         _check_state(state, logits, settings)
         history, written, history_seed, history_step = state.history, state.written, state.seed, state.step
     # torch refuses a gradient to an op that writes to its arguments
     with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
         token_ids, logprob, divergence = _call_differential_sample(
-            logits, tokens, history, written, history_step, history_seed, state is not None, seed, step, mask_token_id,
-            uncond_logits, number("guidance_scale", guidance_scale, device, batch),
-            number("noise_scale", noise_scale, device), number("temperature", temperature, device),
-            check_first_position(first_position, batch, device), token_bias(allowed, logits), share, variant,
-            aliased_history, backend,
+            *draw, history, written, history_step, history_seed, state is not None, share, variant, aliased_history,
+            backend,
         )  # fmt: skip
     return (
         token_ids,
         logprob,
         DifferentialState(
-            history, written, divergence, history_seed, history_step, variant, aliased_history, mask_token_id
+            history, written, divergence, history_seed, history_step, variant, aliased_history, draw.mask_token_id
         ),
     )
 
@@ -587,7 +661,7 @@ def remask_tokens(
     elif logits is None:
         raise ValueError(f"logits: expected a tensor with variant {variant!r}, got None")
     else:
-        check_draw(logits, tokens, uncond_logits)
+        check_draw(logits, tokens, uncond_logits, None)
     if keep is not None:
         check_tensor("keep", keep, 2, (torch.bool,), tokens.device)
         check_shape("keep", keep, tokens.shape)
@@ -656,29 +730,32 @@ def _dense(result: Tensor) -> Tensor:
     return torch.empty(result.shape, dtype=result.dtype, device=result.device).copy_(result)
 
 
+def _oracle_options(draw: Draw) -> dict[str, Any]:
+    """Return what the oracles take of a draw besides logits and tokens."""
+    cpu.check_samples(draw)
+    cpu.check_token_bias(draw.token_bias)
+    options = draw._asdict()
+    del options["logits"], options["tokens"]
+    options["seed"] = _for_each(draw.seed, draw.tokens.shape[0], draw.tokens.device)
+    options["first_position"] = 0 if draw.first_position is None else draw.first_position
+    return options
+
+
 def _reference_sample_tokens(
-    logits: Tensor,
-    tokens: Tensor,
-    seed: Tensor,
-    step: int,
-    mask_token_id: int,
-    uncond_logits: Tensor | None,
-    guidance_scale: float,
-    noise_scale: float,
-    temperature: float,
-    first_position: Tensor | None,
-    token_bias: Tensor | None,
+    draw: Draw,
     rows: str,
     statistics: str,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    logprob_of: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    batch, num_positions, num_tokens = logits.shape
-    cpu.check_samples(guidance_scale, first_position, logits.shape)
-    cpu.check_token_bias(token_bias)
+    logits, tokens, mask_token_id = draw.logits, draw.tokens, draw.mask_token_id
+    _, num_positions, num_tokens = logits.shape
     outputs, bad_row = reference.sample_tokens(
-        logits, tokens, mask_token_id=mask_token_id, seed=_for_each(seed, batch, tokens.device), step=step,
-        uncond_logits=uncond_logits, guidance_scale=guidance_scale, noise_scale=noise_scale, temperature=temperature,
-        first_position=0 if first_position is None else first_position, token_bias=token_bias, rows=rows,
+        logits, tokens, rows=rows, top_k=top_k, top_p=top_p, min_p=min_p, logprob_of=logprob_of,
+        **_oracle_options(draw),
     )  # fmt: skip
     asked = statistics.split(",") if statistics else []
     if "known_logprob" in asked and rows != "masked":
@@ -776,36 +853,23 @@ def _fake_commit_tokens(token_ids, *_):  # type: ignore[no-untyped-def]
 
 
 def _reference_differential_sample(
-    logits: Tensor,
-    tokens: Tensor,
+    draw: Draw,
     history: Tensor,
     written: Tensor,
     history_step: Tensor,
     history_seed: Tensor,
     has_history: bool,
-    seed: Tensor,
-    step: int,
-    mask_token_id: int,
-    uncond_logits: Tensor | None,
-    guidance_scale: float,
-    noise_scale: float,
-    temperature: float,
-    first_position: Tensor | None,
-    token_bias: Tensor | None,
     share: float,
     variant: str,
     aliased_history: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    seed = _for_each(seed, len(tokens), tokens.device)
-    cpu.check_samples(guidance_scale, first_position, logits.shape)
-    cpu.check_token_bias(token_bias)
-    _check_generation(has_history, history_step, history_seed, seed, step)
+    tokens, step = draw.tokens, draw.step
+    options = _oracle_options(draw)
+    _check_generation(has_history, history_step, history_seed, options["seed"], step)
     token_ids, logprob, divergence, new_history, new_written, bad_row = reference.differential_sample(
-        logits, tokens, history, written & has_history, mask_token_id=mask_token_id, seed=seed, step=step,
-        share=share, variant=variant, aliased_history=aliased_history, uncond_logits=uncond_logits,
-        guidance_scale=guidance_scale, noise_scale=noise_scale, temperature=temperature,
-        first_position=0 if first_position is None else first_position, token_bias=token_bias,
+        draw.logits, tokens, history, written & has_history, share=share, variant=variant,
+        aliased_history=aliased_history, **options,
     )  # fmt: skip
     if bad_row >= 0:
         # as the kernels leave it
@@ -868,7 +932,7 @@ def _empty(tokens: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _fake_sample_tokens(logits, tokens, *options):  # type: ignore[no-untyped-def]
-    *_, statistics, _ = options
+    _, statistics, *_ = options[-7:]
     others = [_empty(tokens, cpu.STATISTICS[name]) for name in statistics.split(",") if name]
     return _empty(tokens, torch.int64), _empty(tokens, torch.float32), others
 
@@ -882,11 +946,11 @@ def _fake_remask_tokens(logits, tokens, *_):  # type: ignore[no-untyped-def]
 
 
 def _cpu_differential_sample(  # type: ignore[no-untyped-def]
-    logits, tokens, history, written, history_step, history_seed, has_history, seed, step, *options
+    draw, history, written, history_step, history_seed, has_history, *options
 ):
-    _check_generation(has_history, history_step, history_seed, seed, step)
-    outputs = cpu.differential_sample(logits, tokens, history, written, has_history, seed, step, *options)
-    cpu.overwrite(history_step, step)
+    _check_generation(has_history, history_step, history_seed, draw.seed, draw.step)
+    outputs = cpu.differential_sample(draw, history, written, has_history, *options)
+    cpu.overwrite(history_step, draw.step)
     return outputs
 
 
@@ -894,10 +958,12 @@ def _fake_mask_by_confidence(token_ids, *_):  # type: ignore[no-untyped-def]
     return token_ids.new_empty(token_ids.shape)
 
 
-_STEP = {"step": check_step_range}
-_DRAW = {
+_STEP: dict[str, Callable[[Any], None]] = {"step": check_step_range}
+_DRAW: dict[str, Callable[[Any], None]] = {
     **_STEP,
-    "guidance_scale": check_guidance_scale,
+    "guidance_scale": partial(check_guidance_scale, "guidance_scale"),
+    "second_guidance_scale": partial(check_guidance_scale, "second_guidance_scale"),
+    "softcap": check_softcap,
     "noise_scale": check_noise_scale,
     "temperature": check_temperature,
 }
@@ -907,7 +973,7 @@ _call_sample_tokens = register(
     _fake_sample_tokens,
     cpu.sample_tokens,
     per_sample=("seed", "first_position"),
-    numbers=_DRAW,
+    numbers={**_DRAW, "top_p": check_top_p, "min_p": check_min_p},
 )
 _call_differential_sample = register(
     "differential_sample",
@@ -947,5 +1013,5 @@ _call_remask_tokens = register(
     _remask_tokens,
     _fake_remask_tokens,
     per_sample=("remask_len", "seed"),
-    numbers={**_STEP, "guidance_scale": check_guidance_scale},
+    numbers={**_STEP, "guidance_scale": partial(check_guidance_scale, "guidance_scale")},
 )

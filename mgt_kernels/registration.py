@@ -4,6 +4,7 @@
 the cost of those who never compile.
 """
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet, _dispatch_keys, _dispatch_tls_local_include_set
 
 from mgt_kernels.checks import check_capability
+from mgt_kernels.draw import Draw
 
 Kernel = Callable[..., Any]
 
@@ -34,6 +36,8 @@ CALLS: dict[str, Kernel] = {}
 
 # of an op's arguments; to ask whether one of them is a tensor takes longer
 _NO_TENSORS = frozenset({int, float, bool, str, type(None)})
+
+_NUM_DRAW = len(Draw._fields)
 
 _UNCHANGING_KEYS = ("BackendSelect", "ADInplaceOrView", "CPU", "AutogradCPU", "AutocastCPU")
 _UNCHANGING_CUDA_KEYS = ("CUDA", "AutogradCUDA", "AutocastCUDA")
@@ -63,6 +67,21 @@ def is_plain(tensors: list[Tensor]) -> bool:
     return not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in tensors)
 
 
+def _prototype(reference: Kernel) -> tuple[Kernel, bool]:
+    """Return what has the op's flat arguments for a signature, and whether its first ones are those of a `Draw`."""
+    signature = inspect.signature(reference)
+    first, *others = signature.parameters.values()
+    if first.annotation is not Draw:
+        return reference, False
+    # the op has all arguments, always
+    fields = [first.replace(name=name, annotation=kind) for name, kind in Draw.__annotations__.items()]
+
+    def prototype() -> None: ...
+
+    vars(prototype)["__signature__"] = signature.replace(parameters=[*fields, *others])
+    return prototype, True
+
+
 def register(
     name: str,
     reference: Kernel,
@@ -78,6 +97,9 @@ def register(
     A compiled graph holds for all values of a tensor. So the op's arguments in `numbers` are 0-dimensional tensors, and
     those in `per_sample` tensors (B,); the function that is returned takes numbers and ints there too.
 
+    A reference whose first argument is a `Draw` makes an op of the draw's fields and of its other arguments; every
+    kernel but `fake` gets them as a `Draw` again.
+
     Args:
         name: of the op, and of its CUDA kernel in `mgt_kernels.triton`.
         reference: the implementation in PyTorch, whose annotations are the op's schema; for backend "reference" and for
@@ -90,7 +112,8 @@ def register(
             value. Other kernels get a float where the value is known on the host, else a tensor on their device.
     """
     numbers = numbers or {}
-    schema = torch.library.infer_schema(reference, mutates_args=mutates_args)
+    prototype, takes_draw = _prototype(reference)
+    schema = torch.library.infer_schema(prototype, mutates_args=mutates_args)
     names = [argument.split()[-1] for argument in schema[1 : schema.index(") -> ")].split(", ")]
     for argument in numbers:
         for scalar in (f"SymInt {argument},", f"float {argument},"):
@@ -115,6 +138,8 @@ def register(
         for i in mutated:
             if not arguments[i].is_inference():
                 torch.autograd.graph.increment_version(arguments[i])
+        if takes_draw:
+            return kernel(Draw._make(arguments[:_NUM_DRAW]), *arguments[_NUM_DRAW:])
         return kernel(*arguments)
 
     def on_cpu(*arguments: Any) -> Any:

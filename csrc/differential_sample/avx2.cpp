@@ -8,7 +8,8 @@ MGT_TARGET_AVX2_BEGIN
 #include "philox.h"
 #include "elementary.h"
 #include "noise.h"
-#include "sample_tokens/body.h"
+#include "race.h"
+#include "rows.h"
 #include "differential_sample/body.h"
 
 namespace mgt {

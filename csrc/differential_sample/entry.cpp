@@ -24,8 +24,9 @@ bool whole(const mgt_differential_sample_args* args) { return mgt::whole(args) &
 // expects a normalized sample
 bool valid(const mgt_differential_sample_args& a, const mgt_sample_tokens_args& sample) {
   const bool official = a.variant == MGT_DIFFERENTIAL_OFFICIAL;
-  if (!mgt::valid(sample) || sample.rows != MGT_ROWS_MASKED || !(official || a.variant == MGT_DIFFERENTIAL_PAPER) ||
-      (a.aliased_history && !official) || !(a.share >= 0.0 && a.share <= 1.0))
+  if (!mgt::valid(sample) || sample.rows != MGT_ROWS_MASKED || mgt::truncates(sample) ||
+      !(official || a.variant == MGT_DIFFERENTIAL_PAPER) || (a.aliased_history && !official) ||
+      !(a.share >= 0.0 && a.share <= 1.0))
     return false;
   return (mgt::Size(mgt::num_rows(sample)) * sample.num_tokens * int64_t{sizeof(uint16_t)}).fits();
 }

@@ -32,8 +32,6 @@ enum class DifferentialPass {
   edit_history
 };
 
-inline int64_t row_tiles(int64_t num_tokens) { return (num_tokens + kRowTileFloats - 1) / kRowTileFloats; }
-
 // Groups [begin, end) of all samples' groups; tiles: group positions x row_tiles x kRowTileFloats, of one thread.
 // Returns the first row b * N + n whose logits are bad, or -1.
 using DifferentialSample = int64_t (*)(const DifferentialCall& call, DifferentialPass pass, int64_t begin, int64_t end,

@@ -5,7 +5,8 @@
 #include "philox.h"
 #include "elementary.h"
 #include "noise.h"
-#include "sample_tokens/body.h"
+#include "race.h"
+#include "rows.h"
 #include "differential_sample/body.h"
 
 namespace mgt {

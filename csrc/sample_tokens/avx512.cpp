@@ -8,6 +8,10 @@ MGT_TARGET_AVX512_BEGIN
 #include "philox.h"
 #include "elementary.h"
 #include "noise.h"
+#include "select.h"
+#include "race.h"
+#include "rows.h"
+#include "sample_tokens/truncate.h"
 #include "sample_tokens/body.h"
 
 namespace mgt {

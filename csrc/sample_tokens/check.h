@@ -17,7 +17,7 @@ inline bool valid_temperature(float temperature) {
 
 // The strides of dimensions of size 1, along which nobody steps, become those that kernels expect.
 inline mgt_sample_tokens_args normalized(mgt_sample_tokens_args a) {
-  for (mgt_logits* half : {&a.logits, &a.uncond_logits}) {
+  for (mgt_logits* half : {&a.logits, &a.uncond_logits, &a.second_uncond_logits}) {
     if (a.num_samples == 1) half->stride_sample = 0;
     if (a.num_positions == 1) half->stride_position = 1;
     if (a.num_tokens == 1) half->stride_token = 1;
@@ -39,26 +39,40 @@ inline bool valid_positions(const mgt_sample_tokens_args& a) {
                      [&](int64_t first) { return first >= 0 && first <= last; });
 }
 
-inline bool valid_scales(const mgt_sample_tokens_args& a) {
-  return std::all_of(a.guidance_scales, a.guidance_scales + a.num_samples,
-                     [](float scale) { return std::isfinite(scale); });
+inline bool valid_scales(const mgt_sample_tokens_args& a, const float* scales) {
+  return !scales || std::all_of(scales, scales + a.num_samples, [](float scale) { return std::isfinite(scale); });
+}
+
+inline bool valid_guidance(const mgt_sample_tokens_args& a) {
+  return std::isfinite(a.guidance_scale) && std::isfinite(a.second_guidance_scale) &&
+         a.guidance >= MGT_GUIDANCE_NESTED && a.guidance <= MGT_GUIDANCE_DUAL &&
+         (a.uncond_logits.data != nullptr || a.second_uncond_logits.data == nullptr) &&
+         (a.softcap == 0.0f || (a.softcap > 0.0f && std::isfinite(a.softcap) && std::isfinite(2.0f / a.softcap)));
+}
+
+inline bool valid_truncation(const mgt_sample_tokens_args& a) {
+  return a.top_k >= 0 && a.top_k <= a.num_tokens && a.top_p >= 0.0f && a.top_p <= 1.0f && a.min_p >= 0.0f &&
+         a.min_p < 1.0f && a.logprob_of >= MGT_LOGPROB_OF_KEPT && a.logprob_of <= MGT_LOGPROB_OF_FULL;
 }
 
 // expects normalized arguments
 inline bool valid(const mgt_sample_tokens_args& a) {
-  const bool guided = a.uncond_logits.data != nullptr;
   if (a.num_samples < 0 || a.num_positions < 0 || a.num_tokens < 1 || a.num_tokens > INT32_MAX ||
       a.num_positions > UINT32_MAX)
     return false;
   if (a.dtype < MGT_FLOAT32 || a.dtype > MGT_FLOAT16 || !valid_step(a.step) || !valid_temperature(a.temperature) ||
-      !std::isfinite(a.guidance_scale) || !(a.noise_scale >= 0.0f) || !std::isfinite(a.noise_scale) ||
-      a.rows < MGT_ROWS_MASKED || a.rows > MGT_ROWS_ALL)
+      !valid_guidance(a) || !(a.noise_scale >= 0.0f) || !std::isfinite(a.noise_scale) || a.rows < MGT_ROWS_MASKED ||
+      a.rows > MGT_ROWS_ALL || !valid_truncation(a))
     return false;
   const Size rows = Size(a.num_samples) * a.num_positions;
   if (rows.value() == 0) return true;
-  const bool position_major = a.logits.stride_position == 1 && (!guided || a.uncond_logits.stride_position == 1);
-  return (token_major(a) || position_major) && (rows * int64_t{sizeof(int64_t)}).fits() && offsets_fit(a, a.logits) &&
-         (!guided || offsets_fit(a, a.uncond_logits));
+  bool position_major = true, fits = true;
+  for (const mgt_logits* half : {&a.logits, &a.uncond_logits, &a.second_uncond_logits}) {
+    if (half != &a.logits && half->data == nullptr) continue;
+    position_major &= half->stride_position == 1;
+    fits &= offsets_fit(a, *half);
+  }
+  return (token_major(a) || position_major) && fits && (rows * int64_t{sizeof(int64_t)}).fits();
 }
 
 inline int64_t num_rows(const mgt_sample_tokens_args& a) { return a.num_samples * a.num_positions; }
@@ -66,7 +80,7 @@ inline int64_t num_rows(const mgt_sample_tokens_args& a) { return a.num_samples 
 // whether what is read is there, and arrays hold what they may
 inline bool valid_inputs(const mgt_sample_tokens_args& a) {
   return a.logits.data && a.tokens && a.seeds && (!a.first_positions || valid_positions(a)) &&
-         (!a.guidance_scales || valid_scales(a));
+         valid_scales(a, a.guidance_scales) && valid_scales(a, a.second_guidance_scales);
 }
 
 // A chunk is worth waking a thread for from about 2^15 logits on. Up to 2^18 it grows as long as every thread gets

@@ -12,14 +12,9 @@ int64_t first_bad_token(const mgt_sample_tokens_args& a) {
   return -1;
 }
 
-// the tiles of one thread
-int64_t floats_per_worker(const mgt_sample_tokens_args& a) {
-  return (mgt::token_major(a) ? 1 : mgt::kGroupPositions) * mgt::kRowTileFloats;
-}
-
 int64_t workspace_bytes(const mgt_context& context, const mgt_sample_tokens_args& a) {
   const int64_t workers = mgt::chunks_of_groups(context, a).num_workers;
-  return mgt::kLineBytes + workers * floats_per_worker(a) * int64_t{sizeof(float)};
+  return mgt::kLineBytes + workers * mgt::floats_per_worker(a) * int64_t{sizeof(float)};
 }
 
 }  // namespace
@@ -52,7 +47,7 @@ mgt_status mgt_sample_tokens(const mgt_context* context, const mgt_sample_tokens
   auto* tiles = static_cast<float*>(mgt::on_line(workspace));
   mgt::FirstIndex bad_row;
   mgt::parallel_chunks(*context, mgt::chunks_of_groups(*context, a), [&](int64_t begin, int64_t end, int64_t worker) {
-    float* own_tiles = tiles + worker * floats_per_worker(a);
+    float* own_tiles = tiles + worker * mgt::floats_per_worker(a);
     bad_row.report(mgt::kKernels[isa].sample_tokens(a, *outputs, begin, end, own_tiles));
   });
   return bad_row.get() < 0 ? MGT_OK : mgt::fail(MGT_BAD_LOGITS, bad_row.get(), error_index);

@@ -5,6 +5,10 @@
 #include "philox.h"
 #include "elementary.h"
 #include "noise.h"
+#include "select.h"
+#include "race.h"
+#include "rows.h"
+#include "sample_tokens/truncate.h"
 #include "sample_tokens/body.h"
 
 namespace mgt {

@@ -1,5 +1,6 @@
 """The oracle of sample_tokens in float64."""
 
+import math
 from typing import Any
 
 import torch
@@ -9,34 +10,67 @@ from mgt_kernels import cpu
 from mgt_kernels.reference.draws import gaussian, token_gumbel
 
 
+def capped(logits: Tensor, softcap: float) -> Tensor:
+    """Return c tanh(l / c), float64, infinities as they are."""
+    logits = logits.double()
+    if softcap == math.inf:
+        return logits
+    return torch.where(logits.isinf(), logits, softcap * torch.tanh(logits / softcap))
+
+
+def guided_logits(
+    logits: Tensor,
+    uncond_logits: Tensor | None = None,
+    guidance_scale: float | Tensor = 1.0,
+    second_uncond_logits: Tensor | None = None,
+    second_guidance_scale: float | Tensor = 1.0,
+    guidance: str = "nested",
+    softcap: float = math.inf,
+) -> Tensor:
+    """Return what guidance makes of the halves, (B, N, V) float64; the scales are numbers or (B,)."""
+    scale, second_scale = (
+        given.double()[:, None, None] if isinstance(given, Tensor) and given.ndim else given
+        for given in (guidance_scale, second_guidance_scale)
+    )
+    cond = capped(logits, softcap)
+    guided, halves = cond, [cond]
+    if uncond_logits is not None:
+        uncond = capped(uncond_logits, softcap)
+        halves.append(uncond)
+        guided = uncond + scale * (cond - uncond)
+    if second_uncond_logits is not None:
+        second = capped(second_uncond_logits, softcap)
+        halves.append(second)
+        if guidance == "nested":
+            guided = second + second_scale * (guided - second)
+        else:
+            guided = guided + (second_scale - 1) * (cond - second)
+    infinite, forbidden = (torch.stack([half == value for half in halves]).any(0) for value in (torch.inf, -torch.inf))
+    # a scale below 0 would make -inf of it, which only forbids
+    return guided.masked_fill(infinite, torch.inf).masked_fill(forbidden, -torch.inf)
+
+
 def logits_and_noise(
     logits: Tensor,
     *,
     seed: Tensor,
     step: int,
     mask_token_id: int,
-    uncond_logits: Tensor | None = None,
-    guidance_scale: float | Tensor = 1.0,
     noise_scale: float = 0.0,
     temperature: float = 1.0,
     first_position: int | Tensor = 0,
     token_bias: Tensor | None = None,
+    **guidance: Any,
 ) -> tuple[Tensor, Tensor]:
     """Return (l, g): the logits that tokens are drawn from, and their Gumbel noise; (B, N, V) float64.
 
-    guidance_scale and first_position are numbers or (B,), token_bias is (V,). g is 0 at temperature 0.
+    first_position is a number or (B,), token_bias is (V,). g is 0 at temperature 0.
+
+    Args:
+        guidance: the other arguments of `guided_logits`.
     """
     _, num_positions, num_tokens = logits.shape
-    if isinstance(guidance_scale, Tensor) and guidance_scale.ndim:
-        guidance_scale = guidance_scale.double()[:, None, None]
-    cond = logits.double()
-    guided = cond
-    if uncond_logits is not None:
-        uncond = uncond_logits.double()
-        guided = uncond + guidance_scale * (cond - uncond)
-        forbidden = (cond == -torch.inf) | (uncond == -torch.inf)
-        # below 0, a scale would make -inf of it, which only forbids
-        guided = guided.masked_fill(cond == torch.inf, torch.inf).masked_fill(forbidden, -torch.inf)
+    guided = guided_logits(logits, **guidance)
     if token_bias is not None:
         guided = (guided + token_bias.double()).masked_fill(token_bias == -torch.inf, -torch.inf)
     noisy = guided
@@ -49,6 +83,27 @@ def logits_and_noise(
     if not temperature:
         return tempered, torch.zeros_like(tempered)
     return tempered, token_gumbel(seed, num_positions, num_tokens, step, first_position)
+
+
+def kept_tokens(tempered: Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
+    """Return which tokens a truncated draw may draw, (..., V) bool, of the logits l.
+
+    top_k keeps the k largest; of those, top_p the fewest largest whose probabilities add up to it; of those, min_p the
+    ones of at least min_p times the largest probability. Equal ones at a border are all kept.
+    """
+    kept = tempered > -torch.inf
+    if top_k:
+        kept &= tempered >= tempered.topk(top_k).values[..., -1:]
+    if top_p < 1:
+        falling = tempered.masked_fill(~kept, -torch.inf).sort(-1, descending=True).values
+        p = falling.softmax(-1)
+        before = p.cumsum(-1) - p
+        # the first always, and each whose predecessors do not reach top_p
+        count = (before < top_p).sum(-1, keepdim=True).clamp(min=1)
+        kept &= tempered >= falling.gather(-1, count - 1)
+    if min_p:
+        kept &= tempered >= tempered.amax(-1, keepdim=True) + math.log(min_p)
+    return kept
 
 
 def perturbed_logits(logits: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
@@ -81,6 +136,10 @@ def sample_tokens(
     mask_token_id: int,
     rows: str = "masked",
     temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    logprob_of: str = "kept",
     **options: Any,
 ) -> tuple[dict[str, Tensor], int]:
     """Return (outputs, first bad row or -1); see `mgt_kernels.sample_tokens`.
@@ -93,6 +152,11 @@ def sample_tokens(
         is read and has bad logits.
     """
     tempered, scores = perturbed_logits(logits, mask_token_id=mask_token_id, temperature=temperature, **options)
+    bad = (tempered.isnan() | (tempered == torch.inf)).any(-1) | (tempered == -torch.inf).all(-1)
+    left_out = ~kept_tokens(tempered, top_k, top_p, min_p)
+    scores = scores.masked_fill(left_out, -torch.inf)
+    if logprob_of == "kept":
+        tempered = tempered.masked_fill(left_out, -torch.inf)
     masked = tokens == mask_token_id
     read = {"masked": masked, "known": ~masked, "all": torch.ones_like(masked)}[rows]
     drawn = scores.argmax(-1)
@@ -109,5 +173,4 @@ def sample_tokens(
         "known_logprob": torch.where(scores, known_logit - statistics["logsumexp"], torch.inf),
         "logit": torch.where(draws, drawn_logit * (temperature or 1.0), torch.inf),
     }
-    bad = (tempered.isnan() | (tempered == torch.inf)).any(-1) | (tempered == -torch.inf).all(-1)
     return outputs, cpu.first_index(bad & read)
