@@ -4,6 +4,21 @@
 namespace mgt {
 namespace {
 
+// for each mask of eight lanes, which ones it has, lowest first
+struct LaneLists {
+  alignas(64) uint8_t lanes[256][8];
+};
+constexpr LaneLists make_lane_lists() {
+  LaneLists lists{};
+  for (int mask = 0; mask < 256; ++mask) {
+    int count = 0;
+    for (int lane = 0; lane < 8; ++lane)
+      if (mask >> lane & 1) lists.lanes[mask][count++] = static_cast<uint8_t>(lane);
+  }
+  return lists;
+}
+constexpr LaneLists kLaneLists = make_lane_lists();
+
 struct Avx2 {
   static constexpr int kLanes = 16;
   struct F {
@@ -97,7 +112,19 @@ struct Avx2 {
   static MGT_INLINE uint32_t to_bits(M m) {
     return static_cast<uint32_t>(_mm256_movemask_ps(m.lo)) | static_cast<uint32_t>(_mm256_movemask_ps(m.hi)) << 8;
   }
+  static MGT_INLINE M mask_and(M a, M b) { return {_mm256_and_ps(a.lo, b.lo), _mm256_and_ps(a.hi, b.hi)}; }
   static MGT_INLINE M mask_or(M a, M b) { return {_mm256_or_ps(a.lo, b.lo), _mm256_or_ps(a.hi, b.hi)}; }
+  // Stores the lanes of a mask side by side, and anything behind them, 16 in all at most; returns how many it has.
+  static MGT_INLINE int compress(float* p, F a, M m) {
+    const int count = compress(p, a.lo, m.lo);
+    return count + compress(p + count, a.hi, m.hi);
+  }
+  static MGT_INLINE int compress(float* p, __m256 a, __m256 m) {
+    const int mask = _mm256_movemask_ps(m);
+    const __m128i lanes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kLaneLists.lanes[mask]));
+    _mm256_storeu_ps(p, _mm256_permutevar8x32_ps(a, _mm256_cvtepu8_epi32(lanes)));
+    return __builtin_popcount(static_cast<unsigned>(mask));
+  }
   static MGT_INLINE F select(M m, F a, F b) {
     return {_mm256_blendv_ps(b.lo, a.lo, m.lo), _mm256_blendv_ps(b.hi, a.hi, m.hi)};
   }

@@ -58,7 +58,13 @@ struct Avx512 {
   static MGT_INLINE M not_below(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ); }
   static MGT_INLINE M is_nan(F a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q); }
   static MGT_INLINE uint32_t to_bits(M m) { return m; }
+  static MGT_INLINE M mask_and(M a, M b) { return _mm512_kand(a, b); }
   static MGT_INLINE M mask_or(M a, M b) { return _mm512_kor(a, b); }
+  // Stores the lanes of a mask side by side, and anything behind them, 16 in all; returns how many it has.
+  static MGT_INLINE int compress(float* p, F a, M m) {
+    _mm512_storeu_ps(p, _mm512_maskz_compress_ps(m, a));
+    return __builtin_popcount(m);
+  }
   static MGT_INLINE F select(M m, F a, F b) { return _mm512_mask_blend_ps(m, b, a); }
   static MGT_INLINE U bits(F a) { return _mm512_castps_si512(a); }
   static MGT_INLINE F from_bits(U u) { return _mm512_castsi512_ps(u); }

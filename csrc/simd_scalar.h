@@ -183,6 +183,14 @@ struct Scalar16 {
   }
   static MGT_INLINE uint32_t to_bits(M m) { return m; }
   static MGT_INLINE M mask_or(M a, M b) { return a | b; }
+  static MGT_INLINE M mask_and(M a, M b) { return a & b; }
+  // Stores the lanes of a mask side by side; returns how many it has.
+  static MGT_INLINE int compress(float* p, F a, M m) {
+    int count = 0;
+    for (int i = 0; i < 16; ++i)
+      if (m >> i & 1) p[count++] = a.lane[i];
+    return count;
+  }
   static MGT_INLINE F select(M m, F a, F b) {
     return each<F>([&](int i) { return (m >> i & 1) ? a.lane[i] : b.lane[i]; });
   }

@@ -86,31 +86,44 @@ inline uint32_t border(uint32_t* keys, uint32_t* weights, int64_t count, uint64_
     for (; bin < last && above + mass[bin] < target; ++bin) above += mass[bin];
     int64_t num_left = 0;
     for (int64_t i = 0; i < count; ++i) {
-      if ((high - keys[i]) >> shift != bin) continue;
-      keys[num_left] = keys[i], weights[num_left] = weights[i];
-      ++num_left;
+      const uint32_t key = keys[i];
+      keys[num_left] = key, weights[num_left] = weights[i];
+      num_left += (high - key) >> shift == bin;
     }
     count = num_left, target -= above;
   }
 }
 
-// Lists the keys of the logits from `low` on, each with weight 1; returns how many.
 template <class S>
-int64_t list_from(const StagedRow& row, float low) {
+MGT_INLINE typename S::U ordered_keys(typename S::F values) {
+  const auto bits = S::bits(S::add(values, S::set(0.0f)));
+  return S::bit_xor(bits, S::bit_or(S::template shift_right_signed<31>(bits), S::set_u(0x80000000u)));
+}
+
+// Lists the logits from `low` on, below `high`, where the weights will be; returns how many.
+template <class S>
+int64_t list_logits(const StagedRow& row, float low, float high) {
+  auto* listed = reinterpret_cast<float*>(row.weights);
   int64_t count = 0;
-  const auto lows = S::set(low);
+  const auto lows = S::set(low), highs = S::set(high);
   for_each_vector<S>(row, low, [&](typename S::F logits) {
-    uint32_t lanes = S::to_bits(S::not_below(logits, lows));
-    if (!lanes) return;
-    float value[16];
-    S::store(value, logits);
-    for (; lanes; lanes &= lanes - 1) row.keys[count++] = ordered_key(value[__builtin_ctz(lanes)]);
+    const auto wanted = S::mask_and(S::not_below(logits, lows), S::less(logits, highs));
+    if (S::to_bits(wanted)) count += S::compress(listed + count, logits, wanted);
   });
-  std::fill(row.weights, row.weights + count, 1u);
   return count;
 }
 
-// The maxima of groups of columns, of at least `wanted` groups where the row has as many; returns how many.
+// Makes keys of the logits that are listed, each with weight 1.
+template <class S>
+void count_listed(const StagedRow& row, int64_t count) {
+  const auto* listed = reinterpret_cast<const float*>(row.weights);
+  for (int64_t i = 0; i < count; i += 16) {
+    S::store_u(row.keys + i, ordered_keys<S>(S::load(listed + i)));
+    S::store_u(row.weights + i, S::set_u(1u));
+  }
+}
+
+// Lists the maxima of groups of columns, of at least `wanted` groups where the row has as many; returns how many.
 template <class S>
 int64_t list_maxima(const StagedRow& row, int64_t wanted) {
   auto* maxima = reinterpret_cast<float*>(row.weights);
@@ -120,8 +133,7 @@ int64_t list_maxima(const StagedRow& row, int64_t wanted) {
   for (; count / 2 >= wanted && count / 2 % 16 == 0; count /= 2)
     for (int64_t i = 0; i < count / 2; i += 16)
       S::store(maxima + i, S::max(S::load(maxima + i), S::load(maxima + count / 2 + i)));
-  for (int64_t i = 0; i < count; ++i) row.keys[i] = ordered_key(maxima[i]);
-  std::fill(row.weights, row.weights + count, 1u);
+  count_listed<S>(row, count);
   return count;
 }
 
@@ -130,32 +142,65 @@ constexpr float kLowestFinite = -std::numeric_limits<float>::max();
 // the top_k-th largest logit
 template <class S>
 float bound_of_top_k(const StagedRow& row, int64_t top_k) {
+  const auto rank = static_cast<uint64_t>(top_k);
   // as many groups as top_k have a maximum from here on, so as many logits have
   float low = kLowestFinite;
   const int64_t num_groups = list_maxima<S>(row, 8 * top_k);
-  if (num_groups >= top_k)
-    low = std::max(low, value_of_key(border(row.keys, row.weights, num_groups, static_cast<uint64_t>(top_k))));
-  const int64_t count = list_from<S>(row, low);
-  return value_of_key(border(row.keys, row.weights, count, static_cast<uint64_t>(top_k)));
+  if (num_groups >= top_k) low = std::max(low, value_of_key(border(row.keys, row.weights, num_groups, rank)));
+  const int64_t count = list_logits<S>(row, low, kInfinity);
+  count_listed<S>(row, count);
+  return value_of_key(border(row.keys, row.weights, count, rank));
 }
 
 constexpr float kTwoPow31 = 2147483648.0f;
 // what lies further below the largest logit weighs nothing: 2^31 exp(-22.2) < 1/2
 constexpr float kWeightless = 22.25f;
-constexpr float kBinsPerNat = 16.0f;
-constexpr int kLastBin = 22 * 16 + 15;
 
 // exp(l - max) in units of 2^-31, to the nearest
 template <class S>
-MGT_INLINE typename S::U weigh(typename S::F below_max) {
-  return S::to_uint(S::fma(exp_nonpositive<S>(below_max), S::set(kTwoPow31), S::set(0.5f)));
+MGT_INLINE typename S::U weigh(typename S::F logits, typename S::F max) {
+  return S::to_uint(S::fma(exp_nonpositive<S>(S::sub(logits, max)), S::set(kTwoPow31), S::set(0.5f)));
 }
 
-// The bin of a logit, rising as logits fall.
+// sums of weights, of vectors in two halves of 16 bits
 template <class S>
-MGT_INLINE typename S::U bin_of(typename S::F below_max) {
-  const auto bins = S::mul(below_max, S::set(-kBinsPerNat));
-  return S::to_uint(S::min(bins, S::set(static_cast<float>(kLastBin))));
+struct WeightSum {
+  typename S::U upper, lower;
+  int64_t num_added = 0;
+  uint64_t total = 0;
+
+  // not a default of the members, whose code would be compiled outside the target region
+  MGT_INLINE WeightSum() : upper(S::set_u(0u)), lower(S::set_u(0u)) {}
+  MGT_INLINE void add(typename S::U weights) {
+    upper = S::add_u(upper, S::template shift_right<16>(weights));
+    lower = S::add_u(lower, S::bit_and(weights, S::set_u(0xffffu)));
+    // 2^16 of them fit
+    if (++num_added == 1 << 15) flush();
+  }
+  void flush() {
+    uint32_t sums[2][16];
+    S::store_u(sums[0], upper), S::store_u(sums[1], lower);
+    for (int lane = 0; lane < 16; ++lane) total += (uint64_t{sums[0][lane]} << 16) + sums[1][lane];
+    upper = lower = S::set_u(0u);
+    num_added = 0;
+  }
+};
+
+// Makes keys of the logits that are listed, with their weights; returns the sum of those.
+template <class S>
+uint64_t weigh_listed(const StagedRow& row, int64_t count, float max) {
+  auto* listed = reinterpret_cast<float*>(row.weights);
+  std::fill(listed + count, listed + (count + 15) / 16 * 16, -kInfinity);
+  WeightSum<S> sum;
+  for (int64_t i = 0; i < count; i += 16) {
+    const auto logits = S::load(listed + i);
+    const auto weights = weigh<S>(logits, S::set(max));
+    sum.add(weights);
+    S::store_u(row.keys + i, ordered_keys<S>(logits));
+    S::store_u(row.weights + i, weights);
+  }
+  sum.flush();
+  return sum.total;
 }
 
 inline uint64_t share_of(uint64_t total, float top_p) {
@@ -163,122 +208,120 @@ inline uint64_t share_of(uint64_t total, float top_p) {
   return std::max(uint64_t{1}, std::min(total, target));
 }
 
-// What top_p keeps of the logits that are listed: those of `count` keys, the largest of which is max's.
-template <class S>
-float bound_of_listed_top_p(const StagedRow& row, int64_t count, float max, float top_p) {
-  uint64_t total = 0;
-  for (int64_t i = 0; i < count; i += 16) {
-    float value[16];
-    for (int64_t lane = 0; lane < 16; ++lane) value[lane] = i + lane < count ? value_of_key(row.keys[i + lane]) : max;
-    uint32_t weight[16];
-    S::store_u(weight, weigh<S>(S::sub(S::load(value), S::set(max))));
-    for (int64_t lane = 0; lane < std::min<int64_t>(16, count - i); ++lane)
-      total += row.weights[i + lane] = weight[lane];
-  }
-  return value_of_key(border(row.keys, row.weights, count, share_of(total, top_p)));
-}
-
-struct Histogram {
-  // four, so that neighbours of one bin do not wait for each other
-  uint64_t mass[4][kLastBin + 1];
+struct Bracket {
+  float low, high;
 };
 
-// Adds the weights of all logits up, in bins those from `low` on; returns the sum of all.
-template <class S>
-uint64_t fill_histogram(const StagedRow& row, float max, float low, Histogram& histogram) {
-  using U = typename S::U;
-  std::memset(&histogram, 0, sizeof histogram);
-  const auto maxima = S::set(max), lows = S::set(low);
-  const U half = S::set_u(0xffffu);
-  U upper = S::set_u(0u), lower = upper;
-  uint64_t total = 0;
-  int64_t num_vectors = 0;
-  const auto flush = [&] {
-    uint32_t sums[2][16];
-    S::store_u(sums[0], upper), S::store_u(sums[1], lower);
-    for (int lane = 0; lane < 16; ++lane) total += (uint64_t{sums[0][lane]} << 16) + sums[1][lane];
-    upper = lower = S::set_u(0u);
-    num_vectors = 0;
-  };
+// Lists the logits within a bracket; returns how many, and the sums of the weights of all, and of those above.
+template <class S, bool kHasAbove>
+int64_t list_bracket(const StagedRow& row, Bracket bracket, float max, uint64_t& total, uint64_t& above) {
+  auto* listed = reinterpret_cast<float*>(row.weights);
+  int64_t count = 0;
+  WeightSum<S> all, upper;
+  const auto lows = S::set(bracket.low), highs = S::set(bracket.high);
   for_each_vector<S>(row, max - kWeightless, [&](typename S::F logits) {
-    const auto below_max = S::sub(logits, maxima);
-    const U weights = weigh<S>(below_max);
-    upper = S::add_u(upper, S::template shift_right<16>(weights));
-    lower = S::add_u(lower, S::bit_and(weights, half));
-    // halves of 16 bits: 2^16 of them fit
-    if (++num_vectors == 1 << 15) flush();
-    uint32_t lanes = S::to_bits(S::not_below(logits, lows));
-    if (!lanes) return;
-    uint32_t bin[16], weight[16];
-    S::store_u(bin, bin_of<S>(below_max)), S::store_u(weight, weights);
-    if (lanes == 0xffffu) {
-      for (int lane = 0; lane < 16; ++lane) histogram.mass[lane % 4][bin[lane]] += weight[lane];
-      return;
+    const auto weights = weigh<S>(logits, S::set(max));
+    all.add(weights);
+    auto wanted = S::not_below(logits, lows);
+    if constexpr (kHasAbove) {
+      const auto below = S::less(logits, highs);
+      upper.add(S::bits(S::select(below, S::set(0.0f), S::from_bits(weights))));
+      wanted = S::mask_and(wanted, below);
     }
-    for (; lanes; lanes &= lanes - 1) {
-      const int lane = __builtin_ctz(lanes);
-      histogram.mass[lane % 4][bin[lane]] += weight[lane];
-    }
+    if (S::to_bits(wanted)) count += S::compress(listed + count, logits, wanted);
   });
-  flush();
-  return total;
+  all.flush(), upper.flush();
+  total = all.total, above = upper.total;
+  return count;
 }
 
 // Where the largest eighth of the tokens begins, roughly: few groups of 32 have none of them.
 template <class S>
 float largest_eighth(const StagedRow& row) {
-  const int64_t num_tiles = std::min<int64_t>(row.num_tiles(), 8);
-  const int64_t count = num_tiles * kTileMaxima;
-  for (int64_t i = 0; i < count; ++i) row.keys[i] = ordered_key(row.tile_maxima(i / kTileMaxima)[i % kTileMaxima]);
-  std::fill(row.weights, row.weights + count, 1u);
+  auto* listed = reinterpret_cast<float*>(row.weights);
+  int64_t count = 0;
+  for (int64_t t = 0; t < std::min<int64_t>(row.num_tiles(), 4); ++t, count += kTileMaxima)
+    std::copy(row.tile_maxima(t), row.tile_maxima(t) + kTileMaxima, listed + count);
+  count_listed<S>(row, count);
   return value_of_key(border(row.keys, row.weights, count, static_cast<uint64_t>(count - count / 64)));
+}
+
+// A guess, which decides nothing but how long the search takes: where the largest logits below `ceiling` end that have
+// `share` of the probability of all below it. None of them has much of it.
+template <class S>
+Bracket sampled_bracket(const StagedRow& row, float max, float ceiling, float share, float bin_width) {
+  if (!(bin_width > 0.0f)) return {-kInfinity, ceiling};
+  // a sample tells how the probability is spread, in bins of falling logits
+  constexpr int kBins = 256;
+  float mass[4][kBins] = {}, square[4][kBins] = {};
+  const int64_t step = row.num_tokens >= int64_t{1} << 16 ? 16 * 16 : 16 * 4;
+  const auto top = std::min(ceiling, max);
+  for (int64_t t = 0; t < row.num_tiles(); ++t) {
+    for (int64_t j = 0; j < row.width(t); j += step) {
+      const auto logits = S::load(row.tile(t) + j);
+      const auto weights =
+          S::select(S::less(logits, S::set(ceiling)), exp_nonpositive<S>(S::sub(logits, S::set(max))), S::set(0.0f));
+      const auto bins = S::mul(S::max(S::sub(S::set(top), logits), S::set(0.0f)), S::set(1.0f / bin_width));
+      float weight[16];
+      uint32_t bin[16];
+      S::store(weight, weights);
+      S::store_u(bin, S::to_uint(S::min(bins, S::set(kBins - 1.0f))));
+      for (int lane = 0; lane < 16; ++lane) {
+        mass[lane % 4][bin[lane]] += weight[lane];
+        square[lane % 4][bin[lane]] += weight[lane] * weight[lane];
+      }
+    }
+  }
+  float total = 0.0f, squares_below = 0.0f;
+  for (int bin = 0; bin < kBins; ++bin) {
+    total += mass[0][bin] += mass[1][bin] + mass[2][bin] + mass[3][bin];
+    squares_below += square[0][bin] += square[1][bin] + square[2][bin] + square[3][bin];
+  }
+  Bracket bracket{-kInfinity, ceiling};
+  float sum = 0.0f, squares_above = 0.0f;
+  for (int bin = 0; bin < kBins - 1; ++bin) {
+    const float edge = top - static_cast<float>(bin + 1) * bin_width;
+    sum += mass[0][bin];
+    squares_above += square[0][bin], squares_below -= square[0][bin];
+    // four standard deviations of (1 - share) times what is above less share times what is below
+    const float variance = (1.0f - share) * (1.0f - share) * squares_above + share * share * squares_below;
+    const float deviation = 4.0f * std::sqrt(std::max(variance, 0.0f));
+    if (sum < share * total - deviation) bracket.high = edge;
+    if (sum > share * total + deviation) {
+      bracket.low = edge;
+      break;
+    }
+  }
+  return bracket;
 }
 
 // the smallest of the fewest largest logits whose probabilities add up to top_p
 template <class S>
 float bound_of_top_p(const StagedRow& row, float max, float top_p) {
-  // All weights are added in vectors; one by one into bins only as far as top_p is likely to reach, which is all the
-  // way on rows so flat that an eighth of the tokens is within 8 nats of the largest.
-  Histogram histogram;
-  float low = largest_eighth<S>(row);
-  if (!(low < max - 8.0f)) low = -kInfinity;
-  uint64_t total = fill_histogram<S>(row, max, low, histogram);
-  const uint64_t target = share_of(total, top_p);
-  const auto crossing = [&](uint64_t& above) {
-    for (int bin = 0; bin <= kLastBin; ++bin) {
-      uint64_t mass = 0;
-      for (const auto& copy : histogram.mass) mass += copy[bin];
-      if (above + mass >= target) return bin;
-      above += mass;
-    }
-    return -1;
-  };
-  // the bin of `low` is not whole, and the ones before it are
-  const int last_whole = low == -kInfinity ? kLastBin : static_cast<int>(bin_of<Lane1>(low - max)) - 1;
-  uint64_t above = 0;
-  int bin = crossing(above);
-  if (bin < 0 || bin > last_whole) {
-    fill_histogram<S>(row, max, -kInfinity, histogram);
-    above = 0;
-    bin = crossing(above);
-  }
+  uint64_t total = 0, above = 0, listed = 0, target = 0;
   int64_t count = 0;
-  const auto maxima = S::set(max);
-  const auto highest = S::set(-static_cast<float>(bin) / kBinsPerNat);
-  const auto lowest = S::set(bin == kLastBin ? -kInfinity : -static_cast<float>(bin + 1) / kBinsPerNat);
-  for_each_vector<S>(row, max - kWeightless, [&](typename S::F logits) {
-    const auto below_max = S::sub(logits, maxima);
-    uint32_t lanes = S::to_bits(S::less(lowest, below_max)) & ~S::to_bits(S::less(highest, below_max));
-    if (!lanes) return;
-    float value[16];
-    uint32_t weight[16];
-    S::store(value, logits), S::store_u(weight, weigh<S>(below_max));
-    for (; lanes; lanes &= lanes - 1) {
-      const int lane = __builtin_ctz(lanes);
-      row.keys[count] = ordered_key(value[lane]), row.weights[count] = weight[lane];
-      ++count;
-    }
-  });
+  // whether the bound is among the logits of this bracket, which are listed then
+  const auto holds_bound = [&](Bracket bracket) {
+    count = bracket.high < kInfinity ? list_bracket<S, true>(row, bracket, max, total, above)
+                                     : list_bracket<S, false>(row, bracket, max, total, above);
+    listed = weigh_listed<S>(row, count, max);
+    target = share_of(total, top_p);
+    return above < target && above + listed >= target;
+  };
+  const float eighth = largest_eighth<S>(row), bin_width = (max - eighth) / 32.0f;
+  // A sample tells where to look, unless few tokens have most of the probability. Then an eighth of all is listed, and
+  // if those have not enough of it, a sample of the others tells.
+  Bracket bracket{eighth, kInfinity};
+  if (eighth >= max - 10.0f) {
+    const Bracket sampled = sampled_bracket<S>(row, max, kInfinity, top_p, bin_width);
+    if (sampled.low > -kInfinity && sampled.high < kInfinity) bracket = sampled;
+  }
+  bool found = holds_bound(bracket);
+  if (!found && bracket.high == kInfinity && listed < target) {
+    const double share = static_cast<double>(target - listed) / static_cast<double>(total - listed);
+    found = holds_bound(sampled_bracket<S>(row, max, eighth, static_cast<float>(share), bin_width));
+  }
+  if (!found) holds_bound({-kInfinity, kInfinity});
   return value_of_key(border(row.keys, row.weights, count, target - above));
 }
 
@@ -288,10 +331,13 @@ float kept_from(const mgt_sample_tokens_args& args, const StagedRow& row, float 
   float bound = kLowestFinite;
   if (args.top_k > 0 && args.top_k < row.num_tokens) bound = bound_of_top_k<S>(row, args.top_k);
   if (args.top_p > 0.0f && args.top_p < 1.0f) {
-    if (bound > kLowestFinite)
-      bound = bound_of_listed_top_p<S>(row, list_from<S>(row, bound), max, args.top_p);
-    else
+    if (bound > kLowestFinite) {
+      const int64_t count = list_logits<S>(row, bound, kInfinity);
+      const uint64_t target = share_of(weigh_listed<S>(row, count, max), args.top_p);
+      bound = value_of_key(border(row.keys, row.weights, count, target));
+    } else {
       bound = bound_of_top_p<S>(row, max, args.top_p);
+    }
   }
   if (args.min_p > 0.0f) bound = std::max(bound, max + log_f32<Lane1>(args.min_p));
   return bound;
