@@ -253,8 +253,8 @@ Bracket sampled_bracket(const StagedRow& row, float max, float ceiling, float sh
   if (!(bin_width > 0.0f)) return {-kInfinity, ceiling};
   // a sample tells how the probability is spread, in bins of falling logits
   constexpr int kBins = 256;
-  float mass[4][kBins] = {}, square[4][kBins] = {};
-  const int64_t step = row.num_tokens >= int64_t{1} << 16 ? 16 * 16 : 16 * 4;
+  float mass[4][kBins] = {}, squares[kBins];
+  const int64_t step = row.num_tokens >= int64_t{1} << 16 ? 16 * 8 : 16 * 4;
   const auto top = std::min(ceiling, max);
   for (int64_t t = 0; t < row.num_tiles(); ++t) {
     for (int64_t j = 0; j < row.width(t); j += step) {
@@ -266,26 +266,25 @@ Bracket sampled_bracket(const StagedRow& row, float max, float ceiling, float sh
       uint32_t bin[16];
       S::store(weight, weights);
       S::store_u(bin, S::to_uint(S::min(bins, S::set(kBins - 1.0f))));
-      for (int lane = 0; lane < 16; ++lane) {
-        mass[lane % 4][bin[lane]] += weight[lane];
-        square[lane % 4][bin[lane]] += weight[lane] * weight[lane];
-      }
+      for (int lane = 0; lane < 16; ++lane) mass[lane % 4][bin[lane]] += weight[lane];
     }
   }
   float total = 0.0f, squares_below = 0.0f;
   for (int bin = 0; bin < kBins; ++bin) {
     total += mass[0][bin] += mass[1][bin] + mass[2][bin] + mass[3][bin];
-    squares_below += square[0][bin] += square[1][bin] + square[2][bin] + square[3][bin];
+    // no weight of a bin is larger than its edge's
+    const float edge = top - static_cast<float>(bin) * bin_width;
+    squares_below += squares[bin] = mass[0][bin] * exp_nonpositive<Lane1>(edge - max);
   }
   Bracket bracket{-kInfinity, ceiling};
   float sum = 0.0f, squares_above = 0.0f;
   for (int bin = 0; bin < kBins - 1; ++bin) {
     const float edge = top - static_cast<float>(bin + 1) * bin_width;
     sum += mass[0][bin];
-    squares_above += square[0][bin], squares_below -= square[0][bin];
-    // four standard deviations of (1 - share) times what is above less share times what is below
+    squares_above += squares[bin], squares_below -= squares[bin];
+    // three standard deviations of (1 - share) times what is above less share times what is below
     const float variance = (1.0f - share) * (1.0f - share) * squares_above + share * share * squares_below;
-    const float deviation = 4.0f * std::sqrt(std::max(variance, 0.0f));
+    const float deviation = 3.0f * std::sqrt(std::max(variance, 0.0f));
     if (sum < share * total - deviation) bracket.high = edge;
     if (sum > share * total + deviation) {
       bracket.low = edge;
