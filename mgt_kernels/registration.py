@@ -122,7 +122,8 @@ def register(
     samples = [names.index(argument) for argument in per_sample]
     checks = [(names.index(argument), check) for argument, check in numbers.items()]
 
-    def run(kernel: Kernel, needs_values: bool, arguments: Sequence[Any]) -> Any:
+    # what prepares the arguments of a kernel returns them, so that little is between a call and its kernel
+    def with_values(arguments: Sequence[Any], needs_values: bool) -> list[Any]:
         read = list(arguments)
         for i, check in checks:
             value = read[i]
@@ -132,18 +133,19 @@ def register(
                     continue
                 value = read[i] = value.item()
             check(value)
-        return write(kernel, read)
+        return joined(read)
 
-    def write(kernel: Kernel, arguments: list[Any]) -> Any:
+    def joined(arguments: list[Any]) -> list[Any]:
         for i in mutated:
             if not arguments[i].is_inference():
                 torch.autograd.graph.increment_version(arguments[i])
-        if takes_draw:
-            return kernel(Draw._make(arguments[:_NUM_DRAW]), *arguments[_NUM_DRAW:])
-        return kernel(*arguments)
+        return [Draw._make(arguments[:_NUM_DRAW]), *arguments[_NUM_DRAW:]] if takes_draw else arguments
 
     def on_cpu(*arguments: Any) -> Any:
-        return run(reference if cpu is None or arguments[-1] == "reference" else cpu, True, arguments)
+        return cpu_kernel(arguments[-1])(*with_values(arguments, True))
+
+    def cpu_kernel(backend: str) -> Kernel:
+        return reference if cpu is None or backend == "reference" else cpu
 
     def on_cuda(*arguments: Any) -> Any:
         if cpu is None or arguments[-1] == "reference":
@@ -168,10 +170,10 @@ def register(
                     continue
                 check(number := value.item())
                 read[i] = number
-        return write(getattr(triton, name), read)
+        return getattr(triton, name)(*joined(read))
 
     def anywhere(*arguments: Any) -> Any:
-        return run(reference, cpu is not None, arguments)
+        return reference(*with_values(arguments, cpu is not None))
 
     kernels = {"CompositeExplicitAutograd": anywhere, "fake": fake}
     if cpu is not None:
@@ -204,7 +206,7 @@ def register(
         tensors = [x for x in arguments if type(x) not in _NO_TENSORS and isinstance(x, Tensor)]
         if is_plain(tensors):
             if tensors[0].is_cpu:
-                return on_cpu(*arguments)
+                return cpu_kernel(arguments[-1])(*with_values(arguments, True))
             if tensors[0].is_cuda:
                 return on_cuda(*arguments)
         op = getattr(torch.ops.mgt_kernels, name).default
