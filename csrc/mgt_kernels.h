@@ -199,7 +199,7 @@ typedef struct {
 } mgt_sample_tokens_outputs;
 
 /* Bytes of workspace that mgt_sample_tokens needs for these arguments and context->num_threads; -1 where they are
- * invalid. Nothing is read: all that counts of the pointers is whether uncond_logits.data is NULL. */
+ * invalid. Nothing is read: all that counts of the pointers is which halves of guidance have data that is NULL. */
 MGT_API int64_t mgt_sample_tokens_workspace(const mgt_context* context, const mgt_sample_tokens_args* args);
 
 /* Draws a token for every masked position that is read, and gives what is asked of all that are (spec: "guided, noisy

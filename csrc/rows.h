@@ -55,15 +55,26 @@ MGT_INLINE typename S::F guide(typename S::F cond, typename S::F uncond, typenam
   return guided;
 }
 
-// c tanh(l / c), infinities left as they are: -inf still forbids, +inf is still an error
+// c tanh(l / c), infinities left as they are: -inf still forbids, +inf is still an error. Near 0, where 1 - exp has
+// lost its digits, it is l and a correction of l: a cap far above the logits leaves them as they are.
 template <class S>
 MGT_INLINE typename S::F cap(typename S::F logit, typename S::F softcap, typename S::F two_over_softcap) {
+  using F = typename S::F;
   const auto sign = S::bit_and(S::bits(logit), S::set_u(0x80000000u));
-  const auto magnitude = S::from_bits(S::bit_xor(S::bits(logit), sign));
-  const auto one = S::set(1.0f), exp = exp_nonpositive<S>(S::sub(S::set(0.0f), S::mul(magnitude, two_over_softcap)));
-  const auto tanh = S::div(S::sub(one, exp), S::add(one, exp));
-  const auto capped = S::from_bits(S::bit_xor(S::bits(S::mul(softcap, tanh)), sign));
-  return S::select(S::equal(magnitude, S::set(kInfinity)), logit, capped);
+  const F magnitude = S::from_bits(S::bit_xor(S::bits(logit), sign));
+  const F twice = S::mul(magnitude, two_over_softcap), x = S::mul(twice, S::set(0.5f)), x2 = S::mul(x, x);
+  const F one = S::set(1.0f), exp = exp_nonpositive<S>(S::sub(S::set(0.0f), twice));
+  const F far = S::mul(softcap, S::div(S::sub(one, exp), S::add(one, exp)));
+  // tanh(x) / x = 1 + x^2 p(x^2) for x in [0, 0.6]
+  F p = S::set(-0.005895157810300589f);
+  p = S::fma(p, x2, S::set(0.020795971155166626f));
+  p = S::fma(p, x2, S::set(-0.053783830255270004f));
+  p = S::fma(p, x2, S::set(0.13331924378871918f));
+  p = S::fma(p, x2, S::set(-0.33333298563957214f));
+  const F near = S::fma(magnitude, S::mul(x2, p), magnitude);
+  // NaN is not less
+  const F capped = S::select(S::less(x, S::set(0.6f)), near, far);
+  return S::select(S::equal(magnitude, S::set(kInfinity)), logit, S::from_bits(S::bit_xor(S::bits(capped), sign)));
 }
 
 // where a sample's logits of one guidance half start, and their strides
@@ -117,8 +128,8 @@ MGT_INLINE typename S::F guide_any(const Source& source, const Load& load) {
     if (source.softcap == 0.0f) return logit;
     return cap<S>(logit, S::set(source.softcap), S::set(2.0f / source.softcap));
   };
-  const F cond = capped(source.cond);
-  F guided = source.guided ? guide<S, true>(cond, capped(source.uncond), S::set(source.guidance_scale)) : cond;
+  const F cond = capped(source.cond), uncond = source.guided ? capped(source.uncond) : cond;
+  F guided = source.guided ? guide<S, true>(cond, uncond, S::set(source.guidance_scale)) : cond;
   if (!source.guided_twice) return guided;
   const F second = capped(source.second);
   if (source.guidance == MGT_GUIDANCE_NESTED)
@@ -126,8 +137,9 @@ MGT_INLINE typename S::F guide_any(const Source& source, const Load& load) {
   else
     guided = S::fma(S::set(source.second_scale - 1.0f), S::sub(cond, second), guided);
   // an infinity that is an error stays one, whatever the scales would make of it
-  const F infinity = S::set(kInfinity), error = S::max(S::max(cond, second), S::set(-kInfinity));
-  return S::select(S::equal(error, infinity), infinity, guided);
+  const F infinity = S::set(kInfinity);
+  const F largest = S::max(S::max(cond, uncond), S::max(second, S::set(-kInfinity)));
+  return S::select(S::equal(largest, infinity), infinity, guided);
 }
 
 // one element by the rules: -inf in any half forbids the token, whatever guidance would make of it

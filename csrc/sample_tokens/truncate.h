@@ -324,6 +324,12 @@ float bound_of_top_p(const StagedRow& row, float max, float top_p) {
   return value_of_key(border(row.keys, row.weights, count, target - above));
 }
 
+inline float log_of_share(float share) {
+  // log_f32 takes no denormals
+  const bool tiny = share < std::numeric_limits<float>::min();
+  return tiny ? log_f32<Lane1>(share * 0x1p24f) - 24.0f * kLn2 : log_f32<Lane1>(share);
+}
+
 // The smallest logit that the draw keeps of a row whose largest is max.
 template <class S>
 float kept_from(const mgt_sample_tokens_args& args, const StagedRow& row, float max) {
@@ -338,7 +344,7 @@ float kept_from(const mgt_sample_tokens_args& args, const StagedRow& row, float 
       bound = bound_of_top_p<S>(row, max, args.top_p);
     }
   }
-  if (args.min_p > 0.0f) bound = std::max(bound, max + log_f32<Lane1>(args.min_p));
+  if (args.min_p > 0.0f) bound = std::max(bound, max + log_of_share(args.min_p));
   return bound;
 }
 
