@@ -34,8 +34,10 @@ Context = structure("Context", isa=I32, num_threads=I32, parallel=POINTER)
 Logits = structure("Logits", data=POINTER, stride_sample=I64, stride_position=I64, stride_token=I64)
 Draw = structure(
     "Draw", struct_size=U32, dtype=I32, num_samples=I64, num_positions=I64, num_tokens=I64, logits=Logits,
-    uncond_logits=Logits, tokens=POINTER, seeds=POINTER, first_positions=POINTER, guidance_scales=POINTER,
-    token_bias=POINTER, mask_token_id=I64, step=I64, guidance_scale=F32, noise_scale=F32, temperature=F32, rows=I32,
+    uncond_logits=Logits, second_uncond_logits=Logits, tokens=POINTER, seeds=POINTER, first_positions=POINTER,
+    guidance_scales=POINTER, second_guidance_scales=POINTER, token_bias=POINTER, mask_token_id=I64, step=I64,
+    guidance_scale=F32, noise_scale=F32, temperature=F32, rows=I32, second_guidance_scale=F32, guidance=I32,
+    softcap=F32, logprob_of=I32, top_k=I64, top_p=F32, min_p=F32,
 )  # fmt: skip
 Drawn = structure(
     "Drawn", struct_size=U32, token_ids=POINTER, logprob=POINTER, argmax=POINTER, max_logprob=POINTER,
@@ -79,17 +81,20 @@ class Call:
         self.op, self.kept, self.outputs, self.extra = op, [], [], []
         if op in ("sample_tokens", "differential_sample"):
             shape = 2, 37, 70
-            logits = torch.randn(2, *shape, generator=generator)
+            logits = torch.randn(3, *shape, generator=generator)
             # the order of denormals decides a greedy draw
-            logits[:, :, 5] = -torch.rand(2, 2, 70, generator=generator) * 1e-39
+            logits[:, :, 5] = -torch.rand(3, 2, 70, generator=generator) * 1e-39
             tokens, seeds = torch.full(shape[:2], 70), torch.tensor([5, -6])
             halves = [Logits(half.data_ptr(), *half.stride()) for half in logits]
             firsts, scales, bias = torch.tensor([0, 9]), torch.tensor([2.0, 1.5]), torch.zeros(70)
             bias[[3, 69]] = -torch.inf
-            self.kept = [logits, tokens, seeds, firsts, scales, bias]
+            self.kept = [logits, tokens, seeds, firsts, scales, scales.flip(0), bias]
             self.sample = self.args = Draw(
-                ctypes.sizeof(Draw), 0, *shape, *halves, *(t.data_ptr() for t in self.kept[1:]), 70, 3, 2.0, 0.5, 1.0
-            )
+                ctypes.sizeof(Draw), 0, *shape, *halves, *(t.data_ptr() for t in self.kept[1:]), 70, 3, 2.0, 0.5, 1.0,
+                0, 0.5, 0, 5.0,
+            )  # fmt: skip
+            if op == "sample_tokens":
+                self.sample.top_k, self.sample.top_p, self.sample.min_p = 60, 0.99, 1e-3
             self.outputs = [torch.zeros(2, 37, dtype=torch.int64), torch.zeros(2, 37)]
             if op == "differential_sample":
                 self.args = Differential(ctypes.sizeof(Differential), 0, ctypes.pointer(self.sample), 0, 0, 0.75)
@@ -222,7 +227,7 @@ def test_any_nan_is_reported(op, bits):
         for noise_scale, guided in ((0.0, True), (0.5, True), (0.0, False), (0.5, False)):
             call = Call(op, noise_scale=noise_scale)
             if not guided:
-                call.sample.uncond_logits.data = None
+                call.sample.uncond_logits.data = call.sample.second_uncond_logits.data = None
             call.kept[0][0].view(torch.int32)[1, 30, 41] = bits - (bits >> 31 << 32)
             assert call(context(name))[0] == BAD_LOGITS and call.index == 37 + 30, (name, noise_scale, guided)
 
@@ -244,8 +249,8 @@ def test_a_dimension_of_size_1_has_any_stride(op, shape, stride):
     for by_position in (False, True):
         results = []
         for odd in (False, True):
-            call = Call(op, **sizes)
-            for half in (call.sample.logits, call.sample.uncond_logits):
+            call = Call(op, top_k=0, **sizes)
+            for half in (call.sample.logits, call.sample.uncond_logits, call.sample.second_uncond_logits):
                 normal = (37 * 70, 1, 37) if by_position else (37 * 70, 70, 1)
                 for name, size, usual in zip(names, shape, normal, strict=True):
                     setattr(half, name, stride if odd and size == 1 else usual)
@@ -297,7 +302,7 @@ def test_sizes_near_2_to_62_are_refused(op):
 def test_offsets_near_2_to_62_are_refused(op):
     for name in ("stride_sample", "stride_position"):
         for stride in (BIG, -BIG, 2**63 - 1, -(2**63)):
-            for half in ("logits", "uncond_logits"):
+            for half in ("logits", "uncond_logits", "second_uncond_logits"):
                 call = Call(op)
                 setattr(getattr(call.sample, half), name, stride)
                 assert call.workspace(context()) == -1 and call(context(), 2**40)[0] == INVALID
@@ -369,7 +374,7 @@ def test_commits_refuse_numbers_out_of_range_and_write_nothing():
 
 ENUMS = {
     "dtype": (-1, 3, 255, 2**31 - 1), "scale_dtype": (-1, 1, 3, 256), "variant": (-1, 2, 255),
-    "rows": (-1, 3, 255, 2**31 - 1), "rule": (-1, 4, 255),
+    "rows": (-1, 3, 255, 2**31 - 1), "rule": (-1, 4, 255), "guidance": (-1, 2, 255), "logprob_of": (-1, 2, 2**31 - 1),
 }  # fmt: skip
 
 
@@ -410,7 +415,10 @@ def test_structures_of_another_size_are_refused(op, change):
 @pytest.mark.parametrize("op", ["sample_tokens", "differential_sample"])
 def test_arrays_of_samples_are_checked(op):
     # of the second sample, so that all are looked at
-    for place, values in ((3, (-1, 2**32 - 36, 2**32, -(2**63), 2**63 - 1)), (4, (torch.nan, torch.inf, -torch.inf))):
+    for place, values in (
+        (3, (-1, 2**32 - 36, 2**32, -(2**63), 2**63 - 1)),
+        *((place, (torch.nan, torch.inf, -torch.inf)) for place in (4, 5)),
+    ):
         for value in values:
             call = Call(op)
             call.kept[place][1] = value
@@ -420,6 +428,51 @@ def test_arrays_of_samples_are_checked(op):
     call.kept[3][1] = 2**32 - 37
     call.kept[4][1] = -torch.finfo(torch.float32).max / 2**20
     assert call(context())[0] == OK
+
+
+@pytest.mark.parametrize("op", ["sample_tokens", "differential_sample"])
+def test_scalars_of_a_draw_are_checked(op):
+    nan, inf, most = float("nan"), float("inf"), torch.finfo(torch.float32).max
+    bad = [
+        *(dict(softcap=x) for x in (-1.0, -1e-40, nan, inf, 1e-39)),
+        *(dict(second_guidance_scale=x) for x in (nan, inf)),
+        *(dict(top_k=x) for x in (-1, 71, BIG, -(2**63))), *(dict(top_p=x) for x in (-0.1, nan, 1.0001, inf)),
+        *(dict(min_p=x) for x in (-0.1, nan, 1.0, inf)),
+    ]  # fmt: skip
+    for changes in bad:
+        call = Call(op, **changes)
+        status, outputs = call(context(), 2**24)
+        assert call.workspace(context()) == -1 and status == INVALID, changes
+        assert not any(output.any() for output in outputs), changes
+    # a second half without a first
+    call = Call(op)
+    call.sample.uncond_logits.data = None
+    assert call.workspace(context()) == -1 and call(context(), 2**24)[0] == INVALID
+    good = [dict(softcap=x) for x in (0.0, 1e-38, most)] + [dict(second_guidance_scale=x) for x in (-most, 0.0)]
+    for changes in good:
+        call = Call(op, second_guidance_scales=None, **changes)
+        assert call.workspace(context()) > 0 and call(context())[0] in (OK, BAD_LOGITS), changes
+    for changes in (dict(top_k=69), dict(top_p=0.5), dict(min_p=1e-45), dict(top_p=1e-45, min_p=1 - 2**-24)):
+        call = Call(op, **(dict(top_k=0, top_p=0.0, min_p=0.0) | changes))
+        # a differential draw is never truncated
+        assert call(context(), 2**24)[0] == (INVALID if op == "differential_sample" else OK), changes
+    for changes in (dict(top_k=70), dict(top_p=1.0)):
+        call = Call(op, **(dict(top_k=0, top_p=0.0, min_p=0.0) | changes))
+        assert call(context())[0] == OK
+
+
+def test_zeros_of_the_members_that_truncate_leave_the_plain_draw():
+    plain = dict(top_k=0, top_p=0.0, min_p=0.0)
+    expected = Call("sample_tokens", **plain)(context())
+    assert expected[0] == OK
+    small = Call("sample_tokens", **plain).workspace(context())
+    for changes in (dict(top_k=70), dict(top_p=1.0), dict(logprob_of=1)):
+        call = Call("sample_tokens", **(plain | changes))
+        assert same(call(context()), expected) and call.workspace(context()) == small
+    # one tile of a row, where the row of a truncated draw waits whole: 64 maxima, keys and weights
+    tile = 2048 * 4
+    assert small == 64 + tile
+    assert Call("sample_tokens", **(plain | dict(top_p=0.5))).workspace(context()) == 64 + 3 * tile + 64 * 4
 
 
 def test_token_ids_are_required():
@@ -476,7 +529,7 @@ def test_outputs_do_not_depend_on_which_others_are_asked_for(rows):
 def test_cpp_reads_enums_as_integers():
     # the enums have a fixed underlying type, so that no number is undefined behaviour
     header = (CSRC / "mgt_kernels.h").read_text()
-    assert header.count("typedef enum MGT_INT32 {") == len(re.findall(r"\benum\b", header)) == 6
+    assert header.count("typedef enum MGT_INT32 {") == len(re.findall(r"\benum\b", header)) == 8
     assert "#define MGT_INT32 : int32_t" in header
 
 

@@ -69,10 +69,16 @@ def test_sample_tokens_passes_opcheck(layout, guided, path):
     logits, tokens, seed, step, mask_token_id = SAMPLE
     uncond = torch.randn(2, 5, 40) if guided else None
     logits, uncond, tokens, seed, first = in_layout(layout, logits, uncond, tokens, seed, torch.tensor([3, 0]))
+    second = in_layout(layout, torch.randn(2, 5, 40))[0] if guided else None
     numbers, bias = (number(2.0), number(0.5), number(1.0)), torch.zeros(40)
-    rows, statistics = ("all", "margin,entropy") if guided else ("masked", "")
-    options = (first, bias, rows, statistics) if guided else (None, None, rows, statistics)
-    check_op("sample_tokens", logits, tokens, seed, step, mask_token_id, uncond, *numbers, *options, path)
+    options = (first, bias) if guided else (None, None)
+    twice = (second, number(1.5), "dual" if guided else "nested", number(9.0))
+    truncated = ("all", "margin,entropy", 20, number(0.5), number(0.01), "full")
+    plain = ("masked", "", 0, number(1.0), number(0.0), "kept")
+    check_op(
+        "sample_tokens", logits, tokens, seed, step, mask_token_id, uncond, *numbers, *options, *twice,
+        *(truncated if guided else plain), path,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("path", BACKENDS)
@@ -119,17 +125,17 @@ def test_remask_tokens_passes_opcheck(layout, variant, path):
 @pytest.mark.parametrize("layout, has_history", [*((layout, True) for layout in LAYOUTS), ("slice", False)])
 def test_differential_sample_passes_opcheck(layout, has_history, path):
     logits, tokens, seed, step, mask_token_id = SAMPLE
-    logits, uncond, tokens, seed, first = in_layout(
-        layout, logits, torch.randn(2, 5, 40), tokens, seed, torch.tensor([3, 0])
+    logits, uncond, second, tokens, seed, first = in_layout(
+        layout, logits, *torch.randn(2, 2, 5, 40), tokens, seed, torch.tensor([3, 0])
     )
     before = torch.tensor(2 if has_history else -1)
     variant, aliased = ("official", True) if has_history else ("paper", False)
     history = reference.encode_history(torch.randn(logits.shape).log_softmax(-1)).contiguous()
     written = torch.ones(logits.shape[:2], dtype=torch.bool)
     check_op(
-        "differential_sample", logits, tokens, history, written, before, seed.clone(), has_history, seed, step,
-        mask_token_id, uncond, number(2.0), number(0.5), number(1.0), first, torch.zeros(40), 0.75,
-        variant, aliased, path,
+        "differential_sample", logits, tokens, seed, step, mask_token_id, uncond, number(2.0), number(0.5), number(1.0),
+        first, torch.zeros(40), second, number(1.5), "nested", number(9.0), history, written, before, seed.clone(),
+        has_history, 0.75, variant, aliased, path,
     )  # fmt: skip
 
 
@@ -291,6 +297,7 @@ def test_info_names_what_runs():
 # lower floors know nothing of higher ones
 FLOORS = {
     "mgt_kernels._C": 0,
+    "mgt_kernels.draw": 0,
     "mgt_kernels.cpu": 1,
     "mgt_kernels.checks": 2,
     "mgt_kernels.packing": 3,
@@ -641,7 +648,7 @@ def test_a_gpu_that_is_too_old_is_refused(op, capability, needed, monkeypatch):
     monkeypatch.setattr(mgt_kernels, "triton", sys.modules["mgt_kernels.triton"], raising=False)
     checks.check_capability.cache_clear()
     on_cuda = registration._DEFINITIONS[op].kernels["CUDA"]
-    arguments = [torch.ones(()).as_subclass(OnCuda), *[1.0] * 11]
+    arguments = [torch.ones(()).as_subclass(OnCuda), *[0.5] * 20]
     if needed is None:
         on_cuda(*arguments)
     else:

@@ -339,7 +339,7 @@ GOOD = dict(logits=torch.zeros(2, 3, 4), tokens=torch.full((2, 3), 4), mask_toke
             "uncond_logits: expected dtype torch.float32",
         ),
         (dict(uncond_logits=torch.zeros(1, 3, 4)), ValueError, "uncond_logits: expected shape"),
-        (dict(uncond_logits=torch.zeros(2, 4, 3).mT), ValueError, "the same for both"),
+        (dict(uncond_logits=torch.zeros(2, 4, 3).mT), ValueError, "the same for all"),
         (dict(seed=torch.zeros(3, dtype=torch.int64)), ValueError, r"seed: expected shape \(2,\)"),
         (
             dict(seed=torch.zeros(2)),

@@ -274,6 +274,7 @@ def test_compiled_graphs_and_checks_of_the_op():
         torch.ops.mgt_kernels.sample_tokens.default,
         (
             logits, tokens, torch.tensor([1, 2]), torch.tensor(1), 64, uncond, torch.tensor([1.0, 2.0]), one, one,
-            torch.tensor([5, 0]), torch.zeros(64), "all", "margin,entropy", "auto",
+            torch.tensor([5, 0]), torch.zeros(64), None, one, "nested", one, "all", "margin,entropy", 0, one, 0 * one,
+            "kept", "auto",
         ),
     )  # fmt: skip
