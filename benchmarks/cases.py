@@ -1,6 +1,7 @@
 """Which cases there are: the quick ones, the standard ones with their targets and curves, and every combination."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from typing import Any, Literal
@@ -13,14 +14,28 @@ from .case import Case, Target
 from .layers import linear_case
 from .models import (
     AMUSED_256,
+    DIFFUSION_GEMMA,
+    DREAM,
     LAYERS,
+    LLADA2,
     MASKGIT_256,
     MEISSONIC_1024,
     MEISSONIC_DOWN,
     MEISSONIC_UP,
     MODELS,
+    OMNIVOICE,
+    SDAR_4,
+    SDAR_8,
     Layer,
     Model,
+)  # fmt: skip
+from .samplers import (
+    Truncation,
+    block_case,
+    dream_case,
+    entropy_bound_case,
+    omnivoice_case,
+    truncated_case,
 )  # fmt: skip
 from .steps import (
     alternation_case,
@@ -56,6 +71,7 @@ def quick_cases(threads: int) -> Iterator[Case]:
     yield sampling_case(AMUSED_256, op="mask_by_confidence", threads=threads)
     yield commit_case(AMUSED_256, threads=threads)
     yield statistics_case(AMUSED_256, threads=threads)
+    yield from sampler_cases(threads, small=True)
     yield differential_case(AMUSED_256, threads=threads)
     yield remask_case(AMUSED_256, threads=threads)
     yield from alternations(threads)
@@ -132,11 +148,50 @@ def full_cases(threads: int) -> Iterator[Case]:
             yield statistics_case(model, backend=backend, threads=count, targets=targets)
         for backend in [*kernels("commit_tokens"), *on_gpu]:
             yield commit_case(model, backend=backend, threads=count)
+    for backend in ["auto", *on_gpu]:
+        yield from sampler_cases(threads, backend=backend)
     for layer, dtype, group_size, count in product(LAYERS, dtypes[:2], (128, 32), counts):
         for op in ("w4a8_linear", "w4a16_linear"):
             for backend in [*kernels(op), *on_gpu]:
                 if backend != "scalar":
                     yield linear_case(layer, op=op, dtype=dtype, group_size=group_size, backend=backend, threads=count)
+
+
+def sampler_cases(threads: int, *, backend: str = "auto", small: bool = False) -> Iterator[Case]:
+    """Truncated draws, and the steps of the samplers of text and speech, with their targets.
+
+    Small ones have a sixteenth of the tokens, few positions, and no targets.
+    """
+
+    def of(model: Model) -> Model:
+        if not small:
+            return model
+        return replace(model, num_positions=min(16, model.num_positions), codebook_size=model.codebook_size // 16)
+
+    def held_to(*targets: Target) -> dict[str, Any]:
+        return {"targets": () if small or backend != "auto" else targets, "backend": backend, "threads": threads}
+
+    # the draw of all tokens is a peer that is to stay near
+    near, chain = Target(0.5, "plain draw"), Target(40, "pytorch")
+    for model, truncations in (
+        (LLADA2, (Truncation(0.7, 50), Truncation(0.7, None, 0.95), Truncation(0.7, 50, 0.95),
+                  Truncation(0.7, min_p=0.05))),
+        (DREAM, (Truncation(1.0, 50), Truncation(1.0, None, 0.95))),
+    ):  # fmt: skip
+        for truncation in truncations:
+            yield truncated_case(of(model), truncation, **held_to(near, chain))
+    for softcap in (30.0, None):
+        yield entropy_bound_case(of(DIFFUSION_GEMMA), softcap=softcap, **held_to(Target(50, "diffusers")))
+    for truncation in (Truncation(0.7), Truncation(0.7, 50, 0.95)):
+        yield block_case(of(LLADA2), truncation, **held_to(near, Target(40, "diffusers")))
+    for model in (SDAR_4, SDAR_8):
+        yield block_case(
+            of(model), Truncation(1.0, 50, 0.95), threshold=0.85, replace_above=None, scheduler=False,
+            **held_to(near, chain),
+        )  # fmt: skip
+    for truncation in (Truncation(0.2, None, 0.95), Truncation(0.2, 50)):
+        yield dream_case(of(DREAM), truncation, **held_to(near, chain))
+    yield omnivoice_case(of(OMNIVOICE) if not small else replace(OMNIVOICE, num_positions=25), **held_to(chain))
 
 
 def alternations(threads: int) -> Iterator[Case]:

@@ -48,6 +48,15 @@ MODELS = (
     SHOW_O_256, SHOW_O_512,
 )  # fmt: skip
 
+# what samplers of text and speech draw from at once: a canvas, a block, an answer of Qwen's vocabulary as the next are,
+# and ten seconds of one of eight codebooks, whose last token is the mask
+DIFFUSION_GEMMA = Model("DiffusionGemma", 256, 262144, None)
+LLADA2 = Model("LLaDA2", 32, 157184, None)
+DREAM = Model("Dream", 512, 151936, None)
+SDAR_4 = Model("SDAR", 4, 151936, None)
+SDAR_8 = Model("SDAR", 8, 151936, None)
+OMNIVOICE = Model("OmniVoice", 250, 1025, 3.0)
+
 # 1024 tokens of the image and 77 of the text
 MEISSONIC_UP = Layer("Meissonic MLP", 1101, 1024, 4096)
 MEISSONIC_DOWN = Layer("Meissonic MLP", 1101, 4096, 1024)

@@ -15,6 +15,7 @@ from .case import Case, Contestant, Work, in_turn
 OURS = "mgt-kernels"
 # a round of a short call is the median of as many as take this long
 _SECONDS_OF_A_ROUND, _MOST_REPEATS = 0.02, 25
+_SECONDS_OF_A_LONG_CALL = 5.0
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,12 @@ def time_case(case: Case, rounds: int) -> Result:
         torch.set_num_threads(before)
 
 
+def _warm_up(contestant: Contestant) -> float:
+    # the first call compiles, packs or touches memory; the second is what a call takes, if not minutes
+    first = contestant.seconds()
+    return first if first > _SECONDS_OF_A_LONG_CALL else min(first, contestant.seconds())
+
+
 def _time_case(case: Case, rounds: int) -> Result:
     job = case.prepare()
     for target in case.targets:
@@ -125,8 +132,7 @@ def _time_case(case: Case, rounds: int) -> Result:
     contestants = {OURS: job.ours, **job.peers}
     device = "cuda" if case.setting.backend == "triton" else "cpu"
     machine.read_bandwidth(device)
-    # the first call compiles, packs or touches memory; the second is what a call takes
-    expected = {name: min(contestant.seconds() for _ in range(2)) for name, contestant in contestants.items()}
+    expected = {name: _warm_up(contestant) for name, contestant in contestants.items()}
     repeats = {
         name: max(1, min(_MOST_REPEATS, round(_SECONDS_OF_A_ROUND / seconds))) for name, seconds in expected.items()
     }

@@ -16,9 +16,16 @@ from .steps import gpu_absent
 
 
 def select(scale: Scale = "standard", only: Sequence[str] = (), threads: int | None = None) -> list[Case]:
-    """Return the cases of a scale whose names contain every text of `only`; ValueError where there are none."""
+    """Return the cases of a scale whose names contain every text of `only`; ValueError where there are none.
+
+    Of a text with parts between "|", one is enough.
+    """
     threads = threads or torch.get_num_threads()
-    selected = [case for case in cases_of(scale, threads) if all(text in case.setting.name for text in only)]
+
+    def matches(name: str) -> bool:
+        return all(any(part in name for part in text.split("|")) for text in only)
+
+    selected = [case for case in cases_of(scale, threads) if matches(case.setting.name)]
     if not selected:
         raise ValueError(f"only: expected a part of a case's name, as `mgt bench --list` prints them, got {list(only)}")
     return selected

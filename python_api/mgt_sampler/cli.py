@@ -387,7 +387,9 @@ def bench(
     ] = False,
     only: Annotated[
         list[str] | None,
-        typer.Option(metavar="TEXT", help="Cases with this text in their names; repeat for more texts."),
+        typer.Option(
+            metavar="TEXT", help="Cases with this text in their names, or one of texts parted by |; repeat for more."
+        ),
     ] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="For us and for the peers. [default: PyTorch's]", show_default=False)
