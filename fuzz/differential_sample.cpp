@@ -49,7 +49,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   ++counter.num_calls;
   const bool official = args.variant == MGT_DIFFERENTIAL_OFFICIAL;
   bool sized = given == &args && args.sample == &a && c.num_threads >= 1 && a.rows == MGT_ROWS_MASKED &&
-               documented(a, a.uncond_logits.data != nullptr) && (official || args.variant == MGT_DIFFERENTIAL_PAPER) &&
+               documented(a) && !truncates(a) && (official || args.variant == MGT_DIFFERENTIAL_PAPER) &&
                (official || !args.aliased_history) && args.share >= 0.0 && args.share <= 1.0;
   if (sized) sized = fits(Wide{a.num_samples} * a.num_positions * a.num_tokens * 2);
   REQUIRE(sized ? num_bytes >= 0 : num_bytes == -1);

@@ -16,14 +16,18 @@ struct Half {
 
 struct Draw {
   mgt_sample_tokens_args args{};
-  Half cond, uncond;
+  Half cond, uncond, second;
   std::unique_ptr<Buffer<int64_t>> tokens, seeds, first_positions;
-  std::unique_ptr<Buffer<float>> guidance_scales, token_bias;
+  std::unique_ptr<Buffer<float>> guidance_scales, second_guidance_scales, token_bias;
   int64_t rows = 0;
 };
 
-// whether the arguments are within their documented ranges, pointers aside
-inline bool documented(const mgt_sample_tokens_args& a, bool guided) {
+inline bool truncates(const mgt_sample_tokens_args& a) {
+  return (a.top_k != 0 && a.top_k != a.num_tokens) || (a.top_p != 0.0f && a.top_p != 1.0f) || a.min_p != 0.0f;
+}
+
+// whether the arguments are within their documented ranges; of pointers it counts which halves are there
+inline bool documented(const mgt_sample_tokens_args& a) {
   if (a.num_samples < 0 || a.num_positions < 0 || a.num_positions > UINT32_MAX || a.num_tokens < 1 ||
       a.num_tokens > INT32_MAX || a.dtype < MGT_FLOAT32 || a.dtype > MGT_FLOAT16 || a.rows < MGT_ROWS_MASKED ||
       a.rows > MGT_ROWS_ALL)
@@ -32,11 +36,18 @@ inline bool documented(const mgt_sample_tokens_args& a, bool guided) {
       a.noise_scale < 0.0f || !std::isfinite(a.temperature) || a.temperature < 0.0f ||
       (a.temperature > 0.0f && !std::isfinite(1.0f / a.temperature)))
     return false;
+  if (!std::isfinite(a.second_guidance_scale) || a.guidance < MGT_GUIDANCE_NESTED || a.guidance > MGT_GUIDANCE_DUAL ||
+      (a.second_uncond_logits.data != nullptr && a.uncond_logits.data == nullptr) || !(a.softcap >= 0.0f) ||
+      !std::isfinite(a.softcap) || (a.softcap > 0.0f && !std::isfinite(2.0f / a.softcap)))
+    return false;
+  if (a.logprob_of < MGT_LOGPROB_OF_KEPT || a.logprob_of > MGT_LOGPROB_OF_FULL || a.top_k < 0 ||
+      a.top_k > a.num_tokens || !(a.top_p >= 0.0f && a.top_p <= 1.0f) || !(a.min_p >= 0.0f && a.min_p < 1.0f))
+    return false;
   if (a.num_samples == 0 || a.num_positions == 0) return true;
   if (!fits(a.num_samples, a.num_positions, 8)) return false;
   bool by_token = true, by_position = true;
-  for (const mgt_logits* half : {&a.logits, &a.uncond_logits}) {
-    if (half == &a.uncond_logits && !guided) continue;
+  for (const mgt_logits* half : {&a.logits, &a.uncond_logits, &a.second_uncond_logits}) {
+    if (half != &a.logits && half->data == nullptr) continue;
     by_token &= a.num_tokens == 1 || half->stride_token == 1;
     by_position &= a.num_positions == 1 || half->stride_position == 1;
     const auto reach = [](int64_t size, int64_t stride) {
@@ -101,15 +112,17 @@ inline bool make_arrays(Input& input, Draw& draw) {
     }
     a.first_positions = draw.first_positions->data();
   }
-  if (input.coin()) {
-    draw.guidance_scales = std::make_unique<Buffer<float>>(a.num_samples);
+  const auto make_scales = [&](std::unique_ptr<Buffer<float>>& scales) {
+    scales = std::make_unique<Buffer<float>>(a.num_samples);
     for (int64_t i = 0; i < a.num_samples; ++i) {
       const float scale = input.scalar({1.0f, 3.0f, -3.0f, 0.0f, 9.0f});
-      (*draw.guidance_scales)[i] = scale;
+      (*scales)[i] = scale;
       in_range &= std::isfinite(scale);
     }
-    a.guidance_scales = draw.guidance_scales->data();
-  }
+    return scales->data();
+  };
+  if (input.coin()) a.guidance_scales = make_scales(draw.guidance_scales);
+  if (input.rarely(4)) a.second_guidance_scales = make_scales(draw.second_guidance_scales);
   if (input.coin()) {
     draw.token_bias = std::make_unique<Buffer<float>>(a.num_tokens);
     fill(input, draw.token_bias->data(), a.num_tokens, MGT_FLOAT32);
@@ -133,28 +146,46 @@ inline Verdict make_draw(Input& input, mgt_rows last, Draw& draw) {
   a.num_tokens = input.size(1, input.one_of<int64_t>({4, 20, 20, 33, 33, 65, 600, 2050}));
   a.dtype = input.enumerator<mgt_dtype>(MGT_FLOAT16);
   a.rows = input.enumerator<mgt_rows>(last);
-  const bool guided = input.coin();
+  const bool guided = input.coin(), guided_twice = guided ? input.rarely(3) : input.rarely(64);
   draw.cond.view = strides(input, a, position_major);
   if (guided) draw.uncond.view = strides(input, a, position_major);
+  if (guided_twice) draw.second.view = strides(input, a, position_major);
   a.mask_token_id = input.rarely(8) ? input.hostile() : std::max<int64_t>(a.num_tokens, 1) - input.within(0, 1);
   a.step = input.size(0, 1000);
   a.guidance_scale = input.scalar({1.0f, 3.0f, -3.0f, 0.0f, 9.0f});
   a.noise_scale = input.scalar({0.0f, 0.0f, 1.0f, 0.3f});
   a.temperature = input.scalar({1.0f, 1.0f, 0.0f, 0.5f, 2.0f, 1e-30f});
+  if (guided_twice || input.rarely(16)) {
+    a.second_guidance_scale = input.scalar({1.0f, 2.0f, -2.0f, 0.0f});
+    a.guidance = input.enumerator<mgt_guidance>(MGT_GUIDANCE_DUAL);
+  }
+  if (input.rarely(3)) a.softcap = input.scalar({0.0f, 30.0f, 1.0f, 1e-30f, 1e30f});
+  // a differential draw is refused where it is truncated
+  if (input.rarely(last == MGT_ROWS_ALL ? 2 : 64)) {
+    a.logprob_of = input.enumerator<mgt_logprob_of>(MGT_LOGPROB_OF_FULL);
+    if (input.coin()) a.top_k = input.size(0, std::min<int64_t>(std::max<int64_t>(a.num_tokens, 1), 3000));
+    if (input.coin()) a.top_p = input.scalar({0.5f, 0.9f, 0.999f, 1e-6f, 1.0f, 0.99999994f});
+    if (input.coin()) a.min_p = input.scalar({0.1f, 0.5f, 1e-9f, 1e-40f, 0.99999994f});
+  }
+  static const char somewhere = 0;
   a.logits = draw.cond.view;
   a.uncond_logits = draw.uncond.view;
-  static const char somewhere = 0;
-  if (!documented(a, guided)) {
-    a.logits.data = &somewhere;
-    if (guided) a.uncond_logits.data = &somewhere;
-    return Verdict::refuse;
-  }
+  a.second_uncond_logits = draw.second.view;
+  a.logits.data = &somewhere;
+  if (guided) a.uncond_logits.data = &somewhere;
+  if (guided_twice) a.second_uncond_logits.data = &somewhere;
+  if (!documented(a)) return Verdict::refuse;
   if (Wide{a.num_samples} * a.num_positions > 4096 ||
       Wide{a.num_samples} * a.num_positions * a.num_tokens > kMostElements)
     return Verdict::skip;
   draw.rows = a.num_samples * a.num_positions;
   if (draw.rows > 0) {
-    if (!allocate(input, a, draw.cond) || (guided && !allocate(input, a, draw.uncond))) return Verdict::skip;
+    if (!allocate(input, a, draw.cond) || (guided && !allocate(input, a, draw.uncond)) ||
+        (guided_twice && !allocate(input, a, draw.second)))
+      return Verdict::skip;
+    a.logits = draw.cond.view;
+    a.uncond_logits = draw.uncond.view;
+    a.second_uncond_logits = draw.second.view;
   }
   draw.tokens = std::make_unique<Buffer<int64_t>>(draw.rows);
   draw.seeds = std::make_unique<Buffer<int64_t>>(a.num_samples > kMostElements ? 0 : a.num_samples);
@@ -162,8 +193,6 @@ inline Verdict make_draw(Input& input, mgt_rows last, Draw& draw) {
   for (int64_t i = 0; i < draw.rows; ++i) (*draw.tokens)[i] = all_masked || i % 3 ? a.mask_token_id : i % a.num_tokens;
   if (draw.rows > 0 && input.rarely(8)) (*draw.tokens)[input.within(0, draw.rows - 1)] = input.hostile();
   for (int64_t i = 0; i < draw.seeds->size(); ++i) (*draw.seeds)[i] = input.any<int64_t>();
-  a.logits = draw.cond.view;
-  a.uncond_logits = draw.uncond.view;
   a.tokens = draw.tokens->data();
   a.seeds = draw.seeds->data();
   if (draw.rows > 0 && !make_arrays(input, draw)) return Verdict::refuse;
@@ -209,10 +238,18 @@ struct Row {
   bool broken = false, drawable = false;
 };
 
-inline bool forbidden(const Draw& draw, int64_t row, int64_t token) {
+// whether any half of guidance that is there gives the token a logit of which holds(logit)
+template <class Holds>
+bool any_half(const Draw& draw, int64_t row, int64_t token, const Holds& holds) {
   const mgt_sample_tokens_args& a = draw.args;
-  return token == a.mask_token_id || bias(draw, token) == -INFINITY || logit(draw, a.logits, row, token) == -INFINITY ||
-         (a.uncond_logits.data != nullptr && logit(draw, a.uncond_logits, row, token) == -INFINITY);
+  for (const mgt_logits* half : {&a.logits, &a.uncond_logits, &a.second_uncond_logits})
+    if (half->data != nullptr && holds(logit(draw, *half, row, token))) return true;
+  return false;
+}
+
+inline bool forbidden(const Draw& draw, int64_t row, int64_t token) {
+  return token == draw.args.mask_token_id || bias(draw, token) == -INFINITY ||
+         any_half(draw, row, token, [](float value) { return value == -INFINITY; });
 }
 
 inline Row examine(const Draw& draw, int64_t row) {
@@ -223,8 +260,7 @@ inline Row examine(const Draw& draw, int64_t row) {
     if (v != a.mask_token_id) found.broken |= !(bias(draw, v) < INFINITY);
     if (forbidden(draw, row, v)) continue;
     found.drawable = true;
-    found.broken |= !(logit(draw, a.logits, row, v) < INFINITY);
-    if (a.uncond_logits.data != nullptr) found.broken |= !(logit(draw, a.uncond_logits, row, v) < INFINITY);
+    found.broken |= any_half(draw, row, v, [](float value) { return !(value < INFINITY); });
   }
   return found;
 }
@@ -232,9 +268,10 @@ inline Row examine(const Draw& draw, int64_t row) {
 // whether no number on the way to a score can leave float32
 inline bool cannot_overflow(const Draw& draw) {
   const mgt_sample_tokens_args& a = draw.args;
-  bool moderate = std::fabs(a.guidance_scale) < 1e10f && a.noise_scale < 1e10f;
-  if (a.guidance_scales != nullptr)
-    for (int64_t i = 0; i < a.num_samples; ++i) moderate &= std::fabs((*draw.guidance_scales)[i]) < 1e10f;
+  bool moderate = a.noise_scale < 1e10f;
+  for (const float scale : {a.guidance_scale, a.second_guidance_scale}) moderate &= std::fabs(scale) < 1e10f;
+  for (const float* scales : {a.guidance_scales, a.second_guidance_scales})
+    for (int64_t i = 0; scales != nullptr && i < a.num_samples; ++i) moderate &= std::fabs(scales[i]) < 1e10f;
   for (int64_t v = 0; v < a.num_tokens; ++v) moderate &= bias(draw, v) < 1e10f;
   // float16 logits are below 2^16
   return a.dtype == MGT_FLOAT16 && moderate && (a.temperature == 0.0f || a.temperature > 1e-10f);

@@ -7,6 +7,7 @@ printed with its arguments, and the exit status is 1. `--plant` perturbs one res
 
 import argparse
 import dataclasses
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -121,6 +122,9 @@ GUIDANCE = mostly(1.0, -3.0, 0.0, 0.1, 2.5, 9.0, bad=(float("nan"), 1e39))
 NOISE = mostly(0.0, 0.0, 0.3, 1.0, bad=(-1.0, float("inf")))
 TEMPERATURES = mostly(1.0, 0.0, 0.1, 3.0, bad=(-1.0, 1e-31))
 CONFIDENCE_TEMPERATURES = mostly(0.0, 0.5, 4.0, 3e38, bad=(-1.0, float("nan")))
+SOFTCAPS = mostly(None, None, 0.5, 30.0, 1e4, 1e30, bad=(0.0, -1.0, float("nan")))
+TOP_P = mostly(1.0, 1.0, 0.1, 0.5, 0.9, 0.999, bad=(0.0, 1.5, float("nan")))
+MIN_P = mostly(0.0, 0.0, 0.01, 0.5, 1e-9, bad=(1.0, -0.1))
 SEEDS = st.sampled_from((0, 1, -1, 100, 2**31, -(2**63), 2**63 - 1))
 STEPS = mostly(0, 1, 5, 2**32 - 2, bad=(2**32, -1))
 # the last that 33 positions leave room for
@@ -151,19 +155,21 @@ def draws(draw: st.DrawFn) -> dict[str, Any]:
     tokens[torch.rand(shape[:2], generator=generator) < draw(st.sampled_from((0.0, 0.5, 1.0)))] = mask_token_id
     if draw(st.integers(0, 19)) == 0 and tokens.numel():
         tokens.view(-1)[draw(st.integers(0, tokens.numel() - 1))] = draw(st.sampled_from((-2, num_tokens + 1)))
-    logits, uncond = half(), half()
+    halves = logits, uncond, second = half(), half(), half()
     # most often in one layout: others are refused
     if draw(st.booleans()):
-        logits, uncond = (x.mT.contiguous().mT for x in (logits, uncond))
+        halves = logits, uncond, second = tuple(x.mT.contiguous().mT for x in halves)
     if draw(st.integers(0, 3)) == 0:
-        logits, uncond = view_of(draw, logits), view_of(draw, uncond)
+        logits, uncond, second = (view_of(draw, x) for x in halves)
+    guided = draw(st.integers(0, 2))
     return dict(
         logits=logits,
         tokens=view_of(draw, tokens),
         mask_token_id=mask_token_id,
         seed=per_sample_of(draw, [draw(SEEDS) for _ in range(shape[0])]),
         step=integer_of(draw, draw(STEPS)),
-        uncond_logits=uncond if draw(st.booleans()) else None,
+        uncond_logits=uncond if guided else None,
+        second_uncond_logits=second if guided == 2 or draw(st.integers(0, 39)) == 0 else None,
         guidance_scale=number_of(draw, draw(GUIDANCE)),
     )
 
@@ -186,6 +192,9 @@ def places_and_tokens(draw: st.DrawFn, arguments: dict[str, Any]) -> dict[str, A
         guidance_scale=guidance_of(draw, [draw(GUIDANCE) for _ in range(num_samples)]),
         first_position=per_sample_of(draw, [draw(FIRST_POSITIONS) for _ in range(num_samples)]),
         allowed=allowed,
+        second_guidance_scale=guidance_of(draw, [draw(GUIDANCE) for _ in range(num_samples)]),
+        guidance=draw(st.sampled_from((*cpu.GUIDANCE, *cpu.GUIDANCE, "single"))),
+        softcap=None if (cap := draw(SOFTCAPS)) is None else number_of(draw, cap),
     )
 
 
@@ -209,25 +218,33 @@ def near(ours: Tensor, right: Tensor, scale: float) -> None:
 def scores_of(arguments: dict[str, Any], noise_scale: float, temperature: float) -> tuple[Tensor, Tensor, float]:
     """Return the float64 logits and scores that tokens are drawn by, and the size of what they are made of."""
     logits, uncond, allowed = arguments["logits"], arguments["uncond_logits"], arguments.get("allowed")
+    second, softcap = arguments.get("second_uncond_logits"), arguments.get("softcap")
     num_samples = len(logits)
     seeds, firsts = (
         torch.as_tensor(arguments.get(name, 0)).long().expand(num_samples) for name in ("seed", "first_position")
     )
-    guidance = torch.as_tensor(arguments["guidance_scale"]).detach().double().expand(num_samples)
+    guidance, second_guidance = (
+        torch.as_tensor(arguments.get(name, 1.0)).detach().double().expand(num_samples)
+        for name in ("guidance_scale", "second_guidance_scale")
+    )
     if allowed is not None:
         allowed = allowed.detach() if allowed.is_floating_point() else allowed.double().log()
     tempered, scores = reference.perturbed_logits(
         logits.detach(), seed=seeds, step=int(arguments["step"]), mask_token_id=arguments["mask_token_id"],
         uncond_logits=None if uncond is None else uncond.detach(), guidance_scale=guidance, noise_scale=noise_scale,
         temperature=temperature, first_position=firsts, token_bias=allowed,
+        second_uncond_logits=None if second is None else second.detach(), second_guidance_scale=second_guidance,
+        guidance=arguments.get("guidance", "nested"), softcap=math.inf if softcap is None else float(softcap),
     )  # fmt: skip
     sizes = [
         x.detach().double().where(x.detach().isfinite(), 0).abs().amax()
-        for x in (logits, uncond, allowed)
+        for x in (logits, uncond, second, allowed)
         if x is not None and x.numel()
     ]
     size = float(max(sizes)) if sizes else 0.0
     largest = 2 * size + 2 * float(guidance.abs().amax()) * size if num_samples else 0.0
+    if second is not None and num_samples:
+        largest *= 1 + 2 * float(second_guidance.abs().amax())
     return tempered, scores, (largest + 25 * noise_scale) / (temperature or 1.0) + 25
 
 
@@ -249,8 +266,22 @@ def sample_tokens(counted: Counted, draw: st.DrawFn, backend: str) -> None:
         arguments, noise_scale=number_of(draw, noise_scale), temperature=number_of(draw, temperature),
         rows=draw(st.sampled_from(cpu.ROWS)), statistics=draw(STATISTICS),
     )  # fmt: skip
+    truncated = draw(st.booleans())
+    if truncated:
+        top_k = draw(st.sampled_from((None, 1, 2, arguments["logits"].shape[2], arguments["logits"].shape[2] + 1, 0)))
+        call |= dict(
+            top_k=None if top_k is None else integer_of(draw, top_k), top_p=number_of(draw, draw(TOP_P)),
+            min_p=number_of(draw, draw(MIN_P)), logprob_of=draw(st.sampled_from(cpu.LOGPROB_OF)),
+        )  # fmt: skip
     ours, right = (counted.outcome(mgt_kernels.sample_tokens, path, call) for path in (backend, "reference"))
-    if not refused(ours, right):
+    if refused(ours, right):
+        return
+    if truncated:
+        # float64 may keep others at a border, and then everything differs: tests/test_truncation.py looks at those
+        same = counted.outcome(mgt_kernels.sample_tokens, "scalar", call)
+        for found, expected in zip(ours, same, strict=True):
+            assert found is None if expected is None else torch.equal(found, expected), (ours, same)
+    else:
         tempered, scores, size = scores_of(arguments, noise_scale, temperature)
         same = same_draws(ours.token_ids, right.token_ids, scores, size)
         near(ours.logprob[same], right.logprob[same], size)
@@ -286,8 +317,9 @@ def differential_sample(counted: Counted, draw: st.DrawFn, backend: str) -> None
         return
     near(ours[2].divergence, right[2].divergence, 1.0)
     call |= {"logits": arguments["logits"].detach().flip(-1), "step": int(arguments["step"]) + 1}
-    if call["uncond_logits"] is not None:
-        call["uncond_logits"] = call["uncond_logits"].detach().flip(-1)
+    for name in ("uncond_logits", "second_uncond_logits"):
+        if call[name] is not None:
+            call[name] = call[name].detach().flip(-1)
     # both from the reference's history: codes may differ by one
     begun = [right[2], dataclasses.replace(right[2])]
     for name in ("history", "written", "seed", "step"):
@@ -386,6 +418,8 @@ def commit_tokens(counted: Counted, draw: st.DrawFn, backend: str) -> None:
 def remask_tokens(counted: Counted, draw: st.DrawFn, backend: str) -> None:
     """One inverse pass."""
     arguments = draw(draws())
+    # which it does not take
+    arguments.pop("second_uncond_logits")
     shape = arguments["tokens"].shape
     variant = draw(st.sampled_from(mgt_kernels.REMASK_VARIANTS))
     keep = torch.rand(shape, generator=torch.Generator().manual_seed(draw(st.integers(0, 99)))) < 0.2

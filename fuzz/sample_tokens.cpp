@@ -78,6 +78,22 @@ void check_statistics(const Draw& draw, const Outputs& outputs) {
   }
 }
 
+// what top_k says of the tokens that are drawn from logits as they are
+void check_top_k(const Draw& draw, const Outputs& outputs) {
+  const mgt_sample_tokens_args& a = draw.args;
+  if (a.uncond_logits.data != nullptr || a.token_bias != nullptr || a.noise_scale != 0.0f || a.softcap != 0.0f ||
+      (a.temperature != 0.0f && a.temperature != 1.0f) || a.top_k == 0)
+    return;
+  for (int64_t row = 0; row < draw.rows; ++row) {
+    if (!is_read(draw, row) || !masked(draw, row)) continue;
+    const float drawn = logit(draw, a.logits, row, outputs.token_ids[row]);
+    int64_t num_larger = 0;
+    for (int64_t v = 0; v < a.num_tokens; ++v)
+      num_larger += v != a.mask_token_id && logit(draw, a.logits, row, v) > drawn;
+    REQUIRE(num_larger < a.top_k);
+  }
+}
+
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
@@ -93,8 +109,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
 
   int64_t num_bytes = mgt_sample_tokens_workspace(where, args);
   ++counter.num_calls;
-  const bool sized = args == &draw.args && where && c.num_threads >= 1 &&
-                     documented(draw.args, draw.args.uncond_logits.data != nullptr);
+  const bool sized = args == &draw.args && where && c.num_threads >= 1 && documented(draw.args);
   REQUIRE(sized ? num_bytes >= 0 && num_bytes < (int64_t{1} << 32) : num_bytes == -1);
   bool refused = !sized || verdict == Verdict::refuse;
   const bool small = !refused && draw.rows > 0 && input.rarely();
@@ -127,7 +142,10 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   const int64_t misplaced = asks_known ? bad_token(draw) : -1;
   check_draw(draw, first, first_index, misplaced, first_outputs.token_ids, first_outputs.view.logprob,
              [&](int64_t row) { return is_read(draw, row); });
-  if (first == MGT_OK) check_statistics(draw, first_outputs);
+  if (first == MGT_OK) {
+    check_statistics(draw, first_outputs);
+    check_top_k(draw, first_outputs);
+  }
 
   static const std::vector<mgt_isa> isas = kernels_of("sample_tokens");
   for (const mgt_isa isa : isas) {

@@ -30,11 +30,20 @@ class SampleTokensArgs(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("num_samples", "num_positions", "num_tokens")),
         ("logits", Logits),
         ("uncond_logits", Logits),
-        *((name, ctypes.c_void_p) for name in ("tokens", "seeds", "first_positions", "guidance_scales", "token_bias")),
+        ("second_uncond_logits", Logits),
+        *((name, ctypes.c_void_p) for name in ("tokens", "seeds", "first_positions", "guidance_scales")),
+        *((name, ctypes.c_void_p) for name in ("second_guidance_scales", "token_bias")),
         ("mask_token_id", ctypes.c_int64),
         ("step", ctypes.c_int64),
         *((name, ctypes.c_float) for name in ("guidance_scale", "noise_scale", "temperature")),
         ("rows", ctypes.c_int),
+        ("second_guidance_scale", ctypes.c_float),
+        ("guidance", ctypes.c_int),
+        ("softcap", ctypes.c_float),
+        ("logprob_of", ctypes.c_int),
+        ("top_k", ctypes.c_int64),
+        ("top_p", ctypes.c_float),
+        ("min_p", ctypes.c_float),
     )
 
 

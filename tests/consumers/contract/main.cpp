@@ -151,10 +151,14 @@ class Round {
     for (size_t i = 0; i < some_tokens_.size(); i += 3) some_tokens_[i] = static_cast<int64_t>(i);
     for (size_t i = 0; i < bias_.size(); ++i) bias_[i] = i % 7 ? static_cast<float>(i % 5) * 0.25f : -INFINITY;
     const mgt_sample_tokens_args by_token = draw(false), by_position = draw(true);
+    const mgt_sample_tokens_args truncated_by_token = truncated_draw(false),
+                                 truncated_by_position = truncated_draw(true);
     const mgt_differential_sample_args differential = differential_draw(by_token),
                                        differential_by_position = differential_draw(by_position);
     for (const int64_t size :
          {mgt_sample_tokens_workspace(&context_, &by_token), mgt_sample_tokens_workspace(&context_, &by_position),
+          mgt_sample_tokens_workspace(&context_, &truncated_by_token),
+          mgt_sample_tokens_workspace(&context_, &truncated_by_position),
           mgt_differential_sample_workspace(&context_, &differential),
           mgt_differential_sample_workspace(&context_, &differential_by_position),
           mgt_w4a8_linear_workspace(&context_, &layer_), mgt_w4a16_linear_workspace(&context_, &layer_)}) {
@@ -180,6 +184,11 @@ class Round {
       args.rows = MGT_ROWS_ALL;
       check(mgt_sample_tokens(&context_, &args, &statistics_[position_major].outputs, workspace_.data(),
                               workspace_bytes, nullptr));
+    }
+    for (const bool position_major : {false, true}) {
+      const mgt_sample_tokens_args args = truncated_draw(position_major);
+      check(mgt_sample_tokens(&context_, &args, &truncated_[position_major].outputs, workspace_.data(), workspace_bytes,
+                              nullptr));
     }
     for (const bool position_major : {false, true}) {
       for (const mgt_dtype dtype : {MGT_BFLOAT16, MGT_FLOAT16}) {
@@ -220,6 +229,7 @@ class Round {
            written_ == other.written_ && differential_ids_ == other.differential_ids_ &&
            differential_logprob_ == other.differential_logprob_ && divergence_ == other.divergence_ &&
            statistics_[0] == other.statistics_[0] && statistics_[1] == other.statistics_[1] &&
+           truncated_[0] == other.truncated_[0] && truncated_[1] == other.truncated_[1] &&
            half_ids_ == other.half_ids_ && half_logprob_ == other.half_logprob_ && y8_ == other.y8_ &&
            y16_ == other.y16_;
   }
@@ -251,6 +261,20 @@ class Round {
     args.guidance_scale = 2.0f;
     args.noise_scale = 0.5f;
     args.temperature = 1.0f;
+    return args;
+  }
+
+  // capped, guided twice, and some tokens left out
+  mgt_sample_tokens_args truncated_draw(bool position_major) const {
+    mgt_sample_tokens_args args = draw(position_major);
+    args.second_uncond_logits = args.logits;
+    args.second_uncond_logits.data = uncond_.data();
+    args.second_guidance_scale = 1.5f;
+    args.guidance = MGT_GUIDANCE_DUAL;
+    args.softcap = 8.0f;
+    args.top_k = 300;
+    args.top_p = 0.95f;
+    args.min_p = 1e-4f;
     return args;
   }
 
@@ -292,7 +316,7 @@ class Round {
   mgt_int4_linear_args layer_{};
   int64_t first_position_ = 1000;
   float guidance_scale_ = 1.5f;
-  Statistics statistics_[2];
+  Statistics statistics_[2], truncated_[2];
   int64_t seed_ = 7, mask_len_ = kPositions / 2;
   std::vector<float> logits_ = std::vector<float>(kPositions * kTokens), uncond_ = logits_;
   std::vector<uint16_t> halves_ = std::vector<uint16_t>(kPositions * kTokens);

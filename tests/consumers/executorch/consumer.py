@@ -11,10 +11,12 @@ from torch import Tensor
 import mgt_kernels
 
 # in a program, an op writes to memory that was planned at export: the form of it that kernels.cpp has the kernel of.
-# ExecuTorch plans no list beside tensors, as the statistics are, so this op is the draw without them
+# ExecuTorch plans no list beside tensors, as the statistics are, so this op is the draw without them, and without the
+# names that say which way of two
 ARGUMENTS = (
     "Tensor logits, Tensor tokens, Tensor seed, Tensor step, SymInt mask_token_id, Tensor? uncond_logits, "
-    "Tensor guidance_scale, Tensor noise_scale, Tensor temperature, Tensor first_position, Tensor? token_bias"
+    "Tensor guidance_scale, Tensor noise_scale, Tensor temperature, Tensor? first_position, Tensor? token_bias, "
+    "Tensor? second_uncond_logits, Tensor second_guidance_scale, Tensor softcap, SymInt top_k, Tensor top_p, Tensor min_p"
 )
 library = torch.library.Library("mgt_executorch", "DEF")
 library.define(f"sample_tokens({ARGUMENTS}) -> (Tensor, Tensor)")
@@ -30,10 +32,11 @@ def _(logits: Tensor, tokens: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 
 def draw_alone(*arguments: object) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Make the op of a draw the one above."""
-    *arguments, rows, statistics, backend = arguments
-    if (rows, statistics, backend) != ("masked", "", "auto"):
-        raise ValueError(f"expected masked rows, no statistics and backend auto, got {rows}, {statistics}, {backend}")
-    return *torch.ops.mgt_executorch.sample_tokens(*arguments), []
+    *first, guidance, softcap, rows, statistics, top_k, top_p, min_p, logprob_of, backend = arguments
+    names = guidance, rows, statistics, logprob_of, backend
+    if names != ("nested", "masked", "", "kept", "auto"):
+        raise ValueError(f"expected the defaults of what is named, no statistics and backend auto, got {names}")
+    return *torch.ops.mgt_executorch.sample_tokens(*first, softcap, top_k, top_p, min_p), []
 
 
 class Step(torch.nn.Module):

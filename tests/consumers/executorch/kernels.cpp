@@ -3,6 +3,7 @@
 #include <executorch/runtime/kernel/operator_registry.h>
 #include <mgt_kernels.h>
 
+#include <cmath>
 #include <memory>
 #include <optional>
 
@@ -34,20 +35,24 @@ static std::optional<float> number_in(const Tensor& scalar) {
 }
 
 // sample_tokens(logits, tokens, seed, step, mask_token_id, uncond_logits, guidance_scale, noise_scale, temperature,
-//               first_position, token_bias, *, token_ids, logprob); exporting has checked shapes and types
+//               first_position, token_bias, second_uncond_logits, second_guidance_scale, softcap, top_k, top_p, min_p,
+//               *, token_ids, logprob); exporting has checked shapes and types
 static void sample_tokens(et::KernelRuntimeContext& context, et::Span<et::EValue*> stack) {
   const Tensor &logits = stack[0]->toTensor(), &tokens = stack[1]->toTensor();
   const Tensor &seed = stack[2]->toTensor(), &step = stack[3]->toTensor();
-  const Tensor& first_position = stack[9]->toTensor();
-  Tensor &token_ids = stack[11]->toTensor(), &logprob = stack[12]->toTensor();
+  Tensor &token_ids = stack[17]->toTensor(), &logprob = stack[18]->toTensor();
   const std::optional<mgt_dtype> dtype = dtype_of(logits);
   ET_KERNEL_CHECK_MSG(context, dtype && et::tensor_is_contiguous(tokens), InvalidArgument, ,
                       "sample_tokens: expected logits in floats of 32 or 16 bits, and contiguous tokens");
   const std::optional<float> guidance_scale = number_in(stack[6]->toTensor());
   const std::optional<float> noise_scale = number_in(stack[7]->toTensor());
   const std::optional<float> temperature = number_in(stack[8]->toTensor());
-  ET_KERNEL_CHECK_MSG(context, guidance_scale && noise_scale && temperature, InvalidArgument, ,
-                      "sample_tokens: expected scales and temperature in float64 or float32");
+  const std::optional<float> second_guidance_scale = number_in(stack[12]->toTensor());
+  const std::optional<float> softcap = number_in(stack[13]->toTensor());
+  const std::optional<float> top_p = number_in(stack[15]->toTensor()), min_p = number_in(stack[16]->toTensor());
+  ET_KERNEL_CHECK_MSG(
+      context, guidance_scale && noise_scale && temperature && second_guidance_scale && softcap && top_p && min_p,
+      InvalidArgument, , "sample_tokens: expected scalars in float64 or float32");
   // where a program was exported for bounds of the sizes, these are the sizes of this call
   ET_KERNEL_CHECK(context, et::resize_tensor(token_ids, tokens.sizes()) == et::Error::Ok, InvalidArgument, );
   ET_KERNEL_CHECK(context, et::resize_tensor(logprob, tokens.sizes()) == et::Error::Ok, InvalidArgument, );
@@ -61,8 +66,15 @@ static void sample_tokens(et::KernelRuntimeContext& context, et::Span<et::EValue
   if (!stack[5]->isNone()) args.uncond_logits = half_of(stack[5]->toTensor());
   args.tokens = tokens.const_data_ptr<int64_t>();
   args.seeds = seed.const_data_ptr<int64_t>();
-  args.first_positions = first_position.const_data_ptr<int64_t>();
+  if (!stack[9]->isNone()) args.first_positions = stack[9]->toTensor().const_data_ptr<int64_t>();
   if (!stack[10]->isNone()) args.token_bias = stack[10]->toTensor().const_data_ptr<float>();
+  if (!stack[11]->isNone()) args.second_uncond_logits = half_of(stack[11]->toTensor());
+  args.second_guidance_scale = *second_guidance_scale;
+  // the op's infinity caps nothing
+  args.softcap = std::isfinite(*softcap) ? *softcap : 0.0f;
+  args.top_k = stack[14]->toInt();
+  args.top_p = *top_p;
+  args.min_p = *min_p;
   args.step = *step.const_data_ptr<int64_t>();
   args.mask_token_id = stack[4]->toInt();
   args.guidance_scale = *guidance_scale;
