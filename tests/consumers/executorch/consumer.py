@@ -16,7 +16,8 @@ import mgt_kernels
 ARGUMENTS = (
     "Tensor logits, Tensor tokens, Tensor seed, Tensor step, SymInt mask_token_id, Tensor? uncond_logits, "
     "Tensor guidance_scale, Tensor noise_scale, Tensor temperature, Tensor? first_position, Tensor? token_bias, "
-    "Tensor? second_uncond_logits, Tensor second_guidance_scale, Tensor softcap, SymInt top_k, Tensor top_p, Tensor min_p"
+    "Tensor? second_uncond_logits, Tensor second_guidance_scale, Tensor softcap, SymInt top_k, Tensor top_p, "
+    "Tensor min_p"
 )
 library = torch.library.Library("mgt_executorch", "DEF")
 library.define(f"sample_tokens({ARGUMENTS}) -> (Tensor, Tensor)")
