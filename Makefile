@@ -8,7 +8,7 @@ TRITON ?= triton==3.9.0
 OLDEST_TRITON := 3.6.0
 BIN := $(VENV)/bin
 
-.PHONY: demo test fuzz triton-versions wheel test-consumers bench lint evaluate clean
+.PHONY: demo test fuzz triton-versions wheel test-consumers bench tables lint evaluate clean
 
 $(VENV)/installed: pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 	$(PYTHON) -m venv $(VENV)
@@ -76,6 +76,13 @@ test-consumers: wheel
 
 bench: $(VENV)/installed
 	$(BIN)/mgt bench --out build/bench
+
+# The tables of samplers in docs/benchmarks.md and docs/frameworks.md. A case that misses its target is shown as one.
+SAMPLERS := DiffusionGemma|LLaDA2|Dream|SDAR|OmniVoice
+tables: $(VENV)/installed
+	-$(BIN)/mgt bench --full --only '$(SAMPLERS)' --threads 2 --out build/tables
+	$(BIN)/python tests/consumers/llada2/before_and_after.py > build/tables/llada2.md
+	$(BIN)/python -m mgt_benchmarks.tables build/tables
 
 evaluate: $(VENV)/installed
 	$(BIN)/mgt evaluate techniques --dtype bfloat16 --out evaluation

@@ -191,7 +191,7 @@ def sampler_cases(threads: int, *, backend: str = "auto", small: bool = False) -
         )  # fmt: skip
     for truncation in (Truncation(0.2, None, 0.95), Truncation(0.2, 50)):
         yield dream_case(of(DREAM), truncation, **held_to(near, chain))
-    yield omnivoice_case(of(OMNIVOICE) if not small else replace(OMNIVOICE, num_positions=25), **held_to(chain))
+    yield omnivoice_case(of(OMNIVOICE) if not small else replace(OMNIVOICE, num_positions=25), **held_to())
 
 
 def alternations(threads: int) -> Iterator[Case]:

@@ -4,6 +4,7 @@ The inputs are so small that the kernels take next to nothing. Each op is called
 library with its arguments ready, the op as PyTorch's dispatcher knows it, and the public function.
 """
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -52,12 +53,15 @@ def doors() -> dict[str, tuple[Callable[[], object], ...]]:
     logits, tokens, logprob = torch.randn(1, 4, 32), torch.full((1, 4), 32), torch.zeros(1, 4)
     seed, first = torch.zeros(2, 1, dtype=torch.int64)
     step, count = torch.tensor(1), torch.tensor([2])
-    one, zero = (torch.tensor(value, dtype=torch.float64) for value in (1.0, 0.0))
+    one, zero, infinity = (torch.tensor(value, dtype=torch.float64) for value in (1.0, 0.0, math.inf))
     weight, x = mgt_kernels.quantize_int4(torch.randn(4, 64)), torch.randn(1, 64)
     packed = (x, weight.w_q, weight.scale, weight.zero_point, weight.group_size)
     draw: dict[str, Any] = dict(mask_token_id=32, seed=seed, step=1)
     _, _, state = mgt_kernels.differential_sample(logits, tokens, None, mask_token_id=32, seed=seed, step=0)
     held = (state.history, state.written, state.step, state.seed)
+
+    # the fields of a draw behind its logits and tokens
+    drawn = (seed, step, 32, None, one, zero, one, first, None, None, one, "nested", infinity)
 
     def differential_sample() -> object:
         state.step.zero_()
@@ -65,23 +69,40 @@ def doors() -> dict[str, tuple[Callable[[], object], ...]]:
 
     def differential_op() -> object:
         state.step.zero_()
-        return ops.differential_sample(
-            logits, tokens, *held, True, seed, step, 32, None, one, zero, one, first, None, 0.75, "paper", False, "auto"
-        )
+        return ops.differential_sample(logits, tokens, *drawn, *held, True, 0.75, "paper", False, "auto")
 
     public: dict[str, Callable[[], object]] = {
         "sample_tokens": lambda: mgt_kernels.sample_tokens(logits, tokens, **draw),
         "differential_sample": differential_sample,
         "mask_by_confidence": lambda: mgt_kernels.mask_by_confidence(tokens, logprob, count, temperature=1.0, **draw),
+        "commit_tokens": lambda: mgt_kernels.commit_tokens(tokens, logprob, tokens, count=count, **draw),
         "w4a8_linear": lambda: mgt_kernels.w4a8_linear(x, weight),
         "w4a16_linear": lambda: mgt_kernels.w4a16_linear(x, weight),
     }
     dispatched: dict[str, Callable[[], object]] = {
-        "sample_tokens": lambda: ops.sample_tokens(
-            logits, tokens, seed, step, 32, None, one, zero, one, first, None, "masked", "", "auto"
-        ),
+        "sample_tokens": lambda: ops.sample_tokens(logits, tokens, *drawn, "masked", "", 0, one, zero, "kept", "auto"),
         "differential_sample": differential_op,
         "mask_by_confidence": lambda: ops.mask_by_confidence(tokens, logprob, count, seed, step, 32, one, "auto"),
+        "commit_tokens": lambda: ops.commit_tokens(
+            tokens,
+            logprob,
+            tokens,
+            count,
+            seed,
+            step,
+            32,
+            "count",
+            zero,
+            zero,
+            None,
+            None,
+            None,
+            None,
+            infinity,
+            None,
+            -infinity,
+            "auto",
+        ),
         "w4a8_linear": lambda: ops.w4a8_linear(*packed, None, None, "auto"),
         "w4a16_linear": lambda: ops.w4a16_linear(*packed, None, False, "auto"),
     }

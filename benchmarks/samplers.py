@@ -273,16 +273,18 @@ def entropy_bound_case(
                 value = getattr(drawn, name)[:, CHECKED].cpu().double()
                 if not torch.allclose(value, expected[name].double(), atol=1e-4, rtol=0):
                     raise AssertionError(f"{name} differs from the oracle's")
+            if not 1 < int(accepted.sum()) < model.num_positions:
+                raise AssertionError(f"{int(accepted.sum())} positions are accepted: nothing to compare")
+            ordered, order = drawn.entropy.double().sort(-1)
+            sums = torch.zeros_like(ordered).scatter(-1, order, ordered.cumsum(-1) - ordered)
             for name, make in runs.items():
                 try:
                     theirs = make()()
                 except AbsentError:
                     continue
-                # sums in float32 may be on the other side of the bound at one position
-                if int((theirs[1] != accepted).sum()) > 1 or not 1 < int(accepted.sum()) < model.num_positions:
-                    raise AssertionError(
-                        f"{int(accepted.sum())} positions are accepted, {int(theirs[1].sum())} by {name}"
-                    )
+                # the sums are in float32, and may be on the other side of the bound
+                if not torch.equal(theirs[1], accepted) and (sums[theirs[1] != accepted] - bound).abs().max() > 1e-3:
+                    raise AssertionError(f"{int(accepted.sum())} positions are accepted, others by {name}")
                 argmax = theirs[-1] if name == "transformers" else theirs[4] if name == "pytorch" else drawn.argmax
                 if not torch.equal(argmax, drawn.argmax):
                     raise AssertionError(f"argmax differs from that of {name}")

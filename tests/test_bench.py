@@ -13,7 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from mgt_benchmarks import cases, comparison, instructions, machine, page, report, suite
+from mgt_benchmarks import cases, comparison, instructions, machine, page, report, samplers, suite, tables
 from mgt_benchmarks.case import AbsentError, Call, Case, Job, Setting, Target, Work
 from mgt_benchmarks.models import Layer, Model
 from mgt_benchmarks.run import OURS, Result, allocated_bytes, time_case
@@ -99,6 +99,92 @@ def test_every_op_of_the_suite_runs_on_small_shapes():
         result = time_case(case, rounds=1)
         assert result.seconds[OURS][0] > 0 and len(result.seconds) > 1, case.setting.name
         assert bool(result.peak) == (case.setting.op in ("w4a8_linear", "w4a16_linear"))
+
+
+SAMPLERS = list(cases.sampler_cases(1, small=True))
+
+
+@pytest.mark.parametrize("case", SAMPLERS, ids=lambda case: case.setting.name)
+def test_samplers_run_against_their_peers(case):
+    pytest.importorskip("diffusers.schedulers.scheduling_entropy_bound")
+    pytest.importorskip("transformers.models.diffusion_gemma")
+    assert time_case(case, rounds=1).ratios
+    for full in cases.sampler_cases(2):
+        if full.setting.variant == case.setting.variant and full.setting.model == case.setting.model:
+            job = case.prepare()
+            assert {target.peer for target in full.targets} <= {*job.peers, *job.skipped}
+
+
+@pytest.mark.parametrize("case", SAMPLERS, ids=lambda case: case.setting.name)
+def test_samplers_that_do_something_else_are_not_timed(case, monkeypatch):
+    job = case.prepare()
+    job.check()
+
+    def altered(op, change):
+        original = getattr(samplers.mgt_kernels, op)
+        return lambda *args, **options: original(*args, **change(options))
+
+    def hotter(options):
+        return options | ({"temperature": 1.1 * options["temperature"]} if options.get("temperature") else {})
+
+    def more(options):
+        bounds = {"entropy_bound": 20, "threshold": 20, "count": 2}
+        return options | {name: options[name] * factor for name, factor in bounds.items() if name in options}
+
+    changes = [("commit_tokens", more)] if case.setting.op == "draw and commit" else []
+    if case.setting.model != "OmniVoice":
+        changes.append(("sample_tokens", hotter))
+    for op, change in changes:
+        with monkeypatch.context() as patched:
+            patched.setattr(samplers.mgt_kernels, op, altered(op, change))
+            with pytest.raises(AssertionError):
+                job.check()
+    if "top" in case.setting.variant:
+        wrong = {"pytorch": lambda x, truncation: samplers.sorted_filter(x, truncation._replace(top_k=1))}
+        monkeypatch.setattr(samplers, "FILTERS", wrong)
+        with pytest.raises(AssertionError, match="other tokens are left than by pytorch"):
+            job.check()
+
+
+def test_what_is_no_peer_of_a_sampler_is_absent(monkeypatch):
+    def missing(name):
+        raise AbsentError(f"No module named {name!r}")
+
+    monkeypatch.setattr(samplers, "require", missing)
+    skipped = next(case for case in SAMPLERS if "entropy bound" in case.setting.name).prepare().skipped
+    assert set(skipped) == {"diffusers", "transformers"}
+
+
+def test_alternatives_of_a_text_select():
+    names = [case.setting.name for case in suite.select("full", ["SDAR|OmniVoice", "draw"], threads=2)]
+    assert len(names) == 3 and {name.split(", ")[2] for name in names} == {"SDAR", "OmniVoice"}
+
+
+def test_tables_are_put_into_the_pages(tmp_path):
+    docs, folder = tmp_path / "docs", tmp_path / "run"
+    (docs / "benchmarks").mkdir(parents=True)
+    for name in ("benchmarks", "frameworks"):
+        (docs / f"{name}.md").write_text("before\n<!-- samplers -->\nold\n<!-- /samplers -->\nafter\n")
+    with (docs / "frameworks.md").open("a") as file:
+        file.write("<!-- llada2 -->\n<!-- /llada2 -->\n")
+    result = result_of()
+    step = replace(result.case, setting=replace(result.case.setting, op="draw and commit"))
+    steps = replace(result, case=step, seconds={OURS: [1.0] * 3, "diffusers": [2.0] * 3, "pytorch": [3.0] * 3})
+    results = [result, steps]
+    suite.write(folder, [row for one in results for row in report.rows(one)], results, {"processor": "this"})
+    (folder / "llada2.md").write_text("torch 2\n\n| case |\n| --- |\n| step |\n")
+    for _ in range(2):
+        tables.fill(folder, docs)
+        shown = {name: (docs / f"{name}.md").read_text() for name in ("benchmarks", "frameworks")}
+        assert all(
+            text.startswith("before\n<!-- samplers -->\n`processor this`\n\n| case |") for text in shown.values()
+        )
+        assert shown["benchmarks"].count("pytorch") == 1 and "pytorch" not in shown["frameworks"]
+        assert shown["frameworks"].count("| diffusers | 2 |") == 1
+        assert tables.between(shown["frameworks"], "llada2").startswith("`torch 2`\n\n| case |")
+        assert tables.between(shown["benchmarks"], "samplers").count("| case |") == 1
+    with pytest.raises(ValueError, match="expected <!-- samplers --> and"):
+        tables.filled("nothing", "samplers", "")
 
 
 def test_what_computes_something_else_is_not_timed(monkeypatch):

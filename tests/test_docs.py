@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mgt_benchmarks import report
-from mgt_benchmarks.cases import cases_of
+from mgt_benchmarks import report, tables
+from mgt_benchmarks.cases import cases_of, sampler_cases
 from mgt_sampler.evaluation.configurations import load_configurations
 from mgt_sampler.evaluation.intervals import Estimate
 from mgt_sampler.evaluation.run import METRICS, shown
@@ -77,6 +77,17 @@ def test_the_readmes_table_is_of_the_suite():
     assert {row["case"] for row in table} >= {
         case.setting.name for case in cases_of("standard", 2) if case.setting.backend == "auto"
     }
+
+
+@pytest.mark.parametrize("page", ["benchmarks", "frameworks"])
+def test_the_tables_of_samplers_are_of_the_suite(page):
+    shown_table = tables.between((DOCS / f"{page}.md").read_text(encoding="utf-8"), "samplers")
+    if not (DOCS / tables.RESULTS).exists():
+        assert shown_table == ""
+        return
+    table = report.read_csv(DOCS / tables.RESULTS)
+    assert shown_table.partition("\n\n")[2].strip() == tables.ratios(table, page)
+    assert {row["case"] for row in table} >= {case.setting.name for case in sampler_cases(2)}
 
 
 @pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)

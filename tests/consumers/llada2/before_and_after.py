@@ -49,6 +49,7 @@ def compare_steps(vocab_size: int, rounds: int) -> None:
             ("temperature 1, editing", {"temperature": 1.0, "editing_threshold": 0.5}),
             ("temperature 1, top_k 50", {"temperature": 1.0, "top_k": 50}),
             ("temperature 1, top_p 0.9", {"temperature": 1.0, "top_p": 0.9}),
+            ("temperature 1, top_k 50, top_p 0.9", {"temperature": 1.0, "top_k": 50, "top_p": 0.9}),
         ):
             before, after = (
                 lambda scheduler=scheduler, logits=logits, options=options: scheduler.step(

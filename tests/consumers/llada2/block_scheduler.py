@@ -70,14 +70,16 @@ class BlockScheduler(BlockRefinementScheduler):
             raise ValueError(f"temperature: expected at least 0, got {temperature}")
         if not use_multinomial:
             temperature = 0.0
-        elif temperature > 0 and (top_k is not None or top_p is not None):
-            # inherited, so that the same tokens may be drawn
-            logits = self._top_p_filtering(self._top_k_filtering(logits / temperature, top_k), top_p)
-            temperature = 1.0
+        # as the original, which does not truncate where it does not draw
+        truncation: dict[str, Any] = {}
+        if temperature > 0 and top_k is not None and 0 < top_k < logits.shape[-1]:
+            truncation["top_k"] = top_k
+        if temperature > 0 and top_p is not None and top_p < 1:
+            truncation["top_p"] = top_p
         assert self._seeds is not None
         token_ids, logprob, *_ = mgt_kernels.sample_tokens(
             logits, self._tokens, mask_token_id=logits.shape[-1], seed=self._seeds.to(logits.device),
-            step=(self._block << 16) + self._steps_in_block, temperature=temperature,
+            step=(self._block << 16) + self._steps_in_block, temperature=temperature, **truncation,
         )  # fmt: skip
         # known positions have logprob +inf
         return token_ids, logprob.exp().clamp(max=1)
