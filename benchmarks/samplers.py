@@ -35,15 +35,22 @@ class Truncation(NamedTuple):
 
 
 def block_logits(model: Model, device: str = "cpu") -> Tensor:
-    """Logits of standard deviation 2 with one token of each position above the others by a lot or by nothing.
+    """Logits of standard deviation 2 with four tokens of each position above the others, one above the other three.
 
-    So the model is sure of some positions and not of others, as it is in a step.
+    By a lot or by nothing: so the model is sure of some positions and not of others, as it is in a step.
     """
     logits = random_logits(0, model).clone()
     generator = torch.Generator().manual_seed(1)
     shape = (*logits.shape[:2], 1)
-    best = torch.randint(model.codebook_size, shape, generator=generator)
-    return logits.scatter_(2, best, torch.empty(shape).uniform_(8, 24, generator=generator)).to(device)
+
+    def uniform(low: float, high: float, count: int = 1) -> Tensor:
+        return torch.empty(*shape[:2], count).uniform_(low, high, generator=generator)
+
+    first = torch.randint(model.codebook_size, shape, generator=generator)
+    others = (first + torch.tensor([1, 2, 3])) % model.codebook_size
+    best, distance = uniform(8, 24), uniform(0, 10)
+    logits.scatter_(2, first, best).scatter_(2, others, best - distance * uniform(0.5, 1, 3))
+    return logits.to(device)
 
 
 def sorted_filter(logits: Tensor, truncation: Truncation) -> Tensor:
