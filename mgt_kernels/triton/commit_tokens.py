@@ -13,17 +13,18 @@ from torch import Tensor
 
 from mgt_kernels.cpu import COMMIT_RULES
 from mgt_kernels.triton.draws import LAUNCH_OPTIONS, STREAM_CONFIDENCE, gumbel, philox
-from mgt_kernels.triton.launch import launch, next_power_of_2
-from mgt_kernels.triton.mask_by_confidence import (
-    _KNOWN_KEY,
-    _LARGEST_AS_IT_IS,
-    _MAX_BLOCK,
-    _count_below,
-    _key_of_rank,
-    _load_keys,
-    _ordered_key,
-)
+from mgt_kernels.triton.launch import launch
 from mgt_kernels.triton.scalars import SCALARS, has_noise, load_scalar
+from mgt_kernels.triton.select import (
+    KNOWN_KEY,
+    LARGEST_AS_IT_IS,
+    count_below,
+    key_of_rank,
+    load_keys,
+    ordered_key,
+    selection_settings,
+    value_of_key,
+)
 
 _THRESHOLD = tl.constexpr(COMMIT_RULES.index("threshold"))
 _FACTOR = tl.constexpr(COMMIT_RULES.index("factor"))
@@ -39,12 +40,6 @@ _MOST_ENTROPY_BOUND = tl.constexpr(2.0**20)
 
 
 @triton.jit
-def _value_of_key(key):
-    bits = tl.where(key >= 0x80000000, key & 0x7FFFFFFF, ~key)
-    return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def _load_bound(scalar):
     if scalar.dtype.is_ptr():
         return tl.load(scalar).to(tl.float32)
@@ -55,9 +50,9 @@ def _load_bound(scalar):
 @triton.jit
 def _entropy_units(key, inverse_unit):
     """Compute the entropy that a key is of, and 64 nats of NaN, in units; 0 of a position that does not compete."""
-    entropy = -_value_of_key(key) * inverse_unit
+    entropy = -value_of_key(key) * inverse_unit
     entropy = tl.where(entropy != entropy, _MOST_ENTROPY, tl.minimum(tl.maximum(entropy, 0.0), _MOST_ENTROPY))
-    return tl.where(key < _KNOWN_KEY, (entropy * _ENTROPY_UNITS).to(tl.int64), 0)
+    return tl.where(key < KNOWN_KEY, (entropy * _ENTROPY_UNITS).to(tl.int64), 0)
 
 
 @triton.jit
@@ -68,7 +63,7 @@ def _entropy_from(
     total = tl.where(held >= candidate, _entropy_units(held, inverse_unit), 0)
     if not IN_REGISTERS:
         for first in range(BLOCK_POSITIONS, num_positions, BLOCK_POSITIONS):
-            key = _load_keys(keys_ptr, first, num_positions, BLOCK_POSITIONS)
+            key = load_keys(keys_ptr, first, num_positions, BLOCK_POSITIONS)
             total += tl.where(key >= candidate, _entropy_units(key, inverse_unit), 0)
     return tl.sum(total)
 
@@ -77,7 +72,7 @@ def _entropy_from(
 def _meets_factor(n, key, inverse_unit, factor):
     """Tell whether the first n, of which the last has this key, may be committed; NaN and no position at all may."""
     # two roundings, as on the CPU
-    left_out = 1.0 - (_value_of_key(key) * inverse_unit).to(tl.float64)
+    left_out = 1.0 - (value_of_key(key) * inverse_unit).to(tl.float64)
     return (n == 0) | ((key >= _LEAST_KEY) & ((n + 1).to(tl.float64) * left_out <= factor.to(tl.float64)))
 
 
@@ -110,14 +105,14 @@ def _num_by_rule(
                 <= bound
             )
         elif RULE == _FACTOR:
-            n = num_competing - _count_below(candidate, held, keys_ptr, num_positions, BLOCK_POSITIONS, IN_REGISTERS)
+            n = num_competing - count_below(candidate, held, keys_ptr, num_positions, BLOCK_POSITIONS, IN_REGISTERS)
             passes = _meets_factor(n, candidate, inverse_unit, value)
         else:
-            passes = (candidate > _KNOWN_KEY) | (_value_of_key(candidate) * inverse_unit >= value)
+            passes = (candidate > KNOWN_KEY) | (value_of_key(candidate) * inverse_unit >= value)
         failing = tl.where(passes, failing, candidate)
-    num_failing_or_below = _count_below(failing + 1, held, keys_ptr, num_positions, BLOCK_POSITIONS, IN_REGISTERS)
+    num_failing_or_below = count_below(failing + 1, held, keys_ptr, num_positions, BLOCK_POSITIONS, IN_REGISTERS)
     n = num_competing - num_failing_or_below
-    num_below = _count_below(failing, held, keys_ptr, num_positions, BLOCK_POSITIONS, IN_REGISTERS)
+    num_below = count_below(failing, held, keys_ptr, num_positions, BLOCK_POSITIONS, IN_REGISTERS)
     num_failing = num_failing_or_below - num_below
     # of those that have the failing key some may pass
     if RULE == _FACTOR:
@@ -134,13 +129,13 @@ def _num_by_rule(
         of_one = tl.maximum(_entropy_units(failing, inverse_unit), 1)
         # the last one's entropy is free
         n += tl.minimum(left // of_one, num_failing).to(tl.int32) + 1
-        num_nan = _count_below(_LEAST_KEY, held, keys_ptr, num_positions, BLOCK_POSITIONS, IN_REGISTERS)
+        num_nan = count_below(_LEAST_KEY, held, keys_ptr, num_positions, BLOCK_POSITIONS, IN_REGISTERS)
         n = tl.where(bound < 0, 0, tl.minimum(n, num_competing - num_nan))
     return n
 
 
 @triton.jit(do_not_specialize=["mask_token_id", *SCALARS])
-def _commit_tokens_kernel(
+def commit_tokens_kernel(
     after_ptr,
     done_ptr,
     token_ids_ptr,
@@ -166,12 +161,13 @@ def _commit_tokens_kernel(
     BLOCK_POSITIONS: tl.constexpr,
     IN_REGISTERS: tl.constexpr,
 ):
+    """Decide for a sample which of its drawn tokens stay."""
     sample = tl.program_id(0).to(tl.int64)
     seed = tl.load(seed_ptr + sample)
     step = tl.load(step_ptr).to(tl.uint32)
     temperature = load_scalar(temperature, 0.0, 0.0)
     # as in mask_by_confidence: a sum that could overflow is divided by 32
-    overflows = temperature > _LARGEST_AS_IT_IS
+    overflows = temperature > LARGEST_AS_IT_IS
     unit = tl.where(overflows, 2.0**-5, 1.0)
     inverse_unit = tl.where(overflows, 2.0**5, 1.0)
     start = tl.full([], 0, tl.int64)
@@ -197,14 +193,14 @@ def _commit_tokens_kernel(
             position = offs_position.to(tl.uint32)
             word, _, _, _ = philox(seed, tl.zeros_like(position), position, step, STREAM_CONFIDENCE)
             confidence = tl.fma(gumbel(word), temperature * unit, confidence * unit)
-        key = tl.where(competes, _ordered_key(confidence), _KNOWN_KEY)
+        key = tl.where(competes, ordered_key(confidence), KNOWN_KEY)
         tl.store(keys_ptr + offs_position, key.to(tl.int64), mask=mask)
     # the keys are read by other threads than wrote them
     tl.debug_barrier()
 
-    held = _load_keys(keys_ptr, 0, num_positions, BLOCK_POSITIONS)
-    known = tl.full([], _KNOWN_KEY, tl.uint32)
-    num_competing = _count_below(known, held, keys_ptr, num_positions, BLOCK_POSITIONS, IN_REGISTERS)
+    held = load_keys(keys_ptr, 0, num_positions, BLOCK_POSITIONS)
+    known = tl.full([], KNOWN_KEY, tl.uint32)
+    num_competing = count_below(known, held, keys_ptr, num_positions, BLOCK_POSITIONS, IN_REGISTERS)
     num_committed = tl.maximum(tl.load(count_ptr + sample), 0)
     if RULE > 0:
         num_by_rule = _num_by_rule(
@@ -212,7 +208,7 @@ def _commit_tokens_kernel(
         )
         num_committed = tl.maximum(num_committed, num_by_rule.to(tl.int64))
     num_left = num_competing - tl.minimum(num_committed, num_competing.to(tl.int64)).to(tl.int32)
-    threshold, num_below = _key_of_rank(num_left, held, keys_ptr, num_positions, BLOCK_POSITIONS, IN_REGISTERS)
+    threshold, num_below = key_of_rank(num_left, held, keys_ptr, num_positions, BLOCK_POSITIONS, IN_REGISTERS)
     # no key may be overwritten before all threads have read theirs
     tl.debug_barrier()
 
@@ -223,7 +219,7 @@ def _commit_tokens_kernel(
         offs_position = first + tl.arange(0, CHUNK_POSITIONS)
         mask = offs_position < num_positions
         inside = mask & (offs_position >= start) & (offs_position < end)
-        key = _load_keys(keys_ptr, first, num_positions, CHUNK_POSITIONS)
+        key = load_keys(keys_ptr, first, num_positions, CHUNK_POSITIONS)
         tied = (key == threshold).to(tl.int32)
         stays = (key < threshold) | ((tied > 0) & (tl.cumsum(tied, axis=0) <= num_ties_left))
         num_ties_left -= tl.sum(tied)
@@ -275,15 +271,12 @@ def commit_tokens(
     done = torch.empty(batch, dtype=torch.bool, device=device)
     rows = [None if x is None else x.contiguous() for x in (argmax, max_logprob, known_logprob)]
     samples = [None if x is None else x.contiguous() for x in (count, seed, step, start, end)]
-    block_positions = min(max(next_power_of_2(num_positions), 128), _MAX_BLOCK)
-    num_warps = min(max(block_positions // 256, 1), 16)
     with torch.accelerator.device_index(device.index):
         launch(
-            _commit_tokens_kernel, (batch,),
+            commit_tokens_kernel, (batch,),
             after, done.view(torch.uint8), token_ids.contiguous(), score.contiguous(), tokens.contiguous(), *samples,
             *rows, num_positions, mask_token_id, value, temperature, replace_above, mask_below,
-            RULE=COMMIT_RULES.index(rule), HAS_NOISE=has_noise(temperature),
-            CHUNK_POSITIONS=min(block_positions, 128 * num_warps), BLOCK_POSITIONS=block_positions,
-            IN_REGISTERS=block_positions >= num_positions, num_warps=num_warps, **LAUNCH_OPTIONS,
+            RULE=COMMIT_RULES.index(rule), HAS_NOISE=has_noise(temperature), **selection_settings(num_positions),
+            **LAUNCH_OPTIONS,
         )  # fmt: skip
     return after, done

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mgt_kernels.draw import Draw
 from mgt_kernels.triton.draws import (
     LAUNCH_OPTIONS,
     STREAM_TOKEN,
@@ -23,34 +24,23 @@ from mgt_kernels.triton.draws import (
     log_f32,
     philox,
 )
-from mgt_kernels.triton.launch import ceil_div, launch, next_power_of_2
-from mgt_kernels.triton.mask_by_confidence import _KNOWN_KEY, _MAX_BLOCK, _key_of_rank, _load_keys, _ordered_key
-from mgt_kernels.triton.sample_tokens import (
-    _LOG2_E,
-    _NO_TOKEN,
-    _TILE_WIDTH,
-    _best_of,
-    _Counter,
-    _in_layout_of,
-    _load_columns,
-    _position_of,
-    _row_ptr,
-    _Rows,
-    _unless_greedy,
-    is_token_major,
-    sample_tokens,
-    strides_of,
+from mgt_kernels.triton.launch import ceil_div, launch
+from mgt_kernels.triton.rows import (
+    LOG2_E,
+    NO_TOKEN,
+    TILE_WIDTH,
+    Counter,
+    best_of,
+    in_layout_of,
+    load_columns,
+    position_of,
+    row_arguments,
+    rows_of,
+    unless_greedy,
 )
-from mgt_kernels.triton.scalars import (
-    SCALARS,
-    has_noise,
-    inverse_of,
-    is_greedy,
-    is_per_sample,
-    load_inverse_temperature,
-    load_scalar,
-    may_be_negative,
-)
+from mgt_kernels.triton.sample_tokens import sample_tokens
+from mgt_kernels.triton.scalars import SCALARS, is_greedy
+from mgt_kernels.triton.select import KNOWN_KEY, key_of_rank, load_keys, ordered_key, selection_settings
 
 # lanes of a vector in the CPU's kernels
 _LANES = tl.constexpr(16)
@@ -135,7 +125,7 @@ def _add_softmax(
     lane_max = tl.full(lane_sum.shape, float("-inf"), tl.float32)
     num_columns = tl.minimum(rows.num_tokens - first_column, WORD_WIDTH)
     for first_lane in range(0, num_columns, _LANES):
-        logit_0, logit_1, logit_2, logit_3 = _load_columns(
+        logit_0, logit_1, logit_2, logit_3 = load_columns(
             rows, counter, first_column + first_lane, HAS_NOISE, True, _LANES
         )
         lane_max = tl.maximum(lane_max, tl.maximum(tl.maximum(logit_0, logit_1), tl.maximum(logit_2, logit_3)))
@@ -143,14 +133,14 @@ def _add_softmax(
     tile_max = tl.max(lane_max, axis=1, keep_dims=True)
     any_allowed = tile_max > float("-inf")
     rescale = tl.where(tile_max > row_max, exp_nonpositive(row_max - tile_max), 1.0)
-    lead = tl.where(tile_max > row_max, _NO_TOKEN, lead)
+    lead = tl.where(tile_max > row_max, NO_TOKEN, lead)
     row_max = tl.maximum(row_max, tile_max)
     negligible = row_max - _NEGLIGIBLE
     tile_sum = tl.zeros(lane_sum.shape, tl.float32)
     for first_lane in range(0, num_columns, _LANES):
         base = first_column + first_lane
         offs_token = base + tl.arange(0, _LANES)[None, :]
-        logit_0, logit_1, logit_2, logit_3 = _load_columns(rows, counter, base, HAS_NOISE, True, _LANES)
+        logit_0, logit_1, logit_2, logit_3 = load_columns(rows, counter, base, HAS_NOISE, True, _LANES)
         largest = tl.maximum(tl.maximum(logit_0, logit_1), tl.maximum(logit_2, logit_3))
         matters = tl.max(largest, axis=1, keep_dims=True) >= negligible
         if tl.max(matters.to(tl.int32)) > 0:
@@ -159,10 +149,10 @@ def _add_softmax(
                 exp_nonpositive(logit_2 - row_max), exp_nonpositive(logit_3 - row_max), base, rows.num_tokens,
             )  # fmt: skip
             tile_sum = tl.where(matters, tile_sum + term, tile_sum)
-            lead = tl.minimum(lead, tl.where(logit_0 == row_max, offs_token, _NO_TOKEN))
-            lead = tl.minimum(lead, tl.where(logit_1 == row_max, offs_token + WORD_WIDTH, _NO_TOKEN))
-            lead = tl.minimum(lead, tl.where(logit_2 == row_max, offs_token + 2 * WORD_WIDTH, _NO_TOKEN))
-            lead = tl.minimum(lead, tl.where(logit_3 == row_max, offs_token + 3 * WORD_WIDTH, _NO_TOKEN))
+            lead = tl.minimum(lead, tl.where(logit_0 == row_max, offs_token, NO_TOKEN))
+            lead = tl.minimum(lead, tl.where(logit_1 == row_max, offs_token + WORD_WIDTH, NO_TOKEN))
+            lead = tl.minimum(lead, tl.where(logit_2 == row_max, offs_token + 2 * WORD_WIDTH, NO_TOKEN))
+            lead = tl.minimum(lead, tl.where(logit_3 == row_max, offs_token + 3 * WORD_WIDTH, NO_TOKEN))
     lane_sum = tl.where(any_allowed, tl.fma(lane_sum, rescale, tile_sum), lane_sum)
     return row_max, lane_sum, lead, bad
 
@@ -178,7 +168,7 @@ def _race_scale(rows, score, GREEDY: tl.constexpr):
     if GREEDY:
         return _greedy_scale(score)
     # the slack covers the rounding of the scores and the hardware's exponential
-    scale = tl.exp2((1e-4 + 1e-6 * tl.abs(score) - score) * _LOG2_E) * 4294967296.0
+    scale = tl.exp2((1e-4 + 1e-6 * tl.abs(score) - score) * LOG2_E) * 4294967296.0
     if GREEDY is None:
         scale = tl.where(rows.is_greedy, _greedy_scale(score), scale)
     return scale
@@ -188,7 +178,7 @@ def _race_scale(rows, score, GREEDY: tl.constexpr):
 def _compete(rows, weight, word, offs_token, best_score, best_weight, best_token, GREEDY: tl.constexpr):
     score = weight
     if not GREEDY:
-        score = _unless_greedy(rows, log_f32(weight) + gumbel(word), weight, GREEDY)
+        score = unless_greedy(rows, log_f32(weight) + gumbel(word), weight, GREEDY)
     better = (score > best_score) | ((score == best_score) & (offs_token < best_token))
     better = better & (weight >= _LEAST_WEIGHT)
     return (
@@ -201,7 +191,7 @@ def _compete(rows, weight, word, offs_token, best_score, best_weight, best_token
 @triton.jit
 def _lead_race(rows, counter, softmax, history_ptr, lead, has_history, IS_PAPER: tl.constexpr, GREEDY: tl.constexpr):
     """Let the token with the largest logit go first; the CPU does, and what it leaves out depends on it."""
-    log_q = _load_log_q(history_ptr + lead, has_history & (lead < _NO_TOKEN))
+    log_q = _load_log_q(history_ptr + lead, has_history & (lead < NO_TOKEN))
     weight, _ = _weigh(softmax.max, log_q, softmax, IS_PAPER)
     score = weight
     if not GREEDY:
@@ -210,12 +200,12 @@ def _lead_race(rows, counter, softmax, history_ptr, lead, has_history, IS_PAPER:
         )
         which = lead // WORD_WIDTH % 4
         word = tl.where(which < 2, tl.where(which == 0, word_0, word_1), tl.where(which == 2, word_2, word_3))
-        score = _unless_greedy(rows, log_f32(weight) + gumbel(word), weight, GREEDY)
+        score = unless_greedy(rows, log_f32(weight) + gumbel(word), weight, GREEDY)
     leads = has_history & (weight >= _LEAST_WEIGHT)
     return (
         tl.where(leads, score, float("-inf")),
         tl.where(leads, weight, 0.0),
-        tl.where(leads, lead, _NO_TOKEN),
+        tl.where(leads, lead, NO_TOKEN),
     )
 
 
@@ -241,7 +231,7 @@ def _continues(history_seed_ptr, history_step_ptr, seed, step, sample):
 
 
 @triton.jit(do_not_specialize=["mask_token_id", *SCALARS])
-def _compare_kernel(
+def compare_kernel(
     divergence_ptr,
     keys_ptr,
     choice_ptr,
@@ -253,6 +243,7 @@ def _compare_kernel(
     history_step_ptr,
     logits_ptr,
     uncond_ptr,
+    second_uncond_ptr,
     token_bias_ptr,
     tokens_ptr,
     seed_ptr,
@@ -266,18 +257,26 @@ def _compare_kernel(
     uncond_stride_sample,
     uncond_stride_position,
     uncond_stride_token,
+    second_stride_sample,
+    second_stride_position,
+    second_stride_token,
     mask_token_id,
     guidance_scale,
+    second_guidance_scale,
+    softcap,
     noise_scale,
     inverse_temperature,
     MAY_FORBID: tl.constexpr,
     SCALE_PER_SAMPLE: tl.constexpr,
+    GUIDANCE: tl.constexpr,
+    SECOND_SCALE_PER_SAMPLE: tl.constexpr,
     HAS_HISTORY: tl.constexpr,
     IS_PAPER: tl.constexpr,
     HAS_NOISE: tl.constexpr,
     GREEDY: tl.constexpr,
     BLOCK_POSITIONS: tl.constexpr,
 ):
+    """Compare rows with their histories, and draw from what differs."""
     num_groups = tl.cdiv(num_positions, BLOCK_POSITIONS)
     sample = (tl.program_id(0) // num_groups).to(tl.int64)
     offs_position = (tl.program_id(0) % num_groups) * BLOCK_POSITIONS + tl.arange(0, BLOCK_POSITIONS)[:, None]
@@ -294,27 +293,22 @@ def _compare_kernel(
         reads = wanted & same_step & same_seed
         old_written = tl.load(written_ptr + offs_row, mask=inside, other=0) != 0
         has_history = reads & old_written
-    counter = _Counter(seed, _position_of(first_position_ptr, sample, offs_position), step.to(tl.uint32))
-    inverse_temperature, is_greedy = load_inverse_temperature(inverse_temperature)
-    if SCALE_PER_SAMPLE:
-        guidance_scale += sample
-    logits_row_ptr = _row_ptr(logits_ptr, sample, offs_position, stride_sample, stride_position)
-    uncond_row_ptr = uncond_ptr
-    if uncond_ptr is not None:
-        uncond_row_ptr = _row_ptr(uncond_ptr, sample, offs_position, uncond_stride_sample, uncond_stride_position)
-    rows = _Rows(
-        logits_row_ptr, uncond_row_ptr, token_bias_ptr, stride_token, uncond_stride_token, reads, num_tokens,
-        mask_token_id, load_scalar(guidance_scale, float("-inf"), float("nan")),
-        load_scalar(noise_scale, 0.0, float("nan")), inverse_temperature, is_greedy, MAY_FORBID,
+    counter = Counter(seed, position_of(first_position_ptr, sample, offs_position), step.to(tl.uint32))
+    rows = rows_of(
+        logits_ptr, uncond_ptr, second_uncond_ptr, token_bias_ptr, None, sample, offs_position, reads, num_tokens,
+        stride_sample, stride_position, stride_token, uncond_stride_sample, uncond_stride_position,
+        uncond_stride_token, second_stride_sample, second_stride_position, second_stride_token, mask_token_id,
+        guidance_scale, second_guidance_scale, softcap, noise_scale, inverse_temperature,
+        MAY_FORBID, SCALE_PER_SAMPLE, GUIDANCE, SECOND_SCALE_PER_SAMPLE, False,
     )  # fmt: skip
     history_ptr += offs_row * num_tokens
     end = tl.where(tl.max(reads.to(tl.int32)) > 0, num_tokens, 0)
 
     row_max = tl.full([BLOCK_POSITIONS, 1], float("-inf"), tl.float32)
     lane_sum = tl.zeros([BLOCK_POSITIONS, _LANES], tl.float32)
-    lead = tl.full([BLOCK_POSITIONS, _LANES], _NO_TOKEN, tl.int32)
+    lead = tl.full([BLOCK_POSITIONS, _LANES], NO_TOKEN, tl.int32)
     lane_bad = lead < 0
-    for first_column in range(0, end, _TILE_WIDTH):
+    for first_column in range(0, end, TILE_WIDTH):
         row_max, lane_sum, lead, lane_bad = _add_softmax(
             rows, counter, first_column, row_max, lane_sum, lead, lane_bad, HAS_NOISE
         )
@@ -341,14 +335,14 @@ def _compare_kernel(
         divergence = tl.zeros([BLOCK_POSITIONS, _LANES], tl.float32)
         weight_sum = divergence
         excess = divergence
-    for first_column in range(0, end, _TILE_WIDTH):
+    for first_column in range(0, end, TILE_WIDTH):
         for first_lane in range(0, tl.minimum(num_tokens - first_column, WORD_WIDTH), _LANES):
             base = first_column + first_lane
             offs_0 = base + tl.arange(0, _LANES)[None, :]
             offs_1 = offs_0 + WORD_WIDTH
             offs_2 = offs_1 + WORD_WIDTH
             offs_3 = offs_2 + WORD_WIDTH
-            logit_0, logit_1, logit_2, logit_3 = _load_columns(rows, counter, base, HAS_NOISE, True, _LANES)
+            logit_0, logit_1, logit_2, logit_3 = load_columns(rows, counter, base, HAS_NOISE, True, _LANES)
             if HAS_HISTORY:
                 log_q_0 = _load_log_q(history_ptr + offs_0, has_history & (offs_0 < num_tokens))
                 log_q_1 = _load_log_q(history_ptr + offs_1, has_history & (offs_1 < num_tokens))
@@ -367,7 +361,7 @@ def _compare_kernel(
                     log_q = tl.maximum(tl.maximum(log_q_0, log_q_1), tl.maximum(log_q_2, log_q_3))
                     negligible = tl.full([BLOCK_POSITIONS, 1], _NEGLIGIBLE_LOG, tl.float32)
                     if not GREEDY:
-                        negligible = _unless_greedy(rows, tl.minimum(negligible, lowest), negligible, GREEDY)
+                        negligible = unless_greedy(rows, tl.minimum(negligible, lowest), negligible, GREEDY)
                     matters &= tl.max(tl.maximum(largest, log_q), axis=1, keep_dims=True) >= negligible
                 if tl.max(matters.to(tl.int32)) > 0:
                     weight_0, term_0 = _weigh(logit_0, log_q_0, softmax, IS_PAPER)
@@ -388,7 +382,7 @@ def _compare_kernel(
                         word_0, word_1, word_2, word_3 = offs_0, offs_1, offs_2, offs_3
                         if not GREEDY:
                             word_0, word_1, word_2, word_3 = philox(
-                                counter.seed, _in_layout_of(block_of(offs_0), logit_0), counter.position, counter.step,
+                                counter.seed, in_layout_of(block_of(offs_0), logit_0), counter.position, counter.step,
                                 STREAM_TOKEN,
                             )  # fmt: skip
                             may_win_race = (
@@ -397,7 +391,7 @@ def _compare_kernel(
                                 | (word_2.to(tl.float32) < weight_2 * scale)
                                 | (word_3.to(tl.float32) < weight_3 * scale)
                             )
-                            may_win = _unless_greedy(rows, may_win_race, may_win, GREEDY)
+                            may_win = unless_greedy(rows, may_win_race, may_win, GREEDY)
                         if tl.max(may_win.to(tl.int32)) > 0:
                             best_score, best_weight, best_token = _compete(
                                 rows, weight_0, word_0, offs_0, best_score, best_weight, best_token, GREEDY
@@ -421,13 +415,13 @@ def _compare_kernel(
         new_written = tl.where(same_step, good, old_written)
         row_divergence = tl.where(has_history, _sum_of_lanes(divergence), row_divergence)
         row_weight = _sum_of_lanes(weight_sum)
-        _, best_weight, best_token = _best_of(best_score, best_weight, best_token)
+        _, best_weight, best_token = best_of(best_score, best_weight, best_token)
         different = draws
         if IS_PAPER:
             different &= row_weight >= _SAME_DISTRIBUTION
         tl.store(choice_ptr + offs_row, tl.where(different, best_token, -1), mask=inside)
         tl.store(choice_logprob_ptr + offs_row, log_f32(tl.div_rn(best_weight, row_weight)), mask=inside)
-        tl.store(keys_ptr + offs_row, _ordered_key(row_divergence).to(tl.int64), mask=inside)
+        tl.store(keys_ptr + offs_row, ordered_key(row_divergence).to(tl.int64), mask=inside)
     tl.store(written_ptr + offs_row, new_written.to(tl.uint8), mask=inside)
     row_divergence = tl.where(wanted & ~good, float("nan"), row_divergence)
     tl.store(divergence_ptr + offs_row, row_divergence, mask=inside)
@@ -439,7 +433,7 @@ def _compare_kernel(
 
 
 @triton.jit(do_not_specialize=["mask_token_id", *SCALARS])
-def _select_kernel(
+def select_kernel(
     token_ids_ptr,
     logprob_ptr,
     selected_ptr,
@@ -459,6 +453,7 @@ def _select_kernel(
     BLOCK_POSITIONS: tl.constexpr,
     IN_REGISTERS: tl.constexpr,
 ):
+    """Select the positions of a sample that changed least, and give them what was drawn from the difference."""
     sample = tl.program_id(0).to(tl.int64)
     same_step, same_seed = _continues(
         history_seed_ptr, history_step_ptr, tl.load(seed_ptr + sample), tl.load(step_ptr), sample
@@ -479,8 +474,8 @@ def _select_kernel(
         wanted += 0.5
     num_selected = wanted.to(tl.int32)
     # rows that are not ranked have the key of those without a history, which are drawn from p anyway
-    held = _load_keys(keys_ptr, 0, num_positions, BLOCK_POSITIONS)
-    threshold, num_below = _key_of_rank(num_selected, held, keys_ptr, num_positions, BLOCK_POSITIONS, IN_REGISTERS)
+    held = load_keys(keys_ptr, 0, num_positions, BLOCK_POSITIONS)
+    threshold, num_below = key_of_rank(num_selected, held, keys_ptr, num_positions, BLOCK_POSITIONS, IN_REGISTERS)
 
     # among ties the lower positions
     num_ties_left = num_selected - num_below
@@ -488,12 +483,12 @@ def _select_kernel(
         offs_position = first + tl.arange(0, CHUNK_POSITIONS)
         mask = offs_position < num_positions
         offs_row = first_row + offs_position
-        key = _load_keys(keys_ptr, first, num_positions, CHUNK_POSITIONS)
+        key = load_keys(keys_ptr, first, num_positions, CHUNK_POSITIONS)
         tied = (key == threshold).to(tl.int32)
         selected = (key < threshold) | ((tied > 0) & (tl.cumsum(tied, axis=0) <= num_ties_left))
         num_ties_left -= tl.sum(tied)
         if selected_ptr is not None:
-            tl.store(selected_ptr + offs_row, (selected & (key < _KNOWN_KEY)).to(tl.uint8), mask=mask)
+            tl.store(selected_ptr + offs_row, (selected & (key < KNOWN_KEY)).to(tl.uint8), mask=mask)
         choice = tl.load(choice_ptr + offs_row, mask=mask, other=-1)
         chosen = selected & (choice >= 0)
         logprob = tl.load(choice_logprob_ptr + offs_row, mask=chosen, other=0.0)
@@ -504,12 +499,13 @@ def _select_kernel(
 
 
 @triton.jit(do_not_specialize=["mask_token_id", *SCALARS])
-def _edit_history_kernel(
+def edit_history_kernel(
     history_ptr,
     softmax_ptr,
     selected_ptr,
     logits_ptr,
     uncond_ptr,
+    second_uncond_ptr,
     token_bias_ptr,
     seed_ptr,
     first_position_ptr,
@@ -522,16 +518,24 @@ def _edit_history_kernel(
     uncond_stride_sample,
     uncond_stride_position,
     uncond_stride_token,
+    second_stride_sample,
+    second_stride_position,
+    second_stride_token,
     mask_token_id,
     guidance_scale,
+    second_guidance_scale,
+    softcap,
     noise_scale,
     inverse_temperature,
     MAY_FORBID: tl.constexpr,
     SCALE_PER_SAMPLE: tl.constexpr,
+    GUIDANCE: tl.constexpr,
+    SECOND_SCALE_PER_SAMPLE: tl.constexpr,
     HAS_NOISE: tl.constexpr,
     BLOCK_POSITIONS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
+    """Write the new codes of an aliased history, which depend on the selection."""
     num_groups = tl.cdiv(num_positions, BLOCK_POSITIONS)
     sample = (tl.program_id(0) // num_groups).to(tl.int64)
     offs_position = (tl.program_id(0) % num_groups) * BLOCK_POSITIONS + tl.arange(0, BLOCK_POSITIONS)[:, None]
@@ -544,26 +548,21 @@ def _edit_history_kernel(
     )
     good = softmax.max == softmax.max
     selected = tl.load(selected_ptr + offs_row, mask=inside, other=0) != 0
-    position = _position_of(first_position_ptr, sample, offs_position)
-    counter = _Counter(tl.load(seed_ptr + sample), position, tl.load(step_ptr).to(tl.uint32))
-    inverse_temperature, is_greedy = load_inverse_temperature(inverse_temperature)
-    if SCALE_PER_SAMPLE:
-        guidance_scale += sample
-    logits_row_ptr = _row_ptr(logits_ptr, sample, offs_position, stride_sample, stride_position)
-    uncond_row_ptr = uncond_ptr
-    if uncond_ptr is not None:
-        uncond_row_ptr = _row_ptr(uncond_ptr, sample, offs_position, uncond_stride_sample, uncond_stride_position)
-    rows = _Rows(
-        logits_row_ptr, uncond_row_ptr, token_bias_ptr, stride_token, uncond_stride_token, good, num_tokens,
-        mask_token_id, load_scalar(guidance_scale, float("-inf"), float("nan")),
-        load_scalar(noise_scale, 0.0, float("nan")), inverse_temperature, is_greedy, MAY_FORBID,
+    position = position_of(first_position_ptr, sample, offs_position)
+    counter = Counter(tl.load(seed_ptr + sample), position, tl.load(step_ptr).to(tl.uint32))
+    rows = rows_of(
+        logits_ptr, uncond_ptr, second_uncond_ptr, token_bias_ptr, None, sample, offs_position, good, num_tokens,
+        stride_sample, stride_position, stride_token, uncond_stride_sample, uncond_stride_position,
+        uncond_stride_token, second_stride_sample, second_stride_position, second_stride_token, mask_token_id,
+        guidance_scale, second_guidance_scale, softcap, noise_scale, inverse_temperature,
+        MAY_FORBID, SCALE_PER_SAMPLE, GUIDANCE, SECOND_SCALE_PER_SAMPLE, False,
     )  # fmt: skip
     history_ptr += offs_row * num_tokens
-    first_column = tl.program_id(1) * _TILE_WIDTH
+    first_column = tl.program_id(1) * TILE_WIDTH
     for first_lane in range(0, WORD_WIDTH, BLOCK_COLUMNS):
         base = first_column + first_lane
         offs_token = base + tl.arange(0, BLOCK_COLUMNS)[None, :]
-        logit_0, logit_1, logit_2, logit_3 = _load_columns(rows, counter, base, HAS_NOISE, True, BLOCK_COLUMNS)
+        logit_0, logit_1, logit_2, logit_3 = load_columns(rows, counter, base, HAS_NOISE, True, BLOCK_COLUMNS)
         _edit(history_ptr, offs_token, logit_0, softmax, good, selected, num_tokens)
         _edit(history_ptr, offs_token + WORD_WIDTH, logit_1, softmax, good, selected, num_tokens)
         _edit(history_ptr, offs_token + 2 * WORD_WIDTH, logit_2, softmax, good, selected, num_tokens)
@@ -571,7 +570,8 @@ def _edit_history_kernel(
 
 
 @triton.jit(do_not_specialize=SCALARS)
-def _advance_history_step_kernel(history_step_ptr, step_ptr, HAS_HISTORY: tl.constexpr):
+def advance_history_step_kernel(history_step_ptr, step_ptr, HAS_HISTORY: tl.constexpr):
+    """Make the history that of this step."""
     step = tl.load(step_ptr)
     if HAS_HISTORY:
         # a step that does not continue the generation leaves its index as it is
@@ -581,26 +581,16 @@ def _advance_history_step_kernel(history_step_ptr, step_ptr, HAS_HISTORY: tl.con
 
 
 # for occupancy ptxas would spill a few
-_MAX_REGISTERS = 128
+MAX_REGISTERS = 128
 
 
 def differential_sample(
-    logits: Tensor,
-    tokens: Tensor,
+    draw: Draw,
     history: Tensor,
     written: Tensor,
     history_step: Tensor,
     history_seed: Tensor,
     has_history: bool,
-    seed: Tensor,
-    step: Tensor,
-    mask_token_id: int,
-    uncond_logits: Tensor | None,
-    guidance_scale: float | Tensor,
-    noise_scale: float | Tensor,
-    temperature: float | Tensor,
-    first_position: Tensor | None,
-    token_bias: Tensor | None,
     share: float,
     variant: str,
     aliased_history: bool,
@@ -609,17 +599,16 @@ def differential_sample(
 
     Scalars may be tensors, as for `sample_tokens`.
     """
-    tokens, seed, history_seed = tokens.contiguous(), seed.contiguous(), history_seed.contiguous()
-    token_ids, logprob, _ = sample_tokens(
-        logits, tokens, seed, step, mask_token_id, uncond_logits, guidance_scale, noise_scale, temperature,
-        first_position, token_bias,
-    )  # fmt: skip
+    history_seed = history_seed.contiguous()
+    token_ids, logprob, _ = sample_tokens(draw, "masked", "", 0, 1.0, 0.0, "kept")
     divergence = torch.empty_like(logprob)
+    arguments = row_arguments(draw)
+    tokens, seed, _, step = arguments.places
     if tokens.numel() == 0:
         history_step.copy_(step)
         return token_ids, logprob, divergence
 
-    batch, num_positions, num_tokens = logits.shape
+    batch, num_positions, num_tokens = draw.logits.shape
     edits_history = aliased_history and has_history
     keys = choice = choice_logprob = softmax = selected = None
     if has_history:
@@ -628,52 +617,37 @@ def differential_sample(
     if edits_history:
         softmax = torch.empty((tokens.numel(), 3), dtype=torch.float32, device=tokens.device)
         selected = torch.empty_like(tokens, dtype=torch.uint8)
-    strides, uncond_strides = strides_of(logits, uncond_logits)
-    rows = (
-        num_positions, num_tokens, *strides, *uncond_strides, mask_token_id, guidance_scale, noise_scale,
-        inverse_of(temperature),
-    )  # fmt: skip
-    if first_position is not None:
-        first_position = first_position.contiguous()
-    guidance = dict(
-        MAY_FORBID=uncond_logits is not None and may_be_negative(guidance_scale),
-        SCALE_PER_SAMPLE=is_per_sample(guidance_scale),
-    )
+    rows = (num_positions, num_tokens, *arguments.strides, *arguments.scalars)
     state = (history_seed, history_step)
-    noisy, is_paper = has_noise(noise_scale), variant == "paper"
-    token_major = is_token_major(logits.shape, strides, uncond_strides)
+    noisy, is_paper, token_major = arguments.has_noise, variant == "paper", arguments.token_major
     # 16 positions of 16 bits are a sector; fewer rows wait for each other's races less
     block_positions = 2 if token_major else 16
-    with torch.accelerator.device_index(logits.device.index):
+    with torch.accelerator.device_index(draw.logits.device.index):
         launch(
-            _compare_kernel, (batch * ceil_div(num_positions, block_positions),),
-            divergence, keys, choice, choice_logprob, softmax, history, written.view(torch.uint8), *state, logits,
-            uncond_logits, token_bias, tokens, seed, first_position, step, *rows,
-            **guidance, HAS_HISTORY=has_history, IS_PAPER=is_paper, HAS_NOISE=noisy,
-            GREEDY=is_greedy(temperature), BLOCK_POSITIONS=block_positions, num_warps=block_positions // 2,
-            maxnreg=_MAX_REGISTERS, **LAUNCH_OPTIONS,
+            compare_kernel, (batch * ceil_div(num_positions, block_positions),),
+            divergence, keys, choice, choice_logprob, softmax, history, written.view(torch.uint8), *state,
+            *arguments.pointers, *arguments.places, *rows,
+            **arguments.guidance, HAS_HISTORY=has_history, IS_PAPER=is_paper, HAS_NOISE=noisy,
+            GREEDY=is_greedy(draw.temperature), BLOCK_POSITIONS=block_positions, num_warps=block_positions // 2,
+            maxnreg=MAX_REGISTERS, **LAUNCH_OPTIONS,
         )  # fmt: skip
         if has_history:
-            block_positions = min(max(next_power_of_2(num_positions), 128), _MAX_BLOCK)
-            num_warps = min(max(block_positions // 256, 1), 16)
             launch(
-                _select_kernel, (batch,),
+                select_kernel, (batch,),
                 token_ids, logprob, selected, keys, choice, choice_logprob, *state, tokens, seed, step, num_positions,
-                mask_token_id, share, IS_PAPER=is_paper, CHUNK_POSITIONS=min(block_positions, 128 * num_warps),
-                BLOCK_POSITIONS=block_positions, IN_REGISTERS=block_positions >= num_positions, num_warps=num_warps,
-                **LAUNCH_OPTIONS,
+                draw.mask_token_id, share, IS_PAPER=is_paper, **selection_settings(num_positions), **LAUNCH_OPTIONS,
             )  # fmt: skip
         if edits_history:
             block_positions, block_columns = (1, WORD_WIDTH.value) if token_major else (16, 32)
-            num_tiles = ceil_div(num_tokens, _TILE_WIDTH.value)
+            num_tiles = ceil_div(num_tokens, TILE_WIDTH.value)
             launch(
-                _edit_history_kernel, (batch * ceil_div(num_positions, block_positions), num_tiles),
-                history, softmax, selected, logits, uncond_logits, token_bias, seed, first_position, step, *rows,
-                **guidance, HAS_NOISE=noisy, BLOCK_POSITIONS=block_positions, BLOCK_COLUMNS=block_columns, num_warps=4,
-                **LAUNCH_OPTIONS,
+                edit_history_kernel, (batch * ceil_div(num_positions, block_positions), num_tiles),
+                history, softmax, selected, *arguments.pointers, *arguments.places[1:], *rows,
+                **arguments.guidance, HAS_NOISE=noisy, BLOCK_POSITIONS=block_positions, BLOCK_COLUMNS=block_columns,
+                num_warps=4, **LAUNCH_OPTIONS,
             )  # fmt: skip
         launch(
-            _advance_history_step_kernel, (1,), history_step, step, HAS_HISTORY=has_history, num_warps=1,
+            advance_history_step_kernel, (1,), history_step, step, HAS_HISTORY=has_history, num_warps=1,
             **LAUNCH_OPTIONS,
         )  # fmt: skip
     return token_ids, logprob, divergence

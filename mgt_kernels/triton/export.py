@@ -22,18 +22,18 @@ from triton.runtime import JITFunction
 
 from mgt_kernels.packing import check_group_size
 from mgt_kernels.triton.differential_sample import (
-    _MAX_REGISTERS,
-    _advance_history_step_kernel,
-    _compare_kernel,
-    _edit_history_kernel,
-    _select_kernel,
+    MAX_REGISTERS,
+    advance_history_step_kernel,
+    compare_kernel,
+    edit_history_kernel,
+    select_kernel,
 )
 from mgt_kernels.triton.draws import LAUNCH_OPTIONS
 from mgt_kernels.triton.launch import next_power_of_2
-from mgt_kernels.triton.mask_by_confidence import _mask_by_confidence_kernel
-from mgt_kernels.triton.sample_tokens import _MAX_SPLITS, _combine_splits_kernel, _sample_tokens_kernel
-from mgt_kernels.triton.w4a8_linear import _quantize_rows_kernel, _w4a8_linear_kernel
-from mgt_kernels.triton.w4a16_linear import _w4a16_linear_kernel
+from mgt_kernels.triton.mask_by_confidence import mask_by_confidence_kernel
+from mgt_kernels.triton.sample_tokens import MAX_SPLITS, combine_splits_kernel, sample_tokens_kernel
+from mgt_kernels.triton.w4a8_linear import quantize_rows_kernel, w4a8_linear_kernel
+from mgt_kernels.triton.w4a16_linear import w4a16_linear_kernel
 
 # 10 major + minor
 ARCHITECTURES = (80, 86, 89, 90, 100, 103, 120, 121)
@@ -60,7 +60,8 @@ _KINDS = {
 # arguments that the launchers in C have no door for
 _ABSENT = {
     "argmax_ptr", "max_logprob_ptr", "margin_ptr", "entropy_ptr", "logsumexp_ptr", "known_logprob_ptr", "logit_ptr",
-    "logit_inverse_temperature", "token_bias_ptr", "first_position_ptr",
+    "logit_inverse_temperature", "token_bias_ptr", "first_position_ptr", "kept_from_ptr", "second_uncond_ptr",
+    "second_stride_sample", "second_stride_position", "second_stride_token", "second_guidance_scale", "softcap",
 }  # fmt: skip
 
 
@@ -180,7 +181,7 @@ def variants_of(
     by_op = {
         "sample_tokens": [
             *(_sample_tokens(*half, *options) for half in logits for options in product(flags, repeat=5)),
-            *(_combine_splits(2**i) for i in range(1, _MAX_SPLITS.bit_length())),
+            *(_combine_splits(2**i) for i in range(1, MAX_SPLITS.bit_length())),
         ],
         "differential_sample": [
             *(
@@ -286,7 +287,13 @@ def _layout_constants(position_major: bool, guided: bool) -> dict[str, Any]:
         constants["uncond_ptr"] = None
         constants |= {f"uncond_stride_{dimension}": 0 for dimension in ("sample", "position", "token")}
     # one variant for all guidance scales
-    return {**constants, "MAY_FORBID": guided, "SCALE_PER_SAMPLE": False}
+    return {
+        **constants,
+        "MAY_FORBID": guided,
+        "SCALE_PER_SAMPLE": False,
+        "GUIDANCE": "",
+        "SECOND_SCALE_PER_SAMPLE": False,
+    }
 
 
 def _aligned_logits(position_major: bool) -> set[str]:
@@ -304,6 +311,7 @@ def _sample_tokens(
     constants = {
         **_layout_constants(position_major, guided),
         **({} if split else {"partials_ptr": None}),
+        "FORBIDS_REST": False,
         "HAS_NOISE": noise,
         "GREEDY": greedy,
         "READS": "masked",
@@ -316,8 +324,8 @@ def _sample_tokens(
     return Variant(
         group=f"sample_tokens_{dtype}",
         key=f"MGT_CUDA_SAMPLE_TOKENS({_C_DTYPES[dtype]}, {', '.join(f'{flag:d}' for flag in flags)})",
-        kernel=_sample_tokens_kernel,
-        types=_types(_sample_tokens_kernel, logits_ptr=f"*{dtype}", uncond_ptr=f"*{dtype}"),
+        kernel=sample_tokens_kernel,
+        types=_types(sample_tokens_kernel, logits_ptr=f"*{dtype}", uncond_ptr=f"*{dtype}"),
         constants=constants,
         multiples_of_16=frozenset({"columns_per_split"} | (_aligned_logits(position_major) if aligned else set())),
         options={"num_warps": num_warps, "maxnreg": 168},
@@ -328,8 +336,8 @@ def _combine_splits(block_splits: int) -> Variant:
     return Variant(
         group="combine_splits",
         key=f"MGT_CUDA_COMBINE_SPLITS({block_splits})",
-        kernel=_combine_splits_kernel,
-        types=_types(_combine_splits_kernel),
+        kernel=combine_splits_kernel,
+        types=_types(combine_splits_kernel),
         constants={"READS": "masked", "BLOCK_ROWS": 32, "BLOCK_SPLITS": block_splits},
         multiples_of_16=frozenset(),
         options={"num_warps": 4},
@@ -352,8 +360,8 @@ def _mask_by_confidence(block_positions: int, in_registers: bool, noise: bool, a
     return Variant(
         group="mask_by_confidence",
         key=f"MGT_CUDA_MASK_BY_CONFIDENCE({block_positions}, {in_registers:d}, {noise:d}, {aligned:d})",
-        kernel=_mask_by_confidence_kernel,
-        types=_types(_mask_by_confidence_kernel),
+        kernel=mask_by_confidence_kernel,
+        types=_types(mask_by_confidence_kernel),
         constants={"HAS_NOISE": noise, **constants},
         multiples_of_16=frozenset(multiples_of_16),
         options={"num_warps": num_warps},
@@ -385,8 +393,8 @@ def _compare(
     return Variant(
         group=f"differential_sample_{dtype}",
         key=f"MGT_CUDA_COMPARE({_C_DTYPES[dtype]}, {', '.join(f'{flag:d}' for flag in flags)})",
-        kernel=_compare_kernel,
-        types=_types(_compare_kernel, logits_ptr=f"*{dtype}", uncond_ptr=f"*{dtype}"),
+        kernel=compare_kernel,
+        types=_types(compare_kernel, logits_ptr=f"*{dtype}", uncond_ptr=f"*{dtype}"),
         constants={
             **_layout_constants(position_major, guided),
             **dict.fromkeys(absent),
@@ -398,7 +406,7 @@ def _compare(
         },
         # a thread reads a column at a time
         multiples_of_16=frozenset(),
-        options={"num_warps": block_positions // 2, "maxnreg": _MAX_REGISTERS},
+        options={"num_warps": block_positions // 2, "maxnreg": MAX_REGISTERS},
     )
 
 
@@ -413,8 +421,8 @@ def _select(block_positions: int, in_registers: bool, selection: tuple[bool, boo
     return Variant(
         group="differential_sample",
         key=f"MGT_CUDA_SELECT({block_positions}, {in_registers:d}, {flags})",
-        kernel=_select_kernel,
-        types=_types(_select_kernel),
+        kernel=select_kernel,
+        types=_types(select_kernel),
         constants={**({} if edits_history else {"selected_ptr": None}), "IS_PAPER": is_paper, **constants},
         multiples_of_16=frozenset(multiples_of_16),
         options={"num_warps": num_warps},
@@ -429,8 +437,8 @@ def _edit_history(dtype: str, position_major: bool, guided: bool, noise: bool, a
     return Variant(
         group=f"differential_sample_{dtype}",
         key=f"MGT_CUDA_EDIT_HISTORY({_C_DTYPES[dtype]}, {', '.join(f'{flag:d}' for flag in flags)})",
-        kernel=_edit_history_kernel,
-        types=_types(_edit_history_kernel, logits_ptr=f"*{dtype}", uncond_ptr=f"*{dtype}"),
+        kernel=edit_history_kernel,
+        types=_types(edit_history_kernel, logits_ptr=f"*{dtype}", uncond_ptr=f"*{dtype}"),
         constants={
             **_layout_constants(position_major, guided),
             "HAS_NOISE": noise,
@@ -446,8 +454,8 @@ def _advance_history_step(has_history: bool) -> Variant:
     return Variant(
         group="differential_sample",
         key=f"MGT_CUDA_ADVANCE_HISTORY_STEP({has_history:d})",
-        kernel=_advance_history_step_kernel,
-        types=_types(_advance_history_step_kernel),
+        kernel=advance_history_step_kernel,
+        types=_types(advance_history_step_kernel),
         constants={"HAS_HISTORY": has_history},
         multiples_of_16=frozenset(),
         options={"num_warps": 1},
@@ -464,8 +472,8 @@ def _quantize_rows(dtype: str, group_size: int, is_static: bool, aligned: bool) 
     return Variant(
         group=f"w4a8_linear_{dtype}",
         key=f"MGT_CUDA_QUANTIZE_ROWS({_C_DTYPES[dtype]}, {group_size}, {is_static:d}, {aligned:d})",
-        kernel=_quantize_rows_kernel,
-        types=_types(_quantize_rows_kernel, x_ptr=f"*{dtype}"),
+        kernel=quantize_rows_kernel,
+        types=_types(quantize_rows_kernel, x_ptr=f"*{dtype}"),
         constants={
             **({} if is_static else {"x_scale_ptr": None}),
             "IS_STATIC": is_static,
@@ -484,8 +492,8 @@ def _w4a8_linear(dtype: str, group_size: int, scale_dtype: str, has_bias: bool, 
     return Variant(
         group=f"w4a8_linear_{dtype}",
         key=f"MGT_CUDA_W4A8_LINEAR({_C_DTYPES[dtype]}, {group_size}, {flags})",
-        kernel=_w4a8_linear_kernel,
-        types=_types(_w4a8_linear_kernel, y_ptr=f"*{dtype}", scale_ptr=f"*{scale_dtype}"),
+        kernel=w4a8_linear_kernel,
+        types=_types(w4a8_linear_kernel, y_ptr=f"*{dtype}", scale_ptr=f"*{scale_dtype}"),
         constants=_linear_constants(group_size, has_bias, block_outputs, block_rows),
         multiples_of_16=frozenset(
             {"x_q_ptr", "x_sum_ptr", "row_scale_ptr", "w_q_ptr", "stride_group", "row_bytes", "plane_bytes"}
@@ -505,8 +513,8 @@ def _w4a16_linear(
     return Variant(
         group=f"w4a16_linear_{dtype}",
         key=f"MGT_CUDA_W4A16_LINEAR({_C_DTYPES[dtype]}, {group_size}, {flags})",
-        kernel=_w4a16_linear_kernel,
-        types=_types(_w4a16_linear_kernel, y_ptr=f"*{dtype}", x_ptr="*bf16", scale_ptr=f"*{scale_dtype}"),
+        kernel=w4a16_linear_kernel,
+        types=_types(w4a16_linear_kernel, y_ptr=f"*{dtype}", x_ptr="*bf16", scale_ptr=f"*{scale_dtype}"),
         constants=_linear_constants(group_size, has_bias, block_outputs, block_rows),
         multiples_of_16=frozenset(multiples_of_16),
         options={"num_warps": num_warps, "num_stages": 3},

@@ -10,59 +10,21 @@ import triton.language as tl
 from torch import Tensor
 
 from mgt_kernels.triton.draws import LAUNCH_OPTIONS, STREAM_CONFIDENCE, gumbel, philox
-from mgt_kernels.triton.launch import launch, next_power_of_2
+from mgt_kernels.triton.launch import launch
 from mgt_kernels.triton.scalars import SCALARS, has_noise, load_scalar
-
-# the key of +inf, which known positions have
-_KNOWN_KEY = tl.constexpr(0xFF800000)
-# temperature
-_LARGEST_AS_IT_IS = tl.constexpr(2.0**90)
-
-# keys that the registers of a program hold
-_MAX_BLOCK = 16384
-
-
-@triton.jit
-def _ordered_key(confidence):
-    # unsigned order of the keys = order of the floats; -0 and 0 are one confidence
-    bits = tl.where(confidence == 0.0, 0.0, confidence).to(tl.int32, bitcast=True)
-    key = tl.where(bits < 0, ~bits, bits ^ (-0x80000000)).to(tl.uint32, bitcast=True)
-    # a row from which nothing could be drawn is still masked, and stays so before any other
-    return tl.where(confidence != confidence, 0, key)
-
-
-@triton.jit
-def _count_below(candidate, held, keys_ptr, num_positions, BLOCK_POSITIONS: tl.constexpr, IN_REGISTERS: tl.constexpr):
-    below = (held < candidate).to(tl.int32)
-    if not IN_REGISTERS:
-        for first in range(BLOCK_POSITIONS, num_positions, BLOCK_POSITIONS):
-            below += (_load_keys(keys_ptr, first, num_positions, BLOCK_POSITIONS) < candidate).to(tl.int32)
-    return tl.sum(below)
-
-
-@triton.jit
-def _key_of_rank(rank, held, keys_ptr, num_positions, BLOCK_POSITIONS: tl.constexpr, IN_REGISTERS: tl.constexpr):
-    """Find the largest threshold with fewer than `rank` keys below it, and how many these are."""
-    threshold = tl.full([], 0, tl.uint32)
-    num_below = tl.full([], 0, tl.int32)
-    for bit in range(32):
-        candidate = threshold + (tl.full([], 0x80000000, tl.uint32) >> bit)
-        below = _count_below(candidate, held, keys_ptr, num_positions, BLOCK_POSITIONS, IN_REGISTERS)
-        accept = below < rank
-        threshold = tl.where(accept, candidate, threshold)
-        num_below = tl.where(accept, below, num_below)
-    return threshold, num_below
-
-
-@triton.jit
-def _load_keys(keys_ptr, first, num_positions, BLOCK_POSITIONS: tl.constexpr):
-    offs_position = first + tl.arange(0, BLOCK_POSITIONS)
-    # positions past the end count as known ones and so never below a key that matters
-    return tl.load(keys_ptr + offs_position, mask=offs_position < num_positions, other=_KNOWN_KEY).to(tl.uint32)
+from mgt_kernels.triton.select import (
+    KNOWN_KEY,
+    LARGEST_AS_IT_IS,
+    count_below,
+    key_of_rank,
+    load_keys,
+    ordered_key,
+    selection_settings,
+)
 
 
 @triton.jit(do_not_specialize=["mask_token_id", *SCALARS])
-def _mask_by_confidence_kernel(
+def mask_by_confidence_kernel(
     masked_tokens_ptr,
     token_ids_ptr,
     logprob_ptr,
@@ -77,13 +39,12 @@ def _mask_by_confidence_kernel(
     BLOCK_POSITIONS: tl.constexpr,
     IN_REGISTERS: tl.constexpr,
 ):
+    """Mask the least confident positions of a sample."""
     sample = tl.program_id(0).to(tl.int64)
     seed = tl.load(seed_ptr + sample)
     step = tl.load(step_ptr).to(tl.uint32)
     temperature = load_scalar(temperature, 0.0, 0.0)
-    # only known positions may have the key of +inf: where a sum could overflow, both terms are divided by 32, for
-    # |g| < 23. Up to 2^90 the noise is less than half a unit in the last place of the largest float.
-    unit = tl.where(temperature > _LARGEST_AS_IT_IS, 2.0**-5, 1.0)
+    unit = tl.where(temperature > LARGEST_AS_IT_IS, 2.0**-5, 1.0)
     # a key waits in the slot of its token
     keys_ptr = masked_tokens_ptr + sample * num_positions
     token_ids_ptr += sample * num_positions
@@ -97,15 +58,15 @@ def _mask_by_confidence_kernel(
             position = offs_position.to(tl.uint32)
             word, _, _, _ = philox(seed, tl.zeros_like(position), position, step, STREAM_CONFIDENCE)
             confidence = tl.fma(gumbel(word), temperature * unit, confidence * unit)
-        tl.store(keys_ptr + offs_position, _ordered_key(confidence).to(tl.int64), mask=mask)
+        tl.store(keys_ptr + offs_position, ordered_key(confidence).to(tl.int64), mask=mask)
     # the keys are read by other threads than wrote them
     tl.debug_barrier()
 
-    held = _load_keys(keys_ptr, 0, num_positions, BLOCK_POSITIONS)
-    known = tl.full([], _KNOWN_KEY, tl.uint32)
-    num_masked = _count_below(known, held, keys_ptr, num_positions, BLOCK_POSITIONS, IN_REGISTERS)
+    held = load_keys(keys_ptr, 0, num_positions, BLOCK_POSITIONS)
+    known = tl.full([], KNOWN_KEY, tl.uint32)
+    num_masked = count_below(known, held, keys_ptr, num_positions, BLOCK_POSITIONS, IN_REGISTERS)
     mask_len = tl.minimum(tl.load(mask_len_ptr + sample), num_masked.to(tl.int64)).to(tl.int32)
-    threshold, num_below = _key_of_rank(mask_len, held, keys_ptr, num_positions, BLOCK_POSITIONS, IN_REGISTERS)
+    threshold, num_below = key_of_rank(mask_len, held, keys_ptr, num_positions, BLOCK_POSITIONS, IN_REGISTERS)
     # no key may be overwritten before all threads have read theirs
     tl.debug_barrier()
 
@@ -114,7 +75,7 @@ def _mask_by_confidence_kernel(
     for first in range(0, num_positions, CHUNK_POSITIONS):
         offs_position = first + tl.arange(0, CHUNK_POSITIONS)
         mask = offs_position < num_positions
-        key = _load_keys(keys_ptr, first, num_positions, CHUNK_POSITIONS)
+        key = load_keys(keys_ptr, first, num_positions, CHUNK_POSITIONS)
         tied = (key == threshold).to(tl.int32)
         chosen = (key < threshold) | ((tied > 0) & (tl.cumsum(tied, axis=0) <= num_ties_left))
         num_ties_left -= tl.sum(tied)
@@ -141,14 +102,10 @@ def mask_by_confidence(
     tokens = torch.empty_like(token_ids)
     if tokens.numel() == 0:
         return tokens
-    block_positions = min(max(next_power_of_2(num_positions), 128), _MAX_BLOCK)
-    num_warps = min(max(block_positions // 256, 1), 16)
     with torch.accelerator.device_index(token_ids.device.index):
         launch(
-            _mask_by_confidence_kernel, (batch,),
+            mask_by_confidence_kernel, (batch,),
             tokens, token_ids, logprob, mask_len, seed, step, num_positions, mask_token_id, temperature,
-            HAS_NOISE=has_noise(temperature), CHUNK_POSITIONS=min(block_positions, 128 * num_warps),
-            BLOCK_POSITIONS=block_positions, IN_REGISTERS=block_positions >= num_positions, num_warps=num_warps,
-            **LAUNCH_OPTIONS,
+            HAS_NOISE=has_noise(temperature), **selection_settings(num_positions), **LAUNCH_OPTIONS,
         )  # fmt: skip
     return tokens

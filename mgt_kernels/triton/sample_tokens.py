@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mgt_kernels.cpu import STATISTICS
+from mgt_kernels.draw import Draw
 from mgt_kernels.triton.draws import (
     LAUNCH_OPTIONS,
     STREAM_NOISE,
@@ -29,165 +30,40 @@ from mgt_kernels.triton.draws import (
     philox,
 )
 from mgt_kernels.triton.launch import ceil_div, launch, next_power_of_2
-from mgt_kernels.triton.scalars import (
-    SCALARS,
-    has_noise,
-    inverse_of,
-    is_greedy,
-    is_per_sample,
-    load_inverse_temperature,
-    load_scalar,
-    may_be_negative,
+from mgt_kernels.triton.rows import (
+    LOG2_E,
+    NO_TOKEN,
+    TILE_WIDTH,
+    Counter,
+    best_of,
+    finish_logit,
+    in_layout_of,
+    is_read,
+    load_columns,
+    load_guided,
+    position_of,
+    racing,
+    row_arguments,
+    rows_of,
+    unless_greedy,
 )
+from mgt_kernels.triton.scalars import SCALARS, is_greedy, load_inverse_temperature
+from mgt_kernels.triton.truncate import kept_from
 
 _LN2 = tl.constexpr(0.6931471805599453)
-_LOG2_E = tl.constexpr(1.4426950408889634)
-# columns that share a run of Philox blocks
-_TILE_WIDTH = tl.constexpr(2048)
-# larger than any token id
-_NO_TOKEN = tl.constexpr(2**30)
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
-class _Rows(NamedTuple):
-    """What a logit is made of; pointers to the first token, everything but the scalars per position."""
-
-    logits_ptr: tl.tensor
-    uncond_ptr: tl.tensor | None
-    # the same for every position
-    token_bias_ptr: tl.tensor | None
-    stride_token: tl.tensor
-    uncond_stride_token: tl.tensor
-    inside: tl.tensor
-    num_tokens: tl.tensor
-    mask_token_id: tl.tensor
-    guidance_scale: tl.tensor
-    noise_scale: tl.tensor
-    inverse_temperature: tl.tensor
-    # has a meaning where GREEDY is None: the temperature is in device memory
-    is_greedy: tl.tensor
-    # a guidance scale that may be below 0 would make -inf, a forbidden token, of a conditional logit of +inf
-    may_forbid: tl.constexpr
-
-
-class _Counter(NamedTuple):
-    """What a draw is a function of, but for the column."""
-
-    seed: tl.tensor
-    position: tl.tensor
-    step: tl.tensor
-
-
 @triton.jit
-def _position_of(first_position_ptr, sample, offs_position):
-    """Compute the places in the sequence, of which draws are functions."""
-    position = offs_position.to(tl.uint32)
-    if first_position_ptr is not None:
-        position += tl.load(first_position_ptr + sample).to(tl.uint32)
-    return position
-
-
-@triton.jit
-def _row_ptr(ptr, sample, offs_position, stride_sample, stride_position):
-    """Point to the first token of each position."""
-    return ptr + sample * stride_sample + offs_position.to(tl.int64) * stride_position
-
-
-@triton.jit
-def _load_logits(row_ptr, stride_token, offs_token, mask):
-    other = None if mask is None else float("-inf")
-    return tl.load(row_ptr + offs_token.to(tl.int64) * stride_token, mask=mask, other=other).to(tl.float32)
-
-
-@triton.jit
-def _load_guided(rows, offs_token, mask):
-    logit = _load_logits(rows.logits_ptr, rows.stride_token, offs_token, mask)
-    if rows.uncond_ptr is not None:
-        uncond = _load_logits(rows.uncond_ptr, rows.uncond_stride_token, offs_token, mask)
-        # -inf in either half forbids the token, whatever guidance would make of it
-        forbidden = (logit == float("-inf")) | (uncond == float("-inf"))
-        guided = tl.fma(logit - uncond, rows.guidance_scale, uncond)
-        if rows.may_forbid:
-            guided = tl.where(logit == float("inf"), logit, guided)
-        logit = tl.where(forbidden, float("-inf"), guided)
-    if rows.token_bias_ptr is not None:
-        bias = tl.load(rows.token_bias_ptr + offs_token, mask=mask, other=None if mask is None else 0.0)
-        logit = tl.where(bias == float("-inf"), bias, logit + bias)
-    return logit
-
-
-@triton.jit
-def _in_layout_of(x, loaded):
-    # otherwise the compiler computes the draws in a layout of its own and exchanges them through shared memory
-    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r,f", [x, loaded], dtype=tl.uint32, is_pure=True, pack=1)
-
-
-@triton.jit
-def _finish_logit(rows, logit, offs_lane, base):
-    # after guidance and noise; temperatures 0 and 1 come as 1, a product that changes no bit
-    return tl.where(offs_lane == rows.mask_token_id - base, float("-inf"), logit * rows.inverse_temperature)
-
-
-@triton.jit
-def _load_columns(rows, counter, base, HAS_NOISE: tl.constexpr, IS_TAIL: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
-    """Load the four columns of each Philox block."""
-    offs_lane = tl.arange(0, BLOCK_COLUMNS)[None, :]
-    offs_token = base + offs_lane
-    offs_1 = offs_token + WORD_WIDTH
-    offs_2 = offs_1 + WORD_WIDTH
-    offs_3 = offs_2 + WORD_WIDTH
-    mask_0, mask_1, mask_2, mask_3 = rows.inside, rows.inside, rows.inside, rows.inside
-    if IS_TAIL:
-        mask_0 = offs_token < rows.num_tokens
-        mask_1 = offs_1 < rows.num_tokens
-        mask_2 = offs_2 < rows.num_tokens
-        mask_3 = offs_3 < rows.num_tokens
-        if rows.inside is not None:
-            mask_0, mask_1, mask_2, mask_3 = (
-                mask_0 & rows.inside,
-                mask_1 & rows.inside,
-                mask_2 & rows.inside,
-                mask_3 & rows.inside,
-            )
-    logit_0 = _load_guided(rows, offs_token, mask_0)
-    logit_1 = _load_guided(rows, offs_1, mask_1)
-    logit_2 = _load_guided(rows, offs_2, mask_2)
-    logit_3 = _load_guided(rows, offs_3, mask_3)
-    if HAS_NOISE:
-        word_0, word_1, word_2, word_3 = philox(
-            counter.seed,
-            _in_layout_of(block_of(base) + offs_lane.to(tl.uint32), logit_0),
-            counter.position,
-            counter.step,
-            STREAM_NOISE,
-        )
-        noise_0, noise_1 = gaussian_pair(word_0, word_1)
-        noise_2, noise_3 = gaussian_pair(word_2, word_3)
-        logit_0 = tl.fma(noise_0, rows.noise_scale, logit_0)
-        logit_1 = tl.fma(noise_1, rows.noise_scale, logit_1)
-        logit_2 = tl.fma(noise_2, rows.noise_scale, logit_2)
-        logit_3 = tl.fma(noise_3, rows.noise_scale, logit_3)
-    return (
-        _finish_logit(rows, logit_0, offs_lane, base),
-        _finish_logit(rows, logit_1, offs_lane, base + WORD_WIDTH),
-        _finish_logit(rows, logit_2, offs_lane, base + 2 * WORD_WIDTH),
-        _finish_logit(rows, logit_3, offs_lane, base + 3 * WORD_WIDTH),
-    )
-
-
-@triton.jit
-def _unless_greedy(rows, drawn, greedy, GREEDY: tl.constexpr):
-    """Return what a draw takes, or what an argmax takes where a temperature in device memory is 0."""
-    if GREEDY is None:
-        return tl.where(rows.is_greedy, greedy, drawn)
-    return drawn
+def _racing(rows, logit_0, logit_1, logit_2, logit_3):
+    return racing(rows, logit_0), racing(rows, logit_1), racing(rows, logit_2), racing(rows, logit_3)
 
 
 @triton.jit
 def _lead(rows, logit, word, base, best, second, leader, GREEDY: tl.constexpr):
     bound = logit
     if not GREEDY:
-        bound = _unless_greedy(rows, tl.fma(log2_approx(exponential_below(word)), -_LN2, logit), logit, GREEDY)
+        bound = unless_greedy(rows, tl.fma(log2_approx(exponential_below(word)), -_LN2, logit), logit, GREEDY)
     # in order, so that the lowest of ties stays
     leader = tl.where(bound > best, base, leader)
     second = tl.maximum(second, tl.minimum(bound, best))
@@ -230,11 +106,11 @@ def _rank(logit, base, statistics):
 def _take_statistics(logit_0, logit_1, logit_2, logit_3, base, lane_max, lane_sum, new_max, statistics):
     """Take the four columns of each Philox block into the statistics; lane_sum is relative to exp(lane_max) still."""
     drop = _shift(lane_max, new_max)
-    moment = (statistics.moment + lane_sum * drop) * tl.exp2(drop * _LOG2_E)
+    moment = (statistics.moment + lane_sum * drop) * tl.exp2(drop * LOG2_E)
     shift_0, shift_1 = _shift(logit_0, new_max), _shift(logit_1, new_max)
     shift_2, shift_3 = _shift(logit_2, new_max), _shift(logit_3, new_max)
-    moment += shift_0 * tl.exp2(shift_0 * _LOG2_E) + shift_1 * tl.exp2(shift_1 * _LOG2_E)
-    moment += shift_2 * tl.exp2(shift_2 * _LOG2_E) + shift_3 * tl.exp2(shift_3 * _LOG2_E)
+    moment += shift_0 * tl.exp2(shift_0 * LOG2_E) + shift_1 * tl.exp2(shift_1 * LOG2_E)
+    moment += shift_2 * tl.exp2(shift_2 * LOG2_E) + shift_3 * tl.exp2(shift_3 * LOG2_E)
     statistics = _Statistics(moment, statistics.first, statistics.second, statistics.argmax)
     statistics = _rank(logit_0, base, statistics)
     statistics = _rank(logit_1, base + WORD_WIDTH, statistics)
@@ -246,9 +122,9 @@ def _take_statistics(logit_0, logit_1, logit_2, logit_3, base, lane_max, lane_su
 def _statistics_of(statistics, lane_max, lane_sum, row_max, offs_token):
     """Reduce the columns; offs_token is the token of each one's first."""
     drop = _shift(lane_max, row_max)
-    moment = tl.sum((statistics.moment + lane_sum * drop) * tl.exp2(drop * _LOG2_E), axis=1, keep_dims=True)
+    moment = tl.sum((statistics.moment + lane_sum * drop) * tl.exp2(drop * LOG2_E), axis=1, keep_dims=True)
     first = tl.max(statistics.first, axis=1, keep_dims=True)
-    argmax = tl.min(tl.where(statistics.first == first, offs_token, _NO_TOKEN), axis=1, keep_dims=True)
+    argmax = tl.min(tl.where(statistics.first == first, offs_token, NO_TOKEN), axis=1, keep_dims=True)
     rest = tl.where(offs_token == argmax, statistics.second, statistics.first)
     return _Statistics(moment, first, tl.max(rest, axis=1, keep_dims=True), argmax)
 
@@ -259,16 +135,17 @@ def _consume_columns(
     HAS_NOISE: tl.constexpr, GREEDY: tl.constexpr, HAS_STATISTICS: tl.constexpr, IS_TAIL: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    logit_0, logit_1, logit_2, logit_3 = _load_columns(rows, counter, base, HAS_NOISE, IS_TAIL, BLOCK_COLUMNS)
+    logit_0, logit_1, logit_2, logit_3 = load_columns(rows, counter, base, HAS_NOISE, IS_TAIL, BLOCK_COLUMNS)
     # NaN and +inf turn the sum to NaN, and it stays so
     new_max = tl.maximum(tl.maximum(logit_0, logit_1), tl.maximum(logit_2, logit_3))
     new_max = tl.maximum(lane_max, new_max)
     if HAS_STATISTICS:
         statistics = _take_statistics(logit_0, logit_1, logit_2, logit_3, base, lane_max, lane_sum, new_max, statistics)
-    lane_sum *= tl.exp2((lane_max - new_max) * _LOG2_E)
-    lane_sum += tl.exp2((logit_0 - new_max) * _LOG2_E) + tl.exp2((logit_1 - new_max) * _LOG2_E)
-    lane_sum += tl.exp2((logit_2 - new_max) * _LOG2_E) + tl.exp2((logit_3 - new_max) * _LOG2_E)
-    block = _in_layout_of(block_of(base) + tl.arange(0, BLOCK_COLUMNS)[None, :].to(tl.uint32), logit_0)
+    lane_sum *= tl.exp2((lane_max - new_max) * LOG2_E)
+    lane_sum += tl.exp2((logit_0 - new_max) * LOG2_E) + tl.exp2((logit_1 - new_max) * LOG2_E)
+    lane_sum += tl.exp2((logit_2 - new_max) * LOG2_E) + tl.exp2((logit_3 - new_max) * LOG2_E)
+    logit_0, logit_1, logit_2, logit_3 = _racing(rows, logit_0, logit_1, logit_2, logit_3)
+    block = in_layout_of(block_of(base) + tl.arange(0, BLOCK_COLUMNS)[None, :].to(tl.uint32), logit_0)
     if GREEDY:
         word_0, word_1, word_2, word_3 = block, block, block, block
     else:
@@ -285,14 +162,14 @@ def _consume_columns(
 def _exact_logit(rows, counter, offs_token, HAS_NOISE: tl.constexpr):
     """Compute the logit of one token per position, the CPU's to the bit."""
     which = offs_token // WORD_WIDTH % 4
-    logit = _load_guided(rows, offs_token, offs_token < rows.num_tokens)
+    logit = load_guided(rows, offs_token, offs_token < rows.num_tokens)
     if HAS_NOISE:
         word_0, word_1, word_2, word_3 = philox(
             counter.seed, block_of(offs_token), counter.position, counter.step, STREAM_NOISE
         )
         even, odd = gaussian_pair(tl.where(which < 2, word_0, word_2), tl.where(which < 2, word_1, word_3))
         logit = tl.fma(tl.where(which % 2 == 0, even, odd), rows.noise_scale, logit)
-    return _finish_logit(rows, logit, offs_token, 0)
+    return finish_logit(rows, logit, offs_token, 0)
 
 
 @triton.jit
@@ -306,7 +183,7 @@ def _exact_score(rows, counter, offs_token, HAS_NOISE: tl.constexpr, GREEDY: tl.
             counter.seed, block_of(offs_token), counter.position, counter.step, STREAM_TOKEN
         )
         word = tl.where(which < 2, tl.where(which == 0, word_0, word_1), tl.where(which == 2, word_2, word_3))
-        score = _unless_greedy(rows, logit + gumbel(word), logit, GREEDY)
+        score = unless_greedy(rows, logit + gumbel(word), logit, GREEDY)
     return score, logit
 
 
@@ -329,14 +206,15 @@ def _exact_race(
     """Compute every score of columns first to end; return the best of each position, its logit and token."""
     best_score = tl.full([BLOCK_POSITIONS, BLOCK_COLUMNS], float("-inf"), tl.float32)
     best_logit = best_score
-    best_token = tl.full([BLOCK_POSITIONS, BLOCK_COLUMNS], _NO_TOKEN, tl.int32)
-    for first_column in range(first, end, _TILE_WIDTH):
+    best_token = tl.full([BLOCK_POSITIONS, BLOCK_COLUMNS], NO_TOKEN, tl.int32)
+    for first_column in range(first, end, TILE_WIDTH):
         for first_lane in range(0, WORD_WIDTH, BLOCK_COLUMNS):
             base = first_column + first_lane
             offs_0 = base + tl.arange(0, BLOCK_COLUMNS)[None, :]
-            logit_0, logit_1, logit_2, logit_3 = _load_columns(rows, counter, base, HAS_NOISE, True, BLOCK_COLUMNS)
+            logit_0, logit_1, logit_2, logit_3 = load_columns(rows, counter, base, HAS_NOISE, True, BLOCK_COLUMNS)
+            logit_0, logit_1, logit_2, logit_3 = _racing(rows, logit_0, logit_1, logit_2, logit_3)
             word_0, word_1, word_2, word_3 = philox(
-                counter.seed, _in_layout_of(block_of(offs_0), logit_0), counter.position, counter.step, STREAM_TOKEN
+                counter.seed, in_layout_of(block_of(offs_0), logit_0), counter.position, counter.step, STREAM_TOKEN
             )
             best_score, best_logit, best_token = _compete(logit_0, word_0, offs_0, best_score, best_logit, best_token)
             best_score, best_logit, best_token = _compete(
@@ -348,23 +226,14 @@ def _exact_race(
             best_score, best_logit, best_token = _compete(
                 logit_3, word_3, offs_0 + 3 * WORD_WIDTH, best_score, best_logit, best_token
             )
-    return _best_of(best_score, best_logit, best_token)
-
-
-@triton.jit
-def _best_of(score, logit, token):
-    """Reduce the columns to the one with the best score, the lowest token among ties."""
-    best_score = tl.max(score, axis=1, keep_dims=True)
-    best_token = tl.min(tl.where(score == best_score, token, _NO_TOKEN), axis=1, keep_dims=True)
-    best_logit = tl.max(tl.where(token == best_token, logit, float("-inf")), axis=1, keep_dims=True)
-    return best_score, best_logit, best_token
+    return best_of(best_score, best_logit, best_token)
 
 
 @triton.jit
 def _sum_of(lane_max, lane_sum):
     """Reduce the columns to one maximum and the sum relative to its exponential."""
     row_max = tl.max(lane_max, axis=1, keep_dims=True)
-    return row_max, tl.sum(lane_sum * tl.exp2((lane_max - row_max) * _LOG2_E), axis=1, keep_dims=True)
+    return row_max, tl.sum(lane_sum * tl.exp2((lane_max - row_max) * LOG2_E), axis=1, keep_dims=True)
 
 
 class _Outputs(NamedTuple):
@@ -395,7 +264,7 @@ def _store_rows(
     log_sum = log_f32(row_sum)
     drawn_now = read & masked
     # raising would wait for the device: a row from which nothing can be drawn stays masked and says NaN
-    bad = (row_sum != row_sum) | (drawn >= _NO_TOKEN)
+    bad = (row_sum != row_sum) | (drawn >= NO_TOKEN)
     drawn = tl.where(bad, token, drawn.to(tl.int64))
     tl.store(outputs.token_ids_ptr + offs_row, tl.where(drawn_now, drawn, token), mask=inside)
     _store_statistic(outputs.logprob_ptr, offs_row, inside, drawn_now, bad, (logit - row_max) - log_sum)
@@ -410,7 +279,7 @@ def _store_rows(
     if outputs.max_logprob_ptr is not None:
         _store_statistic(outputs.max_logprob_ptr, offs_row, inside, read, bad, -log_sum)
     if outputs.margin_ptr is not None:
-        rest = tl.exp2(_shift(statistics.second, row_max) * _LOG2_E)
+        rest = tl.exp2(_shift(statistics.second, row_max) * LOG2_E)
         _store_statistic(outputs.margin_ptr, offs_row, inside, read, bad, tl.div_rn(1.0 - rest, row_sum))
     if outputs.entropy_ptr is not None:
         entropy = log_sum - tl.div_rn(statistics.moment, row_sum)
@@ -420,22 +289,12 @@ def _store_rows(
         _store_statistic(outputs.logsumexp_ptr, offs_row, inside, read, bad, row_max + log_sum)
 
 
-@triton.jit
-def _is_read(token, mask_token_id, READS: tl.constexpr):
-    masked = token == mask_token_id
-    if READS == "masked":
-        return masked
-    if READS == "known":
-        return not masked
-    return masked | (not masked)
-
-
 # of a position whose row is split, what each part leaves for the whole; the last five for statistics alone
 _NUM_PARTIALS, _NUM_PARTIALS_WITH_STATISTICS = 5, 10
 
 
 @triton.jit(do_not_specialize=["mask_token_id", *SCALARS])
-def _sample_tokens_kernel(
+def sample_tokens_kernel(
     token_ids_ptr,
     logprob_ptr,
     argmax_ptr,
@@ -446,8 +305,10 @@ def _sample_tokens_kernel(
     known_logprob_ptr,
     logit_ptr,
     partials_ptr,
+    kept_from_ptr,
     logits_ptr,
     uncond_ptr,
+    second_uncond_ptr,
     token_bias_ptr,
     tokens_ptr,
     seed_ptr,
@@ -462,18 +323,27 @@ def _sample_tokens_kernel(
     uncond_stride_sample,
     uncond_stride_position,
     uncond_stride_token,
+    second_stride_sample,
+    second_stride_position,
+    second_stride_token,
     mask_token_id,
     guidance_scale,
+    second_guidance_scale,
+    softcap,
     noise_scale,
     inverse_temperature,
     MAY_FORBID: tl.constexpr,
     SCALE_PER_SAMPLE: tl.constexpr,
+    GUIDANCE: tl.constexpr,
+    SECOND_SCALE_PER_SAMPLE: tl.constexpr,
+    FORBIDS_REST: tl.constexpr,
     HAS_NOISE: tl.constexpr,
     GREEDY: tl.constexpr,
     READS: tl.constexpr,
     BLOCK_POSITIONS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
+    """Draw the tokens of some positions, from their rows or from a part of each."""
     HAS_STATISTICS: tl.constexpr = not (argmax_ptr is None and margin_ptr is None and entropy_ptr is None)
     num_groups = tl.cdiv(num_positions, BLOCK_POSITIONS)
     sample = (tl.program_id(0) // num_groups).to(tl.int64)
@@ -482,24 +352,22 @@ def _sample_tokens_kernel(
     offs_row = sample * num_positions + offs_position
     token = tl.load(tokens_ptr + offs_row, mask=inside, other=0)
     masked = token == mask_token_id
-    read = inside & _is_read(token, mask_token_id, READS)
-    position = _position_of(first_position_ptr, sample, offs_position)
-    counter = _Counter(tl.load(seed_ptr + sample), position, tl.load(step_ptr).to(tl.uint32))
+    read = inside & is_read(token, mask_token_id, READS)
+    position = position_of(first_position_ptr, sample, offs_position)
+    counter = Counter(tl.load(seed_ptr + sample), position, tl.load(step_ptr).to(tl.uint32))
     # what is not read of a group is read along: a mask that differs between lanes would undo vector loads
     load_mask = inside
     if BLOCK_POSITIONS == 1:
         load_mask = None
-    inverse_temperature, is_greedy = load_inverse_temperature(inverse_temperature)
-    if SCALE_PER_SAMPLE:
-        guidance_scale += sample
-    logits_row_ptr = _row_ptr(logits_ptr, sample, offs_position, stride_sample, stride_position)
-    uncond_row_ptr = uncond_ptr
-    if uncond_ptr is not None:
-        uncond_row_ptr = _row_ptr(uncond_ptr, sample, offs_position, uncond_stride_sample, uncond_stride_position)
-    rows = _Rows(
-        logits_row_ptr, uncond_row_ptr, token_bias_ptr, stride_token, uncond_stride_token, load_mask, num_tokens,
-        mask_token_id, load_scalar(guidance_scale, float("-inf"), float("nan")),
-        load_scalar(noise_scale, 0.0, float("nan")), inverse_temperature, is_greedy, MAY_FORBID,
+    bound = kept_from_ptr
+    if kept_from_ptr is not None:
+        bound = tl.load(kept_from_ptr + offs_row, mask=inside, other=0.0)
+    rows = rows_of(
+        logits_ptr, uncond_ptr, second_uncond_ptr, token_bias_ptr, bound, sample, offs_position, load_mask, num_tokens,
+        stride_sample, stride_position, stride_token, uncond_stride_sample, uncond_stride_position,
+        uncond_stride_token, second_stride_sample, second_stride_position, second_stride_token, mask_token_id,
+        guidance_scale, second_guidance_scale, softcap, noise_scale, inverse_temperature,
+        MAY_FORBID, SCALE_PER_SAMPLE, GUIDANCE, SECOND_SCALE_PER_SAMPLE, FORBIDS_REST,
     )  # fmt: skip
     outputs = _Outputs(
         token_ids_ptr, logprob_ptr, argmax_ptr, max_logprob_ptr, margin_ptr, entropy_ptr, logsumexp_ptr,
@@ -511,15 +379,15 @@ def _sample_tokens_kernel(
     lane_sum = tl.zeros([BLOCK_POSITIONS, BLOCK_COLUMNS], tl.float32)
     best = tl.full([BLOCK_POSITIONS, BLOCK_COLUMNS], float("-inf"), tl.float32)
     second = best
-    leader = tl.full([BLOCK_POSITIONS, BLOCK_COLUMNS], _NO_TOKEN, tl.int32)
+    leader = tl.full([BLOCK_POSITIONS, BLOCK_COLUMNS], NO_TOKEN, tl.int32)
     statistics = _Statistics(lane_sum, best, best, leader)
 
     first = tl.program_id(1) * columns_per_split
     # a group of which nothing is read is as good as empty
     any_read = tl.max(read.to(tl.int32)) > 0
     end = tl.where(any_read, tl.minimum(first + columns_per_split, num_tokens), first)
-    first_of_tail = first + (end - first) // _TILE_WIDTH * _TILE_WIDTH
-    for first_column in range(first, first_of_tail, _TILE_WIDTH):
+    first_of_tail = first + (end - first) // TILE_WIDTH * TILE_WIDTH
+    for first_column in range(first, first_of_tail, TILE_WIDTH):
         for first_lane in range(0, WORD_WIDTH, BLOCK_COLUMNS):
             lane_max, lane_sum, best, second, leader, statistics = _consume_columns(
                 rows, counter, first_column + first_lane, lane_max, lane_sum, best, second, leader, statistics,
@@ -536,12 +404,12 @@ def _sample_tokens_kernel(
     offs_lane = tl.arange(0, BLOCK_COLUMNS)[None, :]
     offs_token = leader + offs_lane
     row_best = tl.max(best, axis=1, keep_dims=True)
-    drawn = tl.min(tl.where(best == row_best, offs_token, _NO_TOKEN), axis=1, keep_dims=True)
+    drawn = tl.min(tl.where(best == row_best, offs_token, NO_TOKEN), axis=1, keep_dims=True)
     score, logit = _exact_score(rows, counter, drawn, HAS_NOISE, GREEDY)
     if not GREEDY:
         rival = tl.max(tl.where(offs_token == drawn, second, best), axis=1, keep_dims=True)
         slack = 1e-4 + 1e-6 * tl.abs(score)
-        contested = masked & read & (rival >= score - slack) & (drawn < _NO_TOKEN)
+        contested = masked & read & (rival >= score - slack) & (drawn < NO_TOKEN)
         if GREEDY is None:
             contested &= not rows.is_greedy
         if tl.max(contested.to(tl.int32)) > 0:
@@ -558,7 +426,7 @@ def _sample_tokens_kernel(
     if partials_ptr is None:
         _store_rows(
             outputs, offs_row, inside, read, token, masked, row_max, row_sum, logit, drawn, of_row, known_logit,
-            inverse_temperature,
+            rows.inverse_temperature,
         )  # fmt: skip
     else:
         num_splits = tl.num_programs(1)
@@ -580,7 +448,7 @@ def _sample_tokens_kernel(
 
 
 @triton.jit(do_not_specialize=["num_rows", "mask_token_id", *SCALARS])
-def _combine_splits_kernel(
+def combine_splits_kernel(
     token_ids_ptr,
     logprob_ptr,
     argmax_ptr,
@@ -600,12 +468,13 @@ def _combine_splits_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
 ):
+    """Draw the tokens of rows from what their parts left."""
     HAS_STATISTICS: tl.constexpr = not (argmax_ptr is None and margin_ptr is None and entropy_ptr is None)
     offs_row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
     inside = offs_row < num_rows
     token = tl.load(tokens_ptr + offs_row, mask=inside, other=0)
     masked = token == mask_token_id
-    read = inside & _is_read(token, mask_token_id, READS)
+    read = inside & is_read(token, mask_token_id, READS)
     offs_split = tl.arange(0, BLOCK_SPLITS)[None, :]
     mask = read & (offs_split < num_splits)
     partials_ptr += offs_row * num_splits + offs_split
@@ -616,7 +485,7 @@ def _combine_splits_kernel(
     logit = tl.load(partials_ptr + 3 * field, mask=mask, other=float("-inf"))
     drawn = tl.load(partials_ptr + 4 * field, mask=mask, other=0.0).to(tl.int32, bitcast=True)
     row_max, row_sum = _sum_of(split_max, split_sum)
-    _, logit, drawn = _best_of(score, logit, tl.where(mask, drawn, _NO_TOKEN))
+    _, logit, drawn = best_of(score, logit, tl.where(mask, drawn, NO_TOKEN))
     of_row = _Statistics(row_sum, row_max, row_max, drawn)
     if HAS_STATISTICS:
         argmax = tl.load(partials_ptr + 8 * field, mask=mask, other=0.0).to(tl.int32, bitcast=True)
@@ -624,7 +493,7 @@ def _combine_splits_kernel(
             tl.load(partials_ptr + 5 * field, mask=mask, other=0.0),
             tl.load(partials_ptr + 6 * field, mask=mask, other=float("-inf")),
             tl.load(partials_ptr + 7 * field, mask=mask, other=float("-inf")),
-            tl.where(mask, argmax, _NO_TOKEN),
+            tl.where(mask, argmax, NO_TOKEN),
         )
         of_row = _statistics_of(of_split, split_max, split_sum, row_max, of_split.argmax)
     known_logit = row_max
@@ -646,92 +515,70 @@ def _combine_splits_kernel(
 
 # programs that keep a large device busy; of the shape of one sample, so that a result does not depend on the batch
 _FEW_ROWS = 2048
-# what _combine_splits_kernel holds in registers, 32 rows at a time
-_MAX_SPLITS = 64
+# what combine_splits_kernel holds in registers, 32 rows at a time
+MAX_SPLITS = 64
 
 
 @functools.cache
 def _tiles_per_split(num_positions: int, num_tokens: int) -> int:
-    num_tiles = ceil_div(num_tokens, _TILE_WIDTH.value)
-    return ceil_div(num_tiles, min(ceil_div(_FEW_ROWS, num_positions), _MAX_SPLITS))
-
-
-def strides_of(logits: Tensor, uncond_logits: Tensor | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return what a kernel takes as the strides of both guidance halves."""
-    return logits.stride(), (0, 0, 0) if uncond_logits is None else uncond_logits.stride()
-
-
-@functools.cache
-def is_token_major(shape: torch.Size, strides: tuple[int, ...], uncond_strides: tuple[int, ...]) -> bool:
-    """Tell whether tokens lie side by side; otherwise positions do, which then share every sector that is read."""
-    _, num_positions, num_tokens = shape
-    return num_positions == 1 or num_tokens == 1 or (strides[2] == 1 and uncond_strides[2] in (0, 1))
+    num_tiles = ceil_div(num_tokens, TILE_WIDTH.value)
+    return ceil_div(num_tiles, min(ceil_div(_FEW_ROWS, num_positions), MAX_SPLITS))
 
 
 def sample_tokens(
-    logits: Tensor,
-    tokens: Tensor,
-    seed: Tensor,
-    step: Tensor,
-    mask_token_id: int,
-    uncond_logits: Tensor | None,
-    guidance_scale: float | Tensor,
-    noise_scale: float | Tensor,
-    temperature: float | Tensor,
-    first_position: Tensor | None = None,
-    token_bias: Tensor | None = None,
-    rows: str = "masked",
-    statistics: str = "",
+    draw: Draw,
+    rows: str,
+    statistics: str,
+    top_k: int,
+    top_p: float | Tensor,
+    min_p: float | Tensor,
+    logprob_of: str,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Run the kernels on checked arguments; see `mgt_kernels.sample_tokens`.
 
     A scalar may be a 0-dimensional tensor on the device: float64, float32, bfloat16 or float16. The kernel reads it;
     a value that would be refused as a number makes every row a bad one.
     """
+    logits = draw.logits
     batch, num_positions, num_tokens = logits.shape
-    tokens, seed = tokens.contiguous(), seed.contiguous()
+    arguments = row_arguments(draw)
+    tokens = arguments.places[0]
     token_ids, logprob = torch.empty_like(tokens), torch.empty_like(tokens, dtype=torch.float32)
     asked = {name: torch.empty_like(tokens, dtype=STATISTICS[name]) for name in statistics.split(",") if name}
     num_rows = batch * num_positions
     if num_rows == 0:
         return token_ids, logprob, list(asked.values())
 
-    if num_tokens > _NO_TOKEN.value:
+    if num_tokens > NO_TOKEN.value:
         raise ValueError(f"logits: expected at most 2^30 tokens on CUDA, got shape {tuple(logits.shape)}")
-    if first_position is not None:
-        first_position = first_position.contiguous()
-    strides, uncond_strides = strides_of(logits, uncond_logits)
-    token_major = is_token_major(logits.shape, strides, uncond_strides)
+    token_major, noisy = arguments.token_major, arguments.has_noise
     block_positions, block_columns = (1, WORD_WIDTH.value) if token_major else (16, 32)
-    noisy = has_noise(noise_scale)
     # eight columns of a word per thread are 16 bytes in 16 bits; with noise they would spill
     num_warps = 2 if token_major and logits.dtype != torch.float32 and not noisy and not asked else 4
     # left to itself ptxas spills a few registers for occupancy that the long loop body does not need
     max_registers = 168
-    columns_per_split = _tiles_per_split(num_positions, num_tokens) * _TILE_WIDTH.value
+    columns_per_split = _tiles_per_split(num_positions, num_tokens) * TILE_WIDTH.value
     num_splits = ceil_div(num_tokens, columns_per_split)
     partials = None
     if num_splits > 1:
         num_partials = _NUM_PARTIALS if not asked else _NUM_PARTIALS_WITH_STATISTICS
         partials = logprob.new_empty((num_partials, num_rows, num_splits))
     outputs = (token_ids, logprob, *[asked.get(name) for name in STATISTICS])
-    inverse_temperature = inverse_of(temperature)
     with torch.accelerator.device_index(logits.device.index):
+        bounds = kept_from(arguments, rows, top_k, top_p, min_p)
         launch(
-            _sample_tokens_kernel, (batch * ceil_div(num_positions, block_positions), num_splits),
-            *outputs, partials, logits, uncond_logits, token_bias, tokens, seed, first_position, step, num_positions,
-            num_tokens, columns_per_split, *strides, *uncond_strides, mask_token_id, guidance_scale, noise_scale,
-            inverse_temperature,
-            MAY_FORBID=uncond_logits is not None and may_be_negative(guidance_scale),
+            sample_tokens_kernel, (batch * ceil_div(num_positions, block_positions), num_splits),
+            *outputs, partials, bounds, *arguments.pointers, *arguments.places, num_positions, num_tokens,
+            columns_per_split, *arguments.strides, *arguments.scalars,
+            **arguments.guidance, FORBIDS_REST=bounds is not None and logprob_of == "kept", HAS_NOISE=noisy,
             # nothing is drawn of known positions
-            SCALE_PER_SAMPLE=is_per_sample(guidance_scale), HAS_NOISE=noisy,
-            GREEDY=rows == "known" or is_greedy(temperature), READS=rows, BLOCK_POSITIONS=block_positions,
+            GREEDY=rows == "known" or is_greedy(draw.temperature), READS=rows, BLOCK_POSITIONS=block_positions,
             BLOCK_COLUMNS=block_columns, num_warps=num_warps, maxnreg=max_registers, **LAUNCH_OPTIONS,
         )  # fmt: skip
         if partials is not None:
             launch(
-                _combine_splits_kernel, (ceil_div(num_rows, 32),),
-                *outputs, partials, tokens, num_rows, num_splits, mask_token_id, inverse_temperature,
+                combine_splits_kernel, (ceil_div(num_rows, 32),),
+                *outputs, partials, tokens, num_rows, num_splits, draw.mask_token_id, arguments.scalars[-1],
                 READS=rows, BLOCK_ROWS=32, BLOCK_SPLITS=next_power_of_2(num_splits), num_warps=4, **LAUNCH_OPTIONS,
             )  # fmt: skip
     return token_ids, logprob, list(asked.values())

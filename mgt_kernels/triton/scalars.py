@@ -12,13 +12,16 @@ from torch import Tensor
 # the kernels' names for them and for what else is loaded alone: there, where a pointer points does not decide what is
 # compiled, for a step of a schedule or the seed of one sample lies anywhere
 SCALARS = (
-    "guidance_scale", "noise_scale", "inverse_temperature", "logit_inverse_temperature", "temperature", "seed_ptr",
-    "step_ptr", "first_position_ptr", "mask_len_ptr", "history_seed_ptr", "history_step_ptr", "count_ptr",
-    "start_ptr", "end_ptr", "value", "replace_above", "mask_below",
+    "guidance_scale", "second_guidance_scale", "softcap", "noise_scale", "inverse_temperature",
+    "logit_inverse_temperature", "temperature", "top_k", "top_p", "min_p", "seed_ptr", "step_ptr",
+    "first_position_ptr", "mask_len_ptr", "history_seed_ptr", "history_step_ptr", "count_ptr", "start_ptr", "end_ptr",
+    "value", "replace_above", "mask_below",
 )  # fmt: skip
 
-# the smallest temperature but 0, as the checks of the ops have it
+# the smallest temperature but 0, and the smallest softcap, as the checks of the ops have them
 _SMALLEST_TEMPERATURE = tl.constexpr(1e-30)
+# float32 would round what is above to 1, which is refused
+LARGEST_MIN_P = tl.constexpr(1 - 2.0**-24)
 
 
 @triton.jit
@@ -49,6 +52,39 @@ def load_inverse_temperature(scalar):
         return tl.where(is_greedy, 1.0, inverse), is_greedy
     else:
         return scalar, scalar != scalar
+
+
+@triton.jit
+def load_softcap(scalar):
+    """Return a softcap, and the magnitude that logits have to be below to be capped: those at +inf stay as they are."""
+    if scalar.dtype.is_ptr():
+        value = tl.load(scalar).to(tl.float64)
+        rounded = value.to(tl.float32)
+        valid = (value >= _SMALLEST_TEMPERATURE) & (rounded < float("inf"))
+        # +inf caps nothing; NaN makes every logit NaN and so every row a bad one
+        return tl.where(valid, rounded, float("nan")), tl.where(value == float("inf"), 0.0, float("inf"))
+    else:
+        return scalar, float("inf")
+
+
+@triton.jit
+def load_top_p(scalar):
+    """Return a share of the probability, or NaN where what a pointer points to is not within (0, 1]."""
+    if scalar.dtype.is_ptr():
+        value = tl.load(scalar).to(tl.float64)
+        return tl.where((value > 0.0) & (value <= 1.0), value.to(tl.float32), float("nan"))
+    else:
+        return scalar
+
+
+@triton.jit
+def load_min_p(scalar):
+    """Return a share of the largest probability, or NaN where what a pointer points to is not within [0, 1)."""
+    if scalar.dtype.is_ptr():
+        value = tl.load(scalar).to(tl.float64)
+        return tl.where((value >= 0.0) & (value < 1.0), tl.minimum(value.to(tl.float32), LARGEST_MIN_P), float("nan"))
+    else:
+        return scalar
 
 
 def has_noise(scale: float | Tensor) -> bool:

@@ -109,7 +109,7 @@ def _outputs_of(acc, bias_ptr, output, HAS_BIAS: tl.constexpr):
 
 
 @triton.jit
-def _w4a16_linear_kernel(
+def w4a16_linear_kernel(
     y_ptr,
     x_ptr,
     w_q_ptr,
@@ -131,6 +131,7 @@ def _w4a16_linear_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_BYTES: tl.constexpr,
 ):
+    """Multiply a block of rows by a block of outputs' weights."""
     IS_WGMMA: tl.constexpr = BLOCK_ROWS > 16 and _is_sm_90()
     # in one dimension, which alone may be longer than 65,535
     offs_row = tl.program_id(0) % num_row_blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -171,10 +172,11 @@ def _w4a16_linear_kernel(
 
 
 @triton.jit
-def _add_splits_kernel(
+def add_splits_kernel(
     y_ptr, sum_ptr, bias_ptr, num_outputs, stride_split, NUM_SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_OUTPUTS: tl.constexpr,
 ):  # fmt: skip
+    """Add up what the parts of the inputs gave."""
     row = tl.program_id(1).to(tl.int64)
     output = tl.program_id(0) * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
     inside = output < num_outputs
@@ -188,10 +190,11 @@ def _add_splits_kernel(
 
 
 @triton.jit
-def _dequantize_kernel(
+def dequantize_kernel(
     weight_ptr, w_q_ptr, scale_ptr, zero_point_ptr, num_outputs, num_groups, row_bytes, num_byte_blocks,
     GROUP_SIZE: tl.constexpr, BLOCK_OUTPUTS: tl.constexpr, BLOCK_BYTES: tl.constexpr,
 ):  # fmt: skip
+    """Make weights bfloat16."""
     first = tl.program_id(0) % num_byte_blocks * BLOCK_BYTES
     offs_output = tl.program_id(0) // num_byte_blocks * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
     offs_byte = tl.arange(0, BLOCK_BYTES)
@@ -235,7 +238,7 @@ def w4a16_linear(
             weight = torch.empty((num_outputs, 2 * row_bytes), dtype=torch.bfloat16, device=x.device)
             num_byte_blocks = ceil_div(row_bytes, block_bytes)
             launch(
-                _dequantize_kernel, (num_byte_blocks * ceil_div(num_outputs, 64),),
+                dequantize_kernel, (num_byte_blocks * ceil_div(num_outputs, 64),),
                 weight, w_q, scale, zero_point, num_outputs, num_groups, row_bytes, num_byte_blocks,
                 GROUP_SIZE=group_size, BLOCK_OUTPUTS=64, BLOCK_BYTES=block_bytes, num_warps=4, **LAUNCH_OPTIONS,
             )  # fmt: skip
@@ -251,7 +254,7 @@ def w4a16_linear(
         num_splits = ceil_div(num_steps, split_steps)
         target = y if num_splits == 1 else torch.empty((num_splits, *y.shape), dtype=torch.float32, device=x.device)
         launch(
-            _w4a16_linear_kernel, (num_row_blocks * num_output_blocks, num_splits),
+            w4a16_linear_kernel, (num_row_blocks * num_output_blocks, num_splits),
             target, rounded, w_q, scale, zero_point, bias, rounded.stride(0), num_rows, num_outputs, num_inputs,
             num_groups, num_row_blocks, row_bytes, split_steps * block_bytes, IS_SPLIT=num_splits > 1,
             HAS_BIAS=bias is not None, GROUP_SIZE=group_size, BLOCK_OUTPUTS=block_outputs, BLOCK_ROWS=block_rows,
@@ -259,7 +262,7 @@ def w4a16_linear(
         )  # fmt: skip
         if num_splits > 1:
             launch(
-                _add_splits_kernel, (ceil_div(num_outputs, 64), num_rows),
+                add_splits_kernel, (ceil_div(num_outputs, 64), num_rows),
                 y, target, bias, num_outputs, y.numel(), NUM_SPLITS=num_splits, HAS_BIAS=bias is not None,
                 BLOCK_OUTPUTS=64, num_warps=1, **LAUNCH_OPTIONS,
             )  # fmt: skip

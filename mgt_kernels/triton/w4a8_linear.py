@@ -40,7 +40,7 @@ def _load_groups(x_ptr, first, num_groups, num_inputs, GROUP_SIZE, BLOCK_GROUPS,
 
 
 @triton.jit
-def _quantize_rows_kernel(
+def quantize_rows_kernel(
     x_q_ptr,
     x_sum_ptr,
     row_scale_ptr,
@@ -58,6 +58,7 @@ def _quantize_rows_kernel(
     BLOCK_GROUPS: tl.constexpr,
     BLOCK_INPUTS: tl.constexpr,
 ):
+    """Quantize rows of activations, and add up their groups."""
     row = tl.program_id(0).to(tl.int64)
     # a row of the padding has no inputs and becomes zeros, which the next kernel multiplies too
     known = row < num_rows
@@ -142,7 +143,7 @@ def _outputs_of(acc, row_scale, bias_ptr, output, HAS_BIAS: tl.constexpr):
 
 
 @triton.jit
-def _w4a8_linear_kernel(
+def w4a8_linear_kernel(
     y_ptr,
     x_q_ptr,
     x_sum_ptr,
@@ -166,6 +167,7 @@ def _w4a8_linear_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_BYTES: tl.constexpr,
 ):
+    """Multiply a block of rows by a block of outputs' weights."""
     IN_FLOAT: tl.constexpr = GROUP_SIZE <= _GROUP_IN_FLOAT
     # in one dimension, which alone may be longer than 65,535
     offs_row = tl.program_id(0) % num_row_blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -236,7 +238,7 @@ def _w4a8_linear_kernel(
 
 
 @triton.jit
-def _add_groups_kernel(
+def add_groups_kernel(
     y_ptr,
     group_sum_ptr,
     row_scale_ptr,
@@ -248,6 +250,7 @@ def _add_groups_kernel(
     HAS_BIAS: tl.constexpr,
     BLOCK_OUTPUTS: tl.constexpr,
 ):
+    """Add up what the groups of inputs gave, in their order."""
     row = tl.program_id(1).to(tl.int64)
     offs_output = tl.program_id(0) * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
     # past the end the last one is computed again, and not stored
@@ -305,14 +308,14 @@ def w4a8_linear(
     block_bytes = next(n for n in (64, 32) if group_size % (2 * n) == 0 or n == 32)
     with torch.accelerator.device_index(x.device.index):
         launch(
-            _quantize_rows_kernel, (padded_rows,),
+            quantize_rows_kernel, (padded_rows,),
             x_q, x_sum, row_scale, x, x_scale, x.stride(0), num_rows, num_inputs, padded_groups, padded_rows,
             plane_bytes, 1 if x_scale is None else num_rows // len(x_scale),
             IS_STATIC=x_scale is not None, GROUP_SIZE=group_size, BLOCK_GROUPS=block_groups, BLOCK_INPUTS=block_inputs,
             num_warps=min(max(block_groups * block_inputs // 256, 1), 16), **LAUNCH_OPTIONS,
         )  # fmt: skip
         launch(
-            _w4a8_linear_kernel, (num_row_blocks * num_output_blocks, num_splits),
+            w4a8_linear_kernel, (num_row_blocks * num_output_blocks, num_splits),
             target, x_q, x_sum, row_scale, w_q, scale, zero_point, bias, num_rows, num_outputs, num_groups,
             num_row_blocks, split_groups, padded_rows, packed_bytes(num_inputs), plane_bytes, IS_SPLIT=num_splits > 1,
             HAS_BIAS=bias is not None, GROUP_SIZE=group_size, BLOCK_OUTPUTS=block_outputs, BLOCK_ROWS=block_rows,
@@ -320,7 +323,7 @@ def w4a8_linear(
         )  # fmt: skip
         if num_splits > 1:
             launch(
-                _add_groups_kernel, (ceil_div(num_outputs, 64), num_rows),
+                add_groups_kernel, (ceil_div(num_outputs, 64), num_rows),
                 y, target, row_scale, scale, bias, num_outputs, num_groups, y.numel(), HAS_BIAS=bias is not None,
                 BLOCK_OUTPUTS=64, num_warps=1, **LAUNCH_OPTIONS,
             )  # fmt: skip

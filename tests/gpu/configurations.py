@@ -175,14 +175,14 @@ def _sample_tokens(
     if position_major:
         # an outer loop over the tiles around both; in between the tail of a row
         loops = (never, loads(bytes_per_element), never, never, never)
-    case = Case("_sample_tokens_kernel", loops, dram_bytes, reason)
+    case = Case("sample_tokens_kernel", loops, dram_bytes, reason)
     cases = (case, combine) if combine else (case,)
     return Configuration("sample_tokens", name, launch, num_positions * num_tokens, bytes_per_element, cases)
 
 
 def _combine_splits(num_positions: int) -> Case:
     return Case(
-        "_combine_splits_kernel",
+        "combine_splits_kernel",
         (),
         lambda launches: num_positions * (_BYTES_PER_POSITION + _BYTES_PER_SPLIT * launches[0].grid[1]),
         reason="a few kilobytes: the launch itself takes longer than either",
@@ -192,7 +192,7 @@ def _combine_splits(num_positions: int) -> Case:
 def _mask_by_confidence(num_positions: int) -> Configuration:
     # the keys, the bits of the threshold, the choice from the keys and the tokens
     case = Case(
-        "_mask_by_confidence_kernel",
+        "mask_by_confidence_kernel",
         (loads(4), reductions(32), loads(8 + 8)),
         lambda launches: num_positions * _BYTES_PER_POSITION,
         reason=_PER_SAMPLE,
@@ -237,17 +237,17 @@ def _differential_sample(
     count_of_masked = (loads(8 / num_tokens),)
     cases = [
         sample,
-        Case("_compare_kernel", loops, dram_bytes(1 if aliased_history else 2), _ORDER_OF_THE_CPU),
+        Case("compare_kernel", loops, dram_bytes(1 if aliased_history else 2), _ORDER_OF_THE_CPU),
         Case(
-            "_select_kernel",
+            "select_kernel",
             (*(count_of_masked if variant == "paper" else ()), reductions(32), loads(bytes_of_choice / num_tokens)),
             lambda launches: num_positions * bytes_of_choice,
             _PER_SAMPLE,
         ),
     ]
     if aliased_history:
-        cases.append(Case("_edit_history_kernel", (), dram_bytes(2)))
-    cases.append(Case("_advance_history_step_kernel", (), lambda launches: 3 * 8, _ONE_NUMBER))
+        cases.append(Case("edit_history_kernel", (), dram_bytes(2)))
+    cases.append(Case("advance_history_step_kernel", (), lambda launches: 3 * 8, _ONE_NUMBER))
     return Configuration(
         "differential_sample", name, launch, num_positions * num_tokens, bytes_per_element, tuple(cases)
     )
@@ -275,13 +275,13 @@ def _w4a8_linear(
         outputs = num_rows * num_outputs * 2 if num_splits == 1 else sum_bytes
         return _weight_bytes(num_inputs, num_outputs) + activations + outputs
 
-    quantize = Case("_quantize_rows_kernel", (loads(2), loads(2)), quantized_bytes, _FEW_ROWS)
-    linear = Case("_w4a8_linear_kernel", (times(num_groups // num_splits),), linear_bytes, reason)
+    quantize = Case("quantize_rows_kernel", (loads(2), loads(2)), quantized_bytes, _FEW_ROWS)
+    linear = Case("w4a8_linear_kernel", (times(num_groups // num_splits),), linear_bytes, reason)
     cases = [quantize, linear]
     if num_splits > 1:
         # four groups at a time, then the others
         loops = (times(num_groups // 4), never)
-        cases.append(Case("_add_groups_kernel", loops, lambda launches: sum_bytes))
+        cases.append(Case("add_groups_kernel", loops, lambda launches: sum_bytes))
     name = _rows(num_rows) + (", split" if num_splits > 1 else "")
     return Configuration("w4a8_linear", name, launch, num_rows * num_inputs, 1, tuple(cases))
 
@@ -301,9 +301,9 @@ def _w4a16_linear(
         outputs = num_rows * num_outputs * 2 if num_splits == 1 else sum_bytes
         return _weight_bytes(num_inputs, num_outputs) + num_rows * num_inputs * 2 + outputs
 
-    cases = [Case("_w4a16_linear_kernel", (times(num_inputs // _GROUP_SIZE // num_splits),), dram_bytes, reason)]
+    cases = [Case("w4a16_linear_kernel", (times(num_inputs // _GROUP_SIZE // num_splits),), dram_bytes, reason)]
     if num_splits > 1:
-        cases.append(Case("_add_splits_kernel", (), lambda launches: sum_bytes, _FEW_ROWS))
+        cases.append(Case("add_splits_kernel", (), lambda launches: sum_bytes, _FEW_ROWS))
     name = _rows(num_rows) + (", split" if num_splits > 1 else "")
     return Configuration("w4a16_linear", name, launch, num_rows * num_inputs, 1, tuple(cases))
 
@@ -318,7 +318,7 @@ def _dequantize(num_inputs: int = 1024, num_outputs: int = 4096) -> Configuratio
     def dram_bytes(launches: list[driver.Launch]) -> int:
         return _weight_bytes(num_inputs, num_outputs) + num_outputs * num_inputs * 2
 
-    case = Case("_dequantize_kernel", (), dram_bytes)
+    case = Case("dequantize_kernel", (), dram_bytes)
     return Configuration("w4a16_linear", "dequantized", launch, num_outputs * num_inputs // 2, 1, (case,))
 
 

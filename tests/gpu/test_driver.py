@@ -142,7 +142,7 @@ def test_launcher_runs_unmodified(capability: int, approx_ulp: int) -> None:
         token_ids, logprob, _ = kernels.sample_tokens(logits, tokens, seed, step, 1000, None, 1.0, 0.0, 0.7)
     assert torch.equal(token_ids, expected[0])
     torch.testing.assert_close(logprob, expected[1], rtol=0, atol=2e-6)
-    assert launches[0].kernel == "_sample_tokens_kernel"
+    assert launches[0].kernel == "sample_tokens_kernel"
 
 
 def test_storage_is_shared() -> None:

@@ -587,7 +587,7 @@ def test_positions_are_selected_as_from_python(num_positions, variant, library, 
     draw = Differential(1, num_positions, 1, torch.float32, False, False, 0.0, 1.0, 0, *variant)
     draw.allocate(library)
     assert library.differential_sample(draw) == SUCCESS
-    (select,) = (launch.variant for launch in library.launches if launch.name == "_select_kernel")
+    (select,) = (launch.variant for launch in library.launches if launch.name == "select_kernel")
     assert ("num_positions" in select.multiples_of_16) == (num_positions % 16 == 0)
     assert_same_launches(draw, library, monkeypatch)
 
@@ -598,7 +598,7 @@ def test_a_history_is_edited_in_wide_accesses_where_it_is_aligned(offset, librar
     draw.allocate(library)
     draw.c_state.history += offset
     assert library.differential_sample(draw) == SUCCESS
-    (edit,) = (launch.variant for launch in library.launches if launch.name == "_edit_history_kernel")
+    (edit,) = (launch.variant for launch in library.launches if launch.name == "edit_history_kernel")
     assert ("history_ptr" in edit.multiples_of_16) == (offset == 0)
 
 
@@ -861,7 +861,7 @@ def test_strides_of_dimensions_of_size_1_do_not_matter(library):
         draw.allocate(library)
         draw.c_args.logits.stride_position = draw.c_args.logits.stride_token = 5
         assert library.sample_tokens(draw) == SUCCESS
-        assert {launch.name for launch in library.launches} >= {"_sample_tokens_kernel"}
+        assert {launch.name for launch in library.launches} >= {"sample_tokens_kernel"}
 
 
 def test_temperature_is_rounded_as_from_python(library, monkeypatch):
@@ -936,11 +936,11 @@ def test_what_was_not_exported_is_not_found(tmp_path, monkeypatch):
 def is_sampled(variant: Variant) -> bool:
     """A few variants of every kernel, compiled in a second or two each."""
     constants = variant.constants
-    if variant.kernel.__name__ == "_combine_splits_kernel":
+    if variant.kernel.__name__ == "combine_splits_kernel":
         return constants["BLOCK_SPLITS"] == 2
     if variant.group.startswith("differential_sample"):
         return False
-    if variant.kernel.__name__ == "_mask_by_confidence_kernel":
+    if variant.kernel.__name__ == "mask_by_confidence_kernel":
         return constants["BLOCK_POSITIONS"] == 128 and constants["HAS_NOISE"] and bool(variant.multiples_of_16)
     if "linear" in variant.group:
         # those of LAYERS
@@ -1100,7 +1100,7 @@ def test_exported_code_masks_what_the_cpu_masks(compiled_library, monkeypatch):
 def test_a_launcher_that_passes_other_types_is_refused():
     variant = next(v for v in variants_of(["bf16"], ["token-major"]) if v.group == "combine_splits")
     narrow = replace(variant, types=dict(variant.types, num_rows="i64"))
-    with pytest.raises(RuntimeError, match="_combine_splits_kernel: expected parameters of types"):
+    with pytest.raises(RuntimeError, match="combine_splits_kernel: expected parameters of types"):
         export._check_interface(narrow, triton_compiled(variant))
 
 
@@ -1163,9 +1163,9 @@ def test_the_command_writes_what_a_c_program_needs(uncompiled, tmp_path):
         run = subprocess.run([program], check=True, capture_output=True, text=True, env=environment)
         assert run.stdout.splitlines() == [
             "workspace 40960",
-            "_sample_tokens_kernel grid 512 4 1 block 64 1 1",
-            "_combine_splits_kernel grid 16 1 1 block 128 1 1",
-            "_mask_by_confidence_kernel grid 2 1 1 block 32 1 1",
+            "sample_tokens_kernel grid 512 4 1 block 64 1 1",
+            "combine_splits_kernel grid 16 1 1 block 128 1 1",
+            "mask_by_confidence_kernel grid 2 1 1 block 32 1 1",
         ]
 
 

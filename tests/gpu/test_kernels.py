@@ -267,8 +267,8 @@ def test_rows_choose_the_product_where_that_is_allowed(capability, limit):
     with standin_gpu(capability, execute=False) as launches:
         for num_rows, batch_invariant in ((limit - 1, False), (limit, False), (limit + 1, True)):
             kernels.w4a16_linear(x[:num_rows], *rest, batch_invariant)
-    linear = "_w4a16_linear_kernel"
-    assert [launch.kernel for launch in launches] == [linear, "_dequantize_kernel", linear]
+    linear = "w4a16_linear_kernel"
+    assert [launch.kernel for launch in launches] == [linear, "dequantize_kernel", linear]
 
 
 def test_inputs_are_split_where_that_is_allowed():
@@ -277,7 +277,7 @@ def test_inputs_are_split_where_that_is_allowed():
     with standin_gpu(80, execute=False) as launches:
         kernels.w4a16_linear(*arguments, True)
         kernels.w4a16_linear(*arguments, False)
-    assert [launch.kernel for launch in launches] == ["_w4a16_linear_kernel"] * 2 + ["_add_splits_kernel"]
+    assert [launch.kernel for launch in launches] == ["w4a16_linear_kernel"] * 2 + ["add_splits_kernel"]
     assert [launch.grid[1] for launch in launches[:2]] == [1, 2]
 
 
@@ -343,13 +343,13 @@ def drop_barrier(ptx: str, kernel: str, which: int) -> str:
 @pytest.mark.parametrize(
     "name, kernel, barrier",
     [
-        ("bf16 aligned", "_sample_tokens_kernel", 0),
-        ("N=4097 temperature=1.3 digits=3", "_mask_by_confidence_kernel", 1),
-        ("more positions than registers hold", "_select_kernel", 1),
-        ("w4a8 bf16, groups of 128", "_quantize_rows_kernel", 0),
-        ("w4a8 bf16, groups of 128", "_w4a8_linear_kernel", 0),
-        ("w4a16 bf16, groups of 128", "_w4a16_linear_kernel", 0),
-        ("w4a16 bf16, dequantized", "_dequantize_kernel", 0),
+        ("bf16 aligned", "sample_tokens_kernel", 0),
+        ("N=4097 temperature=1.3 digits=3", "mask_by_confidence_kernel", 1),
+        ("more positions than registers hold", "select_kernel", 1),
+        ("w4a8 bf16, groups of 128", "quantize_rows_kernel", 0),
+        ("w4a8 bf16, groups of 128", "w4a8_linear_kernel", 0),
+        ("w4a16 bf16, groups of 128", "w4a16_linear_kernel", 0),
+        ("w4a16 bf16, dequantized", "dequantize_kernel", 0),
     ],
 )
 def test_a_dropped_barrier_turns_it_red(name, kernel, barrier):

@@ -50,7 +50,7 @@ def work(name: str) -> dict[str, object]:
     assert not done.returncode, f"exit code {done.returncode}: {done.stderr.strip()}"
     if REHEARSED:
         launched = [line.split()[0] for line in done.stdout.splitlines()]
-        assert launched == ["_sample_tokens_kernel", "_combine_splits_kernel", "_mask_by_confidence_kernel"], launched
+        assert launched == ["sample_tokens_kernel", "combine_splits_kernel", "mask_by_confidence_kernel"], launched
         return {}
     token_ids, logprob, masked = outputs((directory / "output").read_bytes())
     options: dict[str, Any] = dict(mask_token_id=NUM_TOKENS, seed=seed, step=step)

@@ -1,0 +1,361 @@
+"""What the kernels that read logits share: rows of them on their way from memory into registers.
+
+Guidance, softcap, what is allowed, noise, temperature and what a truncated draw leaves out: csrc/rows.h once more,
+operation for operation, so that every logit has the CPU's bits. What a call does not ask for is None, or a constexpr
+that says so, and not in the machine code.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mgt_kernels.draw import Draw
+from mgt_kernels.triton.draws import STREAM_NOISE, WORD_WIDTH, block_of, exp_nonpositive, gaussian_pair, philox
+from mgt_kernels.triton.scalars import (
+    has_noise,
+    inverse_of,
+    is_per_sample,
+    load_inverse_temperature,
+    load_scalar,
+    load_softcap,
+    may_be_negative,
+)
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+# columns that share a run of Philox blocks
+TILE_WIDTH = tl.constexpr(2048)
+# larger than any token id
+NO_TOKEN = tl.constexpr(2**30)
+
+
+class Rows(NamedTuple):
+    """What a logit is made of; pointers to the first token, everything but the scalars per position."""
+
+    logits_ptr: tl.tensor
+    uncond_ptr: tl.tensor | None
+    second_uncond_ptr: tl.tensor | None
+    # the same for every position
+    token_bias_ptr: tl.tensor | None
+    stride_token: tl.tensor
+    uncond_stride_token: tl.tensor
+    second_stride_token: tl.tensor | None
+    inside: tl.tensor
+    num_tokens: tl.tensor
+    mask_token_id: tl.tensor
+    guidance_scale: tl.tensor
+    # of guidance "dual" less 1
+    second_guidance_scale: tl.tensor | None
+    softcap: tl.tensor | None
+    two_over_softcap: tl.tensor | None
+    # what is not below stays as it is
+    capped_below: tl.tensor | None
+    noise_scale: tl.tensor
+    inverse_temperature: tl.tensor
+    # has a meaning where GREEDY is None: the temperature is in device memory
+    is_greedy: tl.tensor
+    # what a truncated draw leaves out lies below
+    kept_from: tl.tensor | None
+    # a guidance scale that may be below 0 would make -inf, a forbidden token, of a conditional logit of +inf
+    may_forbid: tl.constexpr
+    # "nested", "dual" or, without a second unguided half, ""
+    guidance: tl.constexpr
+    # whether what is left out counts as forbidden, or only does not race
+    forbids_rest: tl.constexpr
+
+
+class Counter(NamedTuple):
+    """What a draw is a function of, but for the column."""
+
+    seed: tl.tensor
+    position: tl.tensor
+    step: tl.tensor
+
+
+@triton.jit
+def position_of(first_position_ptr, sample, offs_position):
+    """Compute the places in the sequence, of which draws are functions."""
+    position = offs_position.to(tl.uint32)
+    if first_position_ptr is not None:
+        position += tl.load(first_position_ptr + sample).to(tl.uint32)
+    return position
+
+
+@triton.jit
+def _row_ptr(ptr, sample, offs_position, stride_sample, stride_position):
+    """Point to the first token of each position."""
+    return ptr + sample * stride_sample + offs_position.to(tl.int64) * stride_position
+
+
+@triton.jit
+def rows_of(
+    logits_ptr, uncond_ptr, second_uncond_ptr, token_bias_ptr, kept_from, sample, offs_position, inside, num_tokens,
+    stride_sample, stride_position, stride_token, uncond_stride_sample, uncond_stride_position, uncond_stride_token,
+    second_stride_sample, second_stride_position, second_stride_token, mask_token_id, guidance_scale,
+    second_guidance_scale, softcap, noise_scale, inverse_temperature,
+    MAY_FORBID: tl.constexpr, SCALE_PER_SAMPLE: tl.constexpr, GUIDANCE: tl.constexpr,
+    SECOND_SCALE_PER_SAMPLE: tl.constexpr, FORBIDS_REST: tl.constexpr,
+):  # fmt: skip
+    """Put together what the rows of some positions of a sample are made of."""
+    inverse_temperature, is_greedy = load_inverse_temperature(inverse_temperature)
+    if SCALE_PER_SAMPLE:
+        guidance_scale += sample
+    logits_row_ptr = _row_ptr(logits_ptr, sample, offs_position, stride_sample, stride_position)
+    uncond_row_ptr = uncond_ptr
+    if uncond_ptr is not None:
+        uncond_row_ptr = _row_ptr(uncond_ptr, sample, offs_position, uncond_stride_sample, uncond_stride_position)
+    second_row_ptr = second_uncond_ptr
+    second_scale = second_guidance_scale
+    if second_uncond_ptr is not None:
+        second_row_ptr = _row_ptr(
+            second_uncond_ptr, sample, offs_position, second_stride_sample, second_stride_position
+        )
+        if SECOND_SCALE_PER_SAMPLE:
+            second_guidance_scale += sample
+        second_scale = load_scalar(second_guidance_scale, float("-inf"), float("nan"))
+        if GUIDANCE == "dual":
+            second_scale = second_scale - 1.0
+    cap = softcap
+    two_over_cap = softcap
+    capped_below = softcap
+    if softcap is not None:
+        cap, capped_below = load_softcap(softcap)
+        two_over_cap = tl.div_rn(2.0, cap)
+    return Rows(
+        logits_row_ptr, uncond_row_ptr, second_row_ptr, token_bias_ptr, stride_token, uncond_stride_token,
+        second_stride_token, inside, num_tokens, mask_token_id,
+        load_scalar(guidance_scale, float("-inf"), float("nan")), second_scale, cap, two_over_cap, capped_below,
+        load_scalar(noise_scale, 0.0, float("nan")), inverse_temperature, is_greedy, kept_from,
+        MAY_FORBID, GUIDANCE, FORBIDS_REST,
+    )  # fmt: skip
+
+
+@triton.jit
+def _load_logits(row_ptr, stride_token, offs_token, mask):
+    other = None if mask is None else float("-inf")
+    return tl.load(row_ptr + offs_token.to(tl.int64) * stride_token, mask=mask, other=other).to(tl.float32)
+
+
+@triton.jit
+def _cap(rows, logit):
+    """Compute c tanh(l / c), infinities left as they are: -inf still forbids, +inf is still an error."""
+    sign = logit.to(tl.uint32, bitcast=True) & 0x80000000
+    magnitude = tl.abs(logit)
+    exp = exp_nonpositive(0.0 - magnitude * rows.two_over_softcap)
+    capped = rows.softcap * tl.div_rn(1.0 - exp, 1.0 + exp)
+    capped = (capped.to(tl.uint32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
+    return tl.where(magnitude < rows.capped_below, capped, logit)
+
+
+@triton.jit
+def _load_half(rows, row_ptr, stride_token, offs_token, mask):
+    logit = _load_logits(row_ptr, stride_token, offs_token, mask)
+    if rows.softcap is not None:
+        logit = _cap(rows, logit)
+    return logit
+
+
+@triton.jit
+def load_guided(rows, offs_token, mask):
+    """Load logits after guidance and softcap, with what is allowed."""
+    logit = _load_half(rows, rows.logits_ptr, rows.stride_token, offs_token, mask)
+    if rows.uncond_ptr is not None:
+        uncond = _load_half(rows, rows.uncond_ptr, rows.uncond_stride_token, offs_token, mask)
+        # -inf in any half forbids the token, whatever guidance would make of it
+        forbidden = (logit == float("-inf")) | (uncond == float("-inf"))
+        guided = tl.fma(logit - uncond, rows.guidance_scale, uncond)
+        if rows.second_uncond_ptr is not None:
+            second = _load_half(rows, rows.second_uncond_ptr, rows.second_stride_token, offs_token, mask)
+            forbidden |= second == float("-inf")
+            if rows.guidance == "nested":
+                guided = tl.fma(guided - second, rows.second_guidance_scale, second)
+            else:
+                guided = tl.fma(logit - second, rows.second_guidance_scale, guided)
+            # +inf in any half stays an error
+            largest = tl.maximum(tl.maximum(logit, uncond), second)
+            guided = tl.where(largest == float("inf"), largest, guided)
+        elif rows.may_forbid:
+            guided = tl.where(logit == float("inf"), logit, guided)
+        logit = tl.where(forbidden, float("-inf"), guided)
+    if rows.token_bias_ptr is not None:
+        bias = tl.load(rows.token_bias_ptr + offs_token, mask=mask, other=None if mask is None else 0.0)
+        logit = tl.where(bias == float("-inf"), bias, logit + bias)
+    return logit
+
+
+@triton.jit
+def in_layout_of(x, loaded):
+    """Have draws computed in the layout of what is loaded, not exchanged with it through shared memory."""
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r,f", [x, loaded], dtype=tl.uint32, is_pure=True, pack=1)
+
+
+@triton.jit
+def finish_logit(rows, logit, offs_lane, base):
+    """Compute l of what guidance and noise made; temperatures 0 and 1 come as 1, a product that changes no bit."""
+    logit = tl.where(offs_lane == rows.mask_token_id - base, float("-inf"), logit * rows.inverse_temperature)
+    if rows.kept_from is not None:
+        if rows.forbids_rest:
+            logit = truncated(rows, logit)
+    return logit
+
+
+@triton.jit
+def truncated(rows, logit):
+    """Forbid what a truncated draw leaves out; NaN and +inf stay."""
+    return tl.where(logit < rows.kept_from, float("-inf"), logit)
+
+
+@triton.jit
+def racing(rows, logit):
+    """Return the logits that race for the draw."""
+    if rows.kept_from is not None:
+        if not rows.forbids_rest:
+            logit = truncated(rows, logit)
+    return logit
+
+
+@triton.jit
+def load_columns(rows, counter, base, HAS_NOISE: tl.constexpr, IS_TAIL: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """Load the four columns of each Philox block."""
+    offs_lane = tl.arange(0, BLOCK_COLUMNS)[None, :]
+    offs_token = base + offs_lane
+    offs_1 = offs_token + WORD_WIDTH
+    offs_2 = offs_1 + WORD_WIDTH
+    offs_3 = offs_2 + WORD_WIDTH
+    mask_0, mask_1, mask_2, mask_3 = rows.inside, rows.inside, rows.inside, rows.inside
+    if IS_TAIL:
+        mask_0 = offs_token < rows.num_tokens
+        mask_1 = offs_1 < rows.num_tokens
+        mask_2 = offs_2 < rows.num_tokens
+        mask_3 = offs_3 < rows.num_tokens
+        if rows.inside is not None:
+            mask_0, mask_1, mask_2, mask_3 = (
+                mask_0 & rows.inside,
+                mask_1 & rows.inside,
+                mask_2 & rows.inside,
+                mask_3 & rows.inside,
+            )
+    logit_0 = load_guided(rows, offs_token, mask_0)
+    logit_1 = load_guided(rows, offs_1, mask_1)
+    logit_2 = load_guided(rows, offs_2, mask_2)
+    logit_3 = load_guided(rows, offs_3, mask_3)
+    if HAS_NOISE:
+        word_0, word_1, word_2, word_3 = philox(
+            counter.seed,
+            in_layout_of(block_of(base) + offs_lane.to(tl.uint32), logit_0),
+            counter.position,
+            counter.step,
+            STREAM_NOISE,
+        )
+        noise_0, noise_1 = gaussian_pair(word_0, word_1)
+        noise_2, noise_3 = gaussian_pair(word_2, word_3)
+        logit_0 = tl.fma(noise_0, rows.noise_scale, logit_0)
+        logit_1 = tl.fma(noise_1, rows.noise_scale, logit_1)
+        logit_2 = tl.fma(noise_2, rows.noise_scale, logit_2)
+        logit_3 = tl.fma(noise_3, rows.noise_scale, logit_3)
+    return (
+        finish_logit(rows, logit_0, offs_lane, base),
+        finish_logit(rows, logit_1, offs_lane, base + WORD_WIDTH),
+        finish_logit(rows, logit_2, offs_lane, base + 2 * WORD_WIDTH),
+        finish_logit(rows, logit_3, offs_lane, base + 3 * WORD_WIDTH),
+    )
+
+
+@triton.jit
+def unless_greedy(rows, drawn, greedy, GREEDY: tl.constexpr):
+    """Return what a draw takes, or what an argmax takes where a temperature in device memory is 0."""
+    if GREEDY is None:
+        return tl.where(rows.is_greedy, greedy, drawn)
+    return drawn
+
+
+@triton.jit
+def best_of(score, logit, token):
+    """Reduce the columns to the one with the best score, the lowest token among ties."""
+    best_score = tl.max(score, axis=1, keep_dims=True)
+    best_token = tl.min(tl.where(score == best_score, token, NO_TOKEN), axis=1, keep_dims=True)
+    best_logit = tl.max(tl.where(token == best_token, logit, float("-inf")), axis=1, keep_dims=True)
+    return best_score, best_logit, best_token
+
+
+@triton.jit
+def is_read(token, mask_token_id, READS: tl.constexpr):
+    """Tell whether a position's logits are read."""
+    masked = token == mask_token_id
+    if READS == "masked":
+        return masked
+    if READS == "known":
+        return not masked
+    return masked | (not masked)
+
+
+Strides = tuple[int, ...] | tuple[None, ...]
+
+
+@functools.cache
+def is_token_major(shape: torch.Size, *strides: Strides) -> bool:
+    """Tell whether tokens lie side by side; otherwise positions do, which then share every sector that is read."""
+    _, num_positions, num_tokens = shape
+    return num_positions == 1 or num_tokens == 1 or all(half[2] in (0, 1, None) for half in strides)
+
+
+class RowArguments(NamedTuple):
+    """What the kernels that read logits take of a draw, in their order."""
+
+    # logits, uncond, second_uncond, token_bias
+    pointers: tuple[Tensor | None, ...]
+    # tokens, seed, first_position, step
+    places: tuple[Tensor | None, ...]
+    # of the three halves
+    strides: tuple[int | None, ...]
+    # mask_token_id, guidance_scale, second_guidance_scale, softcap, noise_scale, inverse_temperature
+    scalars: tuple[Any, ...]
+    # the constexprs of `rows_of`
+    guidance: dict[str, Any]
+    has_noise: bool
+    token_major: bool
+
+
+_NO_STRIDES = (None, None, None)
+
+
+def row_arguments(draw: Draw) -> RowArguments:
+    """Return what the kernels take of a draw; tensors other than logits become contiguous."""
+    logits, uncond, second = draw.logits, draw.uncond_logits, draw.second_uncond_logits
+    strides = logits.stride()
+    # numbers where there is no half, as ever: what is compiled for them is in use
+    uncond_strides = (0, 0, 0) if uncond is None else uncond.stride()
+    second_strides: Strides = _NO_STRIDES if second is None else second.stride()
+    guidance_scale, second_scale = _scale_of(draw.guidance_scale), None
+    if second is not None:
+        second_scale = _scale_of(draw.second_guidance_scale)
+    softcap = draw.softcap
+    return RowArguments(
+        pointers=(logits, uncond, second, draw.token_bias),
+        places=(
+            draw.tokens.contiguous(), draw.seed.contiguous(),
+            None if draw.first_position is None else draw.first_position.contiguous(), draw.step,
+        ),
+        strides=(*strides, *uncond_strides, *second_strides),
+        scalars=(
+            draw.mask_token_id, guidance_scale, second_scale,
+            softcap if isinstance(softcap, Tensor) or softcap < math.inf else None, draw.noise_scale,
+            inverse_of(draw.temperature),
+        ),
+        guidance=dict(
+            MAY_FORBID=uncond is not None and may_be_negative(guidance_scale),
+            SCALE_PER_SAMPLE=is_per_sample(guidance_scale), GUIDANCE="" if second is None else draw.guidance,
+            SECOND_SCALE_PER_SAMPLE=second_scale is not None and is_per_sample(second_scale),
+        ),
+        has_noise=has_noise(draw.noise_scale),
+        token_major=is_token_major(logits.shape, strides, uncond_strides, second_strides),
+    )  # fmt: skip
+
+
+def _scale_of(scale: float | Tensor) -> float | Tensor:
+    # one for each sample is read at the sample's place
+    return scale.contiguous() if is_per_sample(scale) else scale
