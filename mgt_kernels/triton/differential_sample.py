@@ -30,16 +30,20 @@ from mgt_kernels.triton.rows import (
     NO_TOKEN,
     TILE_WIDTH,
     Counter,
+    Rows,
     best_of,
+    cap_of,
     in_layout_of,
     load_columns,
+    load_scale,
     position_of,
     row_arguments,
-    rows_of,
+    row_ptr,
+    second_half_of,
     unless_greedy,
 )
 from mgt_kernels.triton.sample_tokens import sample_tokens
-from mgt_kernels.triton.scalars import SCALARS, is_greedy
+from mgt_kernels.triton.scalars import SCALARS, is_greedy, load_inverse_temperature, load_scalar
 from mgt_kernels.triton.select import KNOWN_KEY, key_of_rank, load_keys, ordered_key, selection_settings
 
 # lanes of a vector in the CPU's kernels
@@ -268,7 +272,7 @@ def compare_kernel(
     inverse_temperature,
     MAY_FORBID: tl.constexpr,
     SCALE_PER_SAMPLE: tl.constexpr,
-    GUIDANCE: tl.constexpr,
+    IS_DUAL: tl.constexpr,
     SECOND_SCALE_PER_SAMPLE: tl.constexpr,
     HAS_HISTORY: tl.constexpr,
     IS_PAPER: tl.constexpr,
@@ -294,12 +298,24 @@ def compare_kernel(
         old_written = tl.load(written_ptr + offs_row, mask=inside, other=0) != 0
         has_history = reads & old_written
     counter = Counter(seed, position_of(first_position_ptr, sample, offs_position), step.to(tl.uint32))
-    rows = rows_of(
-        logits_ptr, uncond_ptr, second_uncond_ptr, token_bias_ptr, None, sample, offs_position, reads, num_tokens,
-        stride_sample, stride_position, stride_token, uncond_stride_sample, uncond_stride_position,
-        uncond_stride_token, second_stride_sample, second_stride_position, second_stride_token, mask_token_id,
-        guidance_scale, second_guidance_scale, softcap, noise_scale, inverse_temperature,
-        MAY_FORBID, SCALE_PER_SAMPLE, GUIDANCE, SECOND_SCALE_PER_SAMPLE, False,
+    inverse_temperature, is_greedy = load_inverse_temperature(inverse_temperature)
+    uncond_row_ptr = uncond_ptr
+    if uncond_ptr is not None:
+        uncond_row_ptr = row_ptr(uncond_ptr, sample, offs_position, uncond_stride_sample, uncond_stride_position)
+    second = None
+    if second_uncond_ptr is not None:
+        second = second_half_of(
+            second_uncond_ptr, sample, offs_position, second_stride_sample, second_stride_position,
+            second_stride_token, second_guidance_scale, SECOND_SCALE_PER_SAMPLE, IS_DUAL,
+        )  # fmt: skip
+    cap = None
+    if softcap is not None:
+        cap = cap_of(softcap)
+    rows = Rows(
+        row_ptr(logits_ptr, sample, offs_position, stride_sample, stride_position), uncond_row_ptr, second,
+        token_bias_ptr, stride_token, uncond_stride_token, reads, num_tokens, mask_token_id,
+        load_scale(guidance_scale, sample, SCALE_PER_SAMPLE), cap, load_scalar(noise_scale, 0.0, float("nan")),
+        inverse_temperature, is_greedy, None, MAY_FORBID, IS_DUAL, False,
     )  # fmt: skip
     history_ptr += offs_row * num_tokens
     end = tl.where(tl.max(reads.to(tl.int32)) > 0, num_tokens, 0)
@@ -529,7 +545,7 @@ def edit_history_kernel(
     inverse_temperature,
     MAY_FORBID: tl.constexpr,
     SCALE_PER_SAMPLE: tl.constexpr,
-    GUIDANCE: tl.constexpr,
+    IS_DUAL: tl.constexpr,
     SECOND_SCALE_PER_SAMPLE: tl.constexpr,
     HAS_NOISE: tl.constexpr,
     BLOCK_POSITIONS: tl.constexpr,
@@ -550,12 +566,24 @@ def edit_history_kernel(
     selected = tl.load(selected_ptr + offs_row, mask=inside, other=0) != 0
     position = position_of(first_position_ptr, sample, offs_position)
     counter = Counter(tl.load(seed_ptr + sample), position, tl.load(step_ptr).to(tl.uint32))
-    rows = rows_of(
-        logits_ptr, uncond_ptr, second_uncond_ptr, token_bias_ptr, None, sample, offs_position, good, num_tokens,
-        stride_sample, stride_position, stride_token, uncond_stride_sample, uncond_stride_position,
-        uncond_stride_token, second_stride_sample, second_stride_position, second_stride_token, mask_token_id,
-        guidance_scale, second_guidance_scale, softcap, noise_scale, inverse_temperature,
-        MAY_FORBID, SCALE_PER_SAMPLE, GUIDANCE, SECOND_SCALE_PER_SAMPLE, False,
+    inverse_temperature, is_greedy = load_inverse_temperature(inverse_temperature)
+    uncond_row_ptr = uncond_ptr
+    if uncond_ptr is not None:
+        uncond_row_ptr = row_ptr(uncond_ptr, sample, offs_position, uncond_stride_sample, uncond_stride_position)
+    second = None
+    if second_uncond_ptr is not None:
+        second = second_half_of(
+            second_uncond_ptr, sample, offs_position, second_stride_sample, second_stride_position,
+            second_stride_token, second_guidance_scale, SECOND_SCALE_PER_SAMPLE, IS_DUAL,
+        )  # fmt: skip
+    cap = None
+    if softcap is not None:
+        cap = cap_of(softcap)
+    rows = Rows(
+        row_ptr(logits_ptr, sample, offs_position, stride_sample, stride_position), uncond_row_ptr, second,
+        token_bias_ptr, stride_token, uncond_stride_token, good, num_tokens, mask_token_id,
+        load_scale(guidance_scale, sample, SCALE_PER_SAMPLE), cap, load_scalar(noise_scale, 0.0, float("nan")),
+        inverse_temperature, is_greedy, None, MAY_FORBID, IS_DUAL, False,
     )  # fmt: skip
     history_ptr += offs_row * num_tokens
     first_column = tl.program_id(1) * TILE_WIDTH

@@ -291,7 +291,7 @@ def _layout_constants(position_major: bool, guided: bool) -> dict[str, Any]:
         **constants,
         "MAY_FORBID": guided,
         "SCALE_PER_SAMPLE": False,
-        "GUIDANCE": "",
+        "IS_DUAL": False,
         "SECOND_SCALE_PER_SAMPLE": False,
     }
 

@@ -20,7 +20,6 @@ from mgt_kernels.triton.scalars import (
     has_noise,
     inverse_of,
     is_per_sample,
-    load_inverse_temperature,
     load_scalar,
     load_softcap,
     may_be_negative,
@@ -33,27 +32,37 @@ TILE_WIDTH = tl.constexpr(2048)
 NO_TOKEN = tl.constexpr(2**30)
 
 
+class SecondHalf(NamedTuple):
+    """The second unguided half; of guidance "dual" the scale less 1."""
+
+    ptr: tl.tensor
+    stride_token: tl.tensor
+    scale: tl.tensor
+
+
+class Cap(NamedTuple):
+    """A softcap; a magnitude that is not below `below` stays as it is."""
+
+    softcap: tl.tensor
+    two_over_softcap: tl.tensor
+    below: tl.tensor
+
+
 class Rows(NamedTuple):
     """What a logit is made of; pointers to the first token, everything but the scalars per position."""
 
     logits_ptr: tl.tensor
     uncond_ptr: tl.tensor | None
-    second_uncond_ptr: tl.tensor | None
+    second: SecondHalf | None
     # the same for every position
     token_bias_ptr: tl.tensor | None
     stride_token: tl.tensor
     uncond_stride_token: tl.tensor
-    second_stride_token: tl.tensor | None
     inside: tl.tensor
     num_tokens: tl.tensor
     mask_token_id: tl.tensor
     guidance_scale: tl.tensor
-    # of guidance "dual" less 1
-    second_guidance_scale: tl.tensor | None
-    softcap: tl.tensor | None
-    two_over_softcap: tl.tensor | None
-    # what is not below stays as it is
-    capped_below: tl.tensor | None
+    cap: Cap | None
     noise_scale: tl.tensor
     inverse_temperature: tl.tensor
     # has a meaning where GREEDY is None: the temperature is in device memory
@@ -62,8 +71,8 @@ class Rows(NamedTuple):
     kept_from: tl.tensor | None
     # a guidance scale that may be below 0 would make -inf, a forbidden token, of a conditional logit of +inf
     may_forbid: tl.constexpr
-    # "nested", "dual" or, without a second unguided half, ""
-    guidance: tl.constexpr
+    # whether guidance is "dual", not "nested"
+    is_dual: tl.constexpr
     # whether what is left out counts as forbidden, or only does not race
     forbids_rest: tl.constexpr
 
@@ -86,76 +95,60 @@ def position_of(first_position_ptr, sample, offs_position):
 
 
 @triton.jit
-def _row_ptr(ptr, sample, offs_position, stride_sample, stride_position):
+def row_ptr(ptr, sample, offs_position, stride_sample, stride_position):
     """Point to the first token of each position."""
     return ptr + sample * stride_sample + offs_position.to(tl.int64) * stride_position
 
 
 @triton.jit
-def rows_of(
-    logits_ptr, uncond_ptr, second_uncond_ptr, token_bias_ptr, kept_from, sample, offs_position, inside, num_tokens,
-    stride_sample, stride_position, stride_token, uncond_stride_sample, uncond_stride_position, uncond_stride_token,
-    second_stride_sample, second_stride_position, second_stride_token, mask_token_id, guidance_scale,
-    second_guidance_scale, softcap, noise_scale, inverse_temperature,
-    MAY_FORBID: tl.constexpr, SCALE_PER_SAMPLE: tl.constexpr, GUIDANCE: tl.constexpr,
-    SECOND_SCALE_PER_SAMPLE: tl.constexpr, FORBIDS_REST: tl.constexpr,
+def load_scale(scale, sample, PER_SAMPLE: tl.constexpr):
+    """Return a guidance scale, of all samples or of one."""
+    if PER_SAMPLE:
+        scale += sample
+    return load_scalar(scale, float("-inf"), float("nan"))
+
+
+@triton.jit
+def second_half_of(
+    ptr, sample, offs_position, stride_sample, stride_position, stride_token, scale,
+    PER_SAMPLE: tl.constexpr, IS_DUAL: tl.constexpr,
 ):  # fmt: skip
-    """Put together what the rows of some positions of a sample are made of."""
-    inverse_temperature, is_greedy = load_inverse_temperature(inverse_temperature)
-    if SCALE_PER_SAMPLE:
-        guidance_scale += sample
-    logits_row_ptr = _row_ptr(logits_ptr, sample, offs_position, stride_sample, stride_position)
-    uncond_row_ptr = uncond_ptr
-    if uncond_ptr is not None:
-        uncond_row_ptr = _row_ptr(uncond_ptr, sample, offs_position, uncond_stride_sample, uncond_stride_position)
-    second_row_ptr = second_uncond_ptr
-    second_scale = second_guidance_scale
-    if second_uncond_ptr is not None:
-        second_row_ptr = _row_ptr(
-            second_uncond_ptr, sample, offs_position, second_stride_sample, second_stride_position
-        )
-        if SECOND_SCALE_PER_SAMPLE:
-            second_guidance_scale += sample
-        second_scale = load_scalar(second_guidance_scale, float("-inf"), float("nan"))
-        if GUIDANCE == "dual":
-            second_scale = second_scale - 1.0
-    cap = softcap
-    two_over_cap = softcap
-    capped_below = softcap
-    if softcap is not None:
-        cap, capped_below = load_softcap(softcap)
-        two_over_cap = tl.div_rn(2.0, cap)
-    return Rows(
-        logits_row_ptr, uncond_row_ptr, second_row_ptr, token_bias_ptr, stride_token, uncond_stride_token,
-        second_stride_token, inside, num_tokens, mask_token_id,
-        load_scalar(guidance_scale, float("-inf"), float("nan")), second_scale, cap, two_over_cap, capped_below,
-        load_scalar(noise_scale, 0.0, float("nan")), inverse_temperature, is_greedy, kept_from,
-        MAY_FORBID, GUIDANCE, FORBIDS_REST,
-    )  # fmt: skip
+    """Return the second unguided half of some positions."""
+    scale = load_scale(scale, sample, PER_SAMPLE)
+    if IS_DUAL:
+        scale = scale - 1.0
+    return SecondHalf(row_ptr(ptr, sample, offs_position, stride_sample, stride_position), stride_token, scale)
 
 
 @triton.jit
-def _load_logits(row_ptr, stride_token, offs_token, mask):
+def cap_of(softcap):
+    """Return a softcap."""
+    softcap, below = load_softcap(softcap)
+    return Cap(softcap, tl.div_rn(2.0, softcap), below)
+
+
+@triton.jit
+def _load_logits(ptr, stride_token, offs_token, mask):
     other = None if mask is None else float("-inf")
-    return tl.load(row_ptr + offs_token.to(tl.int64) * stride_token, mask=mask, other=other).to(tl.float32)
+    return tl.load(ptr + offs_token.to(tl.int64) * stride_token, mask=mask, other=other).to(tl.float32)
 
 
 @triton.jit
-def _cap(rows, logit):
+def _cap(cap, logit):
     """Compute c tanh(l / c), infinities left as they are: -inf still forbids, +inf is still an error."""
     sign = logit.to(tl.uint32, bitcast=True) & 0x80000000
     magnitude = tl.abs(logit)
-    exp = exp_nonpositive(0.0 - magnitude * rows.two_over_softcap)
-    capped = rows.softcap * tl.div_rn(1.0 - exp, 1.0 + exp)
+    exp = exp_nonpositive(0.0 - magnitude * cap.two_over_softcap)
+    capped = cap.softcap * tl.div_rn(1.0 - exp, 1.0 + exp)
     capped = (capped.to(tl.uint32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
-    return tl.where(magnitude < rows.capped_below, capped, logit)
+    return tl.where(magnitude < cap.below, capped, logit)
 
 
 @triton.jit
-def _load_half(rows, row_ptr, stride_token, offs_token, mask):
-    logit = _load_logits(row_ptr, stride_token, offs_token, mask)
-    if rows.softcap is not None:
-        logit = _cap(rows, logit)
+def _load_half(rows, ptr, stride_token, offs_token, mask):
+    logit = _load_logits(ptr, stride_token, offs_token, mask)
+    if rows.cap is not None:
+        logit = _cap(rows.cap, logit)
     return logit
 
 
@@ -168,13 +161,13 @@ def load_guided(rows, offs_token, mask):
         # -inf in any half forbids the token, whatever guidance would make of it
         forbidden = (logit == float("-inf")) | (uncond == float("-inf"))
         guided = tl.fma(logit - uncond, rows.guidance_scale, uncond)
-        if rows.second_uncond_ptr is not None:
-            second = _load_half(rows, rows.second_uncond_ptr, rows.second_stride_token, offs_token, mask)
+        if rows.second is not None:
+            second = _load_half(rows, rows.second.ptr, rows.second.stride_token, offs_token, mask)
             forbidden |= second == float("-inf")
-            if rows.guidance == "nested":
-                guided = tl.fma(guided - second, rows.second_guidance_scale, second)
+            if rows.is_dual:
+                guided = tl.fma(logit - second, rows.second.scale, guided)
             else:
-                guided = tl.fma(logit - second, rows.second_guidance_scale, guided)
+                guided = tl.fma(guided - second, rows.second.scale, second)
             # +inf in any half stays an error
             largest = tl.maximum(tl.maximum(logit, uncond), second)
             guided = tl.where(largest == float("inf"), largest, guided)
@@ -314,7 +307,7 @@ class RowArguments(NamedTuple):
     strides: tuple[int | None, ...]
     # mask_token_id, guidance_scale, second_guidance_scale, softcap, noise_scale, inverse_temperature
     scalars: tuple[Any, ...]
-    # the constexprs of `rows_of`
+    # the constexprs that are the kernels' in common
     guidance: dict[str, Any]
     has_noise: bool
     token_major: bool
@@ -348,7 +341,7 @@ def row_arguments(draw: Draw) -> RowArguments:
         ),
         guidance=dict(
             MAY_FORBID=uncond is not None and may_be_negative(guidance_scale),
-            SCALE_PER_SAMPLE=is_per_sample(guidance_scale), GUIDANCE="" if second is None else draw.guidance,
+            SCALE_PER_SAMPLE=is_per_sample(guidance_scale), IS_DUAL=second is not None and draw.guidance == "dual",
             SECOND_SCALE_PER_SAMPLE=second_scale is not None and is_per_sample(second_scale),
         ),
         has_noise=has_noise(draw.noise_scale),

@@ -35,19 +35,23 @@ from mgt_kernels.triton.rows import (
     NO_TOKEN,
     TILE_WIDTH,
     Counter,
+    Rows,
     best_of,
+    cap_of,
     finish_logit,
     in_layout_of,
     is_read,
     load_columns,
     load_guided,
+    load_scale,
     position_of,
     racing,
     row_arguments,
-    rows_of,
+    row_ptr,
+    second_half_of,
     unless_greedy,
 )
-from mgt_kernels.triton.scalars import SCALARS, is_greedy, load_inverse_temperature
+from mgt_kernels.triton.scalars import SCALARS, is_greedy, load_inverse_temperature, load_scalar
 from mgt_kernels.triton.truncate import kept_from
 
 _LN2 = tl.constexpr(0.6931471805599453)
@@ -334,7 +338,7 @@ def sample_tokens_kernel(
     inverse_temperature,
     MAY_FORBID: tl.constexpr,
     SCALE_PER_SAMPLE: tl.constexpr,
-    GUIDANCE: tl.constexpr,
+    IS_DUAL: tl.constexpr,
     SECOND_SCALE_PER_SAMPLE: tl.constexpr,
     FORBIDS_REST: tl.constexpr,
     HAS_NOISE: tl.constexpr,
@@ -362,12 +366,24 @@ def sample_tokens_kernel(
     bound = kept_from_ptr
     if kept_from_ptr is not None:
         bound = tl.load(kept_from_ptr + offs_row, mask=inside, other=0.0)
-    rows = rows_of(
-        logits_ptr, uncond_ptr, second_uncond_ptr, token_bias_ptr, bound, sample, offs_position, load_mask, num_tokens,
-        stride_sample, stride_position, stride_token, uncond_stride_sample, uncond_stride_position,
-        uncond_stride_token, second_stride_sample, second_stride_position, second_stride_token, mask_token_id,
-        guidance_scale, second_guidance_scale, softcap, noise_scale, inverse_temperature,
-        MAY_FORBID, SCALE_PER_SAMPLE, GUIDANCE, SECOND_SCALE_PER_SAMPLE, FORBIDS_REST,
+    inverse_temperature, is_greedy = load_inverse_temperature(inverse_temperature)
+    uncond_row_ptr = uncond_ptr
+    if uncond_ptr is not None:
+        uncond_row_ptr = row_ptr(uncond_ptr, sample, offs_position, uncond_stride_sample, uncond_stride_position)
+    second = None
+    if second_uncond_ptr is not None:
+        second = second_half_of(
+            second_uncond_ptr, sample, offs_position, second_stride_sample, second_stride_position,
+            second_stride_token, second_guidance_scale, SECOND_SCALE_PER_SAMPLE, IS_DUAL,
+        )  # fmt: skip
+    cap = None
+    if softcap is not None:
+        cap = cap_of(softcap)
+    rows = Rows(
+        row_ptr(logits_ptr, sample, offs_position, stride_sample, stride_position), uncond_row_ptr, second,
+        token_bias_ptr, stride_token, uncond_stride_token, load_mask, num_tokens, mask_token_id,
+        load_scale(guidance_scale, sample, SCALE_PER_SAMPLE), cap, load_scalar(noise_scale, 0.0, float("nan")),
+        inverse_temperature, is_greedy, bound, MAY_FORBID, IS_DUAL, FORBIDS_REST,
     )  # fmt: skip
     outputs = _Outputs(
         token_ids_ptr, logprob_ptr, argmax_ptr, max_logprob_ptr, margin_ptr, entropy_ptr, logsumexp_ptr,
@@ -426,7 +442,7 @@ def sample_tokens_kernel(
     if partials_ptr is None:
         _store_rows(
             outputs, offs_row, inside, read, token, masked, row_max, row_sum, logit, drawn, of_row, known_logit,
-            rows.inverse_temperature,
+            inverse_temperature,
         )  # fmt: skip
     else:
         num_splits = tl.num_programs(1)

@@ -16,8 +16,27 @@ from torch import Tensor
 
 from mgt_kernels.triton.draws import LAUNCH_OPTIONS, WORD_WIDTH, exp_nonpositive, log_f32
 from mgt_kernels.triton.launch import ceil_div, launch
-from mgt_kernels.triton.rows import TILE_WIDTH, Counter, RowArguments, is_read, load_columns, position_of, rows_of
-from mgt_kernels.triton.scalars import LARGEST_MIN_P, SCALARS, load_min_p, load_top_p
+from mgt_kernels.triton.rows import (
+    TILE_WIDTH,
+    Counter,
+    RowArguments,
+    Rows,
+    cap_of,
+    is_read,
+    load_columns,
+    load_scale,
+    position_of,
+    row_ptr,
+    second_half_of,
+)
+from mgt_kernels.triton.scalars import (
+    LARGEST_MIN_P,
+    SCALARS,
+    load_inverse_temperature,
+    load_min_p,
+    load_scalar,
+    load_top_p,
+)
 from mgt_kernels.triton.select import ordered_key, value_of_key
 
 # the key of the least finite float
@@ -176,7 +195,7 @@ def kept_from_kernel(
     min_p,
     MAY_FORBID: tl.constexpr,
     SCALE_PER_SAMPLE: tl.constexpr,
-    GUIDANCE: tl.constexpr,
+    IS_DUAL: tl.constexpr,
     SECOND_SCALE_PER_SAMPLE: tl.constexpr,
     HAS_NOISE: tl.constexpr,
     READS: tl.constexpr,
@@ -196,12 +215,24 @@ def kept_from_kernel(
     load_mask = inside
     if BLOCK_POSITIONS == 1:
         load_mask = None
-    rows = rows_of(
-        logits_ptr, uncond_ptr, second_uncond_ptr, token_bias_ptr, None, sample, offs_position, load_mask, num_tokens,
-        stride_sample, stride_position, stride_token, uncond_stride_sample, uncond_stride_position,
-        uncond_stride_token, second_stride_sample, second_stride_position, second_stride_token, mask_token_id,
-        guidance_scale, second_guidance_scale, softcap, noise_scale, inverse_temperature,
-        MAY_FORBID, SCALE_PER_SAMPLE, GUIDANCE, SECOND_SCALE_PER_SAMPLE, False,
+    inverse_temperature, is_greedy = load_inverse_temperature(inverse_temperature)
+    uncond_row_ptr = uncond_ptr
+    if uncond_ptr is not None:
+        uncond_row_ptr = row_ptr(uncond_ptr, sample, offs_position, uncond_stride_sample, uncond_stride_position)
+    second = None
+    if second_uncond_ptr is not None:
+        second = second_half_of(
+            second_uncond_ptr, sample, offs_position, second_stride_sample, second_stride_position,
+            second_stride_token, second_guidance_scale, SECOND_SCALE_PER_SAMPLE, IS_DUAL,
+        )  # fmt: skip
+    cap = None
+    if softcap is not None:
+        cap = cap_of(softcap)
+    rows = Rows(
+        row_ptr(logits_ptr, sample, offs_position, stride_sample, stride_position), uncond_row_ptr, second,
+        token_bias_ptr, stride_token, uncond_stride_token, load_mask, num_tokens, mask_token_id,
+        load_scale(guidance_scale, sample, SCALE_PER_SAMPLE), cap, load_scalar(noise_scale, 0.0, float("nan")),
+        inverse_temperature, is_greedy, None, MAY_FORBID, IS_DUAL, False,
     )  # fmt: skip
     # a group of which nothing is read is as good as empty
     end = tl.where(tl.max(read.to(tl.int32)) > 0, num_tokens, 0)

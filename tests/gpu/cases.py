@@ -3,6 +3,7 @@
 A kernel gets in by adding its cases to CASES.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from mgt_kernels import PackedInt4, quantize_int4, reference, triton
 from mgt_kernels.cpu import STATISTICS
+from mgt_kernels.draw import Draw
 from mgt_kernels.registration import CALLS
 
 Outputs = tuple[Tensor, ...]
@@ -22,7 +24,7 @@ Outputs = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Case:
-    """One call of an op: `arguments` in the order of its launcher; `check` compares the outputs with those expected."""
+    """One call of an op: `arguments` in its order; `check` compares the outputs with those expected."""
 
     op: str
     name: str
@@ -32,15 +34,30 @@ class Case:
 
     def run(self, arguments: tuple) -> Outputs:
         """Run the Triton kernel on CPU tensors (in the emulator) or CUDA tensors."""
-        return call(getattr(triton, self.op), arguments, UPDATED.get(self.op, ()))
+        return call(launcher_of(self.op), arguments, UPDATED.get(self.op, ()))
 
     def __str__(self) -> str:
         """Name the case in a report."""
         return f"{self.op}: {self.name}"
 
 
+# a draw's fields are the first arguments of the ops that read logits
+NUM_DRAW = len(Draw._fields)
+READ_LOGITS = ("sample_tokens", "differential_sample")
 # the arguments that an op updates in place
-UPDATED = {"differential_sample": (2, 3, 4)}
+UPDATED = {"differential_sample": (NUM_DRAW, NUM_DRAW + 1, NUM_DRAW + 2)}
+
+
+def launcher_of(op: str) -> Callable[..., Any]:
+    """Return the launcher of an op's kernels, of the op's arguments without the backend."""
+    launcher = getattr(triton, op)
+    if op not in READ_LOGITS:
+        return launcher
+
+    def launch(*arguments: Any) -> Any:
+        return launcher(Draw._make(arguments[:NUM_DRAW]), *arguments[NUM_DRAW:])
+
+    return launch
 
 
 def call(function: Callable[..., Any], arguments: tuple, updated: tuple[int, ...]) -> Outputs:
@@ -82,14 +99,21 @@ def sample_tokens_case(
     first_position: bool = False,
     scale_per_sample: bool = False,
     bias: bool = False,
+    second_scale: float | None = None,
+    guidance: str = "nested",
+    softcap: float = math.inf,
     rows: str = "masked",
     statistics: str = "",
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    logprob_of: str = "kept",
     expected: Callable[..., Outputs] | None = None,
     check: Callable[[tuple, Outputs, Outputs], None] | None = None,
 ) -> Case:
     """Make a case of random logits; few digits make ties, `forbidden` puts -inf into both halves.
 
-    first_position, scale_per_sample and bias: whether the op gets one.
+    first_position, scale_per_sample and bias: whether the op gets one; second_scale: None without a second half.
     """
 
     def make_arguments() -> tuple:
@@ -111,17 +135,20 @@ def sample_tokens_case(
         seed = torch.tensor([5, -(2**63) + 7, 2**63 - 1][:batch])
         uncond = None if guidance_scale is None else half(7)
         scale: float | Tensor = 1.0 if guidance_scale is None else guidance_scale
+        second, of_second = (None, 1.0) if second_scale is None else (half(11), second_scale)
         if scale_per_sample:
             scale = scale * torch.tensor([1.0, -0.5, 2.0][:batch])
+            of_second = of_second * torch.tensor([1.0, 1.5, -2.0][:batch])
         firsts = torch.tensor([7, 2**32 - num_positions, 0][:batch]) if first_position else None
         token_bias = None
         if bias:
             token_bias = torch.randn(num_tokens, generator=generator)
             token_bias[::3] = -torch.inf
-        return (
+        draw = Draw(
             half(5), tokens, seed, torch.tensor(step), mask, uncond, scale, noise_scale, temperature, firsts,
-            token_bias, rows, statistics,
+            token_bias, second, of_second, guidance, softcap,
         )  # fmt: skip
+        return (*draw, rows, statistics, top_k, top_p, min_p, logprob_of)
 
     return Case(
         "sample_tokens", name, make_arguments, expected or on_cpu("sample_tokens"), check or check_sample_tokens
@@ -131,61 +158,88 @@ def sample_tokens_case(
 def check_sample_tokens(arguments: tuple, expected: Outputs, outputs: Outputs) -> None:
     """Ids equal the CPU's to the bit, log-probabilities are no worse than PyTorch's own fp32 chain."""
     assert torch.equal(outputs[0], expected[0]), f"{int((outputs[0] != expected[0]).sum())} token ids differ"
-    logits, tokens, *_, noise_scale, _, _, _, rows, statistics = arguments
-    masked = tokens == arguments[4]
-    drawn = masked if rows != "known" else torch.zeros_like(masked)
+    draw, (rows, statistics, *truncation) = Draw._make(arguments[:NUM_DRAW]), arguments[NUM_DRAW:]
+    logits, tokens = draw.logits, draw.tokens
+    drawn = tokens == draw.mask_token_id
+    if rows == "known":
+        drawn = torch.zeros_like(drawn)
     assert torch.equal(outputs[1] == torch.inf, ~drawn)
-    options, chain = oracle_options(arguments), pytorch_chain(arguments)
+    if truncation != NOT_TRUNCATED:
+        check_truncated(arguments, expected, outputs)
+        return
+    options, chain = oracle_options(draw), pytorch_chain(draw)
     named = dict(zip(statistics.split(","), outputs[2:], strict=True)) if statistics else {}
     assert_statistics(named, chain, logits, tokens, rows, **options)
     if "logit" in named:
         theirs = expected[2 + statistics.split(",").index("logit")]
         torch.testing.assert_close(named["logit"], theirs, rtol=3e-7, atol=0.0)
-    masked = drawn
-    if not masked.any():
+    if not drawn.any():
         return
     tempered, _ = reference.perturbed_logits(logits, **options)
     index = expected[0][..., None].clamp(0, logits.shape[-1] - 1)
-    truth = (tempered.gather(-1, index)[..., 0] - tempered.logsumexp(-1))[masked]
-    naive = chain.log_softmax(-1).gather(-1, index)[..., 0][masked]
-    if noise_scale:
+    truth = (tempered.gather(-1, index)[..., 0] - tempered.logsumexp(-1))[drawn]
+    naive = chain.log_softmax(-1).gather(-1, index)[..., 0][drawn]
+    if draw.noise_scale:
         # the kernels' noise itself is fp32, some units in the last place of 6.8
         naive = naive + 4e-6
-    assert_no_worse_than_naive(outputs[1][masked], truth, naive)
+    assert_no_worse_than_naive(outputs[1][drawn], truth, naive)
 
 
-def oracle_options(arguments: tuple) -> dict[str, Any]:
+# top_k, top_p, min_p, logprob_of of a draw from all tokens, and the arguments of such a draw after those of a `Draw`
+NOT_TRUNCATED = [0, 1.0, 0.0, "kept"]
+PLAIN = ("masked", "", *NOT_TRUNCATED)
+
+
+def check_truncated(arguments: tuple, expected: Outputs, outputs: Outputs) -> None:
+    """What is kept decides the ids, which are the CPU's; the rest is nearly the CPU's, and argmax is."""
+    for ours, theirs in zip(outputs, expected, strict=True):
+        if ours.dtype == torch.int64:
+            assert torch.equal(ours, theirs)
+        else:
+            torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=3e-6, equal_nan=True)
+
+
+def oracle_options(draw: Draw) -> dict[str, Any]:
     """Return what the oracle takes beside logits, tokens and rows."""
-    _, _, seed, step, mask, uncond, scale, noise_scale, temperature, first_position, token_bias, _, _ = arguments
-    return dict(
-        seed=seed, step=int(step), mask_token_id=mask, uncond_logits=uncond, guidance_scale=scale,
-        noise_scale=noise_scale, temperature=temperature, token_bias=token_bias,
-        first_position=0 if first_position is None else first_position,
-    )  # fmt: skip
+    options = draw._asdict()
+    del options["logits"], options["tokens"]
+    first_position = 0 if draw.first_position is None else draw.first_position
+    return options | dict(step=int(draw.step), first_position=first_position)
 
 
-def pytorch_chain(arguments: tuple) -> Tensor:
+def pytorch_chain(draw: Draw) -> Tensor:
     """Return the logits that tokens are drawn from as PyTorch computes them in fp32."""
-    (logits, _, seed, step, mask_token_id, uncond, guidance_scale, noise_scale, temperature, first_position,
-     token_bias, _, _) = arguments  # fmt: skip
-    if isinstance(guidance_scale, Tensor) and guidance_scale.ndim:
-        guidance_scale = guidance_scale[:, None, None]
-    tempered = logits.float()
-    if uncond is not None:
-        forbidden = (logits == -torch.inf) | (uncond == -torch.inf)
-        tempered = (uncond.float() + guidance_scale * (tempered - uncond.float())).masked_fill(forbidden, -torch.inf)
-    if token_bias is not None:
-        tempered = (tempered + token_bias).masked_fill(token_bias == -torch.inf, -torch.inf)
-    if noise_scale:
+    logits = draw.logits
+    scale, second_scale = (
+        given[:, None, None] if isinstance(given, Tensor) and given.ndim else given
+        for given in (draw.guidance_scale, draw.second_guidance_scale)
+    )
+    halves = [half for half in (logits, draw.uncond_logits, draw.second_uncond_logits) if half is not None]
+    forbidden = torch.stack([half == -torch.inf for half in halves]).any(0)
+    cond, *uncond = (
+        half.float() if draw.softcap == math.inf else draw.softcap * torch.tanh(half.float() / draw.softcap)
+        for half in halves
+    )
+    tempered = cond
+    if uncond:
+        tempered = uncond[0] + scale * (cond - uncond[0])
+    if len(uncond) > 1:
+        nested = uncond[1] + second_scale * (tempered - uncond[1])
+        tempered = nested if draw.guidance == "nested" else tempered + (second_scale - 1) * (cond - uncond[1])
+    tempered = tempered.masked_fill(forbidden, -torch.inf)
+    if draw.token_bias is not None:
+        tempered = (tempered + draw.token_bias).masked_fill(draw.token_bias == -torch.inf, -torch.inf)
+    if draw.noise_scale:
         _, num_positions, num_tokens = logits.shape
         noise = reference.gaussian(
-            seed, num_positions, num_tokens, int(step), 0 if first_position is None else first_position
-        )
-        tempered = tempered + noise_scale * noise.float()
-    if temperature:
-        tempered = tempered / temperature
-    if mask_token_id < logits.shape[-1]:
-        tempered[..., mask_token_id] = -torch.inf
+            draw.seed, num_positions, num_tokens, int(draw.step),
+            0 if draw.first_position is None else draw.first_position,
+        )  # fmt: skip
+        tempered = tempered + draw.noise_scale * noise.float()
+    if draw.temperature:
+        tempered = tempered / draw.temperature
+    if draw.mask_token_id < logits.shape[-1]:
+        tempered[..., draw.mask_token_id] = -torch.inf
     return tempered
 
 
@@ -195,7 +249,7 @@ def check_ids(arguments: tuple, expected: Outputs, outputs: Outputs) -> None:
     torch.testing.assert_close(outputs[1], expected[1], rtol=1e-6, atol=2e-6)
 
 
-def bad_rows_case(position_major: bool) -> Case:
+def bad_rows_case(position_major: bool, truncation: tuple | None = None) -> Case:
     """Rows from which nothing can be drawn: a device cannot raise, so they stay masked and say NaN."""
 
     def make_arguments() -> tuple:
@@ -210,8 +264,10 @@ def bad_rows_case(position_major: bool) -> Case:
             logits = logits.mT.contiguous().mT
         tokens = torch.full((1, 7), 5)
         tokens[0, 3] = 6
-        options = (None, None, "masked", "argmax,margin,entropy")
-        return logits, tokens, torch.tensor([3]), torch.tensor(0), 5, None, 1.0, 0.0, 1.0, *options
+        return (
+            *Draw(logits, tokens, torch.tensor([3]), torch.tensor(0), 5), "masked", "argmax,margin,entropy",
+            *(truncation or NOT_TRUNCATED),
+        )  # fmt: skip
 
     def expected(logits: Tensor, tokens: Tensor, *options: object) -> Outputs:
         drawable = tokens.clone()
@@ -231,7 +287,8 @@ def bad_rows_case(position_major: bool) -> Case:
                 torch.testing.assert_close(ours, theirs, equal_nan=True, rtol=1e-6, atol=1e-6)
 
     layout = "position-major" if position_major else "token-major"
-    return Case("sample_tokens", f"bad rows, {layout}", make_arguments, expected, check)
+    truncated = "" if truncation is None else f", {truncation[-1]} of what is kept"
+    return Case("sample_tokens", f"bad rows, {layout}{truncated}", make_arguments, expected, check)
 
 
 # scalars that a step may change, by their place among the arguments
@@ -239,8 +296,12 @@ SCALARS = {
     "sample_tokens": (6, 7, 8),
     "mask_by_confidence": (6,),
     "commit_tokens": (8, 9, 14, 16),
-    "differential_sample": (11, 12, 13),
+    "differential_sample": (6, 7, 8),
 }
+
+
+# others of draws, and what they are where they change nothing: second_guidance_scale, softcap, top_p, min_p
+OTHER_SCALARS = {12: 1.0, 14: math.inf, NUM_DRAW + 3: 1.0, NUM_DRAW + 4: 0.0}
 
 
 def with_numbers(arguments: tuple) -> tuple:
@@ -252,10 +313,15 @@ def scalars_as_tensors(case: Case) -> Case:
     """Make of a case one whose scalars are read by the kernel."""
 
     def make_arguments() -> tuple:
-        scalars = SCALARS[case.op]
-        return tuple(
-            torch.tensor(x, dtype=torch.float32) if i in scalars else x for i, x in enumerate(case.make_arguments())
-        )
+        arguments = case.make_arguments()
+        scalars = list(SCALARS[case.op])
+        if case.op in READ_LOGITS:
+            scalars += [
+                i for i, neutral in OTHER_SCALARS.items() if type(arguments[i]) is float and arguments[i] != neutral
+            ]
+        # what float32 would round to a number that changes nothing stays it
+        dtypes = {i: torch.float64 if i >= NUM_DRAW else torch.float32 for i in scalars}
+        return tuple(torch.tensor(x, dtype=dtypes[i]) if i in dtypes else x for i, x in enumerate(arguments))
 
     def expected(*arguments: object) -> Outputs:
         return case.expected(*with_numbers(arguments))
@@ -445,6 +511,9 @@ def differential_sample_case(
     extreme: bool = False,
     known_share: float = 0.25,
     bias: bool = False,
+    second_scale: float | None = None,
+    guidance: str = "nested",
+    softcap: float = math.inf,
     edit: Callable[[tuple], tuple] | None = None,
     patch: Callable[[tuple, Outputs], None] | None = None,
 ) -> Case:
@@ -468,6 +537,7 @@ def differential_sample_case(
             return logits.mT.contiguous().mT if position_major else logits
 
         halves = None if guidance_scale is None else laid_out(uncond)
+        second = None if second_scale is None else laid_out(uncond.flip(-1))
         scale = 1.0 if guidance_scale is None else guidance_scale
         seed = torch.tensor([5, -(2**63) + 7, 2**63 - 1][:batch])
         # 12345: rows that no step reads stay as they are
@@ -481,14 +551,16 @@ def differential_sample_case(
             token_bias = torch.randn(num_tokens, generator=generator)
             token_bias[::3] = -torch.inf
         options = (
-            num_tokens, halves, scale, noise_scale, temperature, firsts, token_bias, share, variant, aliased_history
+            num_tokens, halves, scale, noise_scale, temperature, firsts, token_bias, second,
+            1.0 if second_scale is None else second_scale, guidance, softcap,
         )  # fmt: skip
         for step, logits in enumerate(map(laid_out, steps)):
             tokens = torch.full((batch, num_positions), num_tokens)
             if not extreme:
                 known = torch.rand(tokens.shape, generator=generator) < known_share
                 tokens[known] = 0
-            arguments = (logits, tokens, *state, step > 0, seed, torch.tensor(step), *options)
+            draw = Draw(logits, tokens, seed, torch.tensor(step), *options)
+            arguments = (*draw, *state, step > 0, share, variant, aliased_history)
             if step < num_steps - 1:
                 state[:3] = on_cpu("differential_sample")(*arguments)[3:]
         return arguments
@@ -520,9 +592,9 @@ def check_differential_sample(arguments: tuple, expected: Outputs, outputs: Outp
 
 def lost_rows(inputs: tuple, outputs: Outputs, lost: Tensor) -> None:
     """Put into the outputs what becomes of the rows (B, N) from which nothing can be drawn."""
-    _, tokens, history, *_ = inputs
-    masked = tokens == inputs[9]
-    read = masked if inputs[17] == "paper" else torch.ones_like(masked)
+    tokens, (history, *_, variant, _) = inputs[1], inputs[NUM_DRAW:]
+    masked = tokens == inputs[4]
+    read = masked if variant == "paper" else torch.ones_like(masked)
     outputs[0][lost] = tokens[lost]
     outputs[1][lost & masked] = torch.nan
     outputs[2][lost] = torch.inf
@@ -542,10 +614,11 @@ def bad_differential_rows_case(variant: str, aliased_history: bool = False) -> C
         return (logits, *arguments[1:])
 
     def patch(inputs: tuple, outputs: Outputs) -> None:
-        lost = torch.zeros_like(inputs[3])
+        written = inputs[NUM_DRAW + 1]
+        lost = torch.zeros_like(written)
         lost[0, list(bad_logits)] = True
         # without a history they would rank last too
-        arguments = (*inputs[:3], inputs[3] & ~lost, *inputs[4:])
+        arguments = (*inputs[: NUM_DRAW + 1], written & ~lost, *inputs[NUM_DRAW + 2 :])
         for output, other in zip(outputs, on_cpu("differential_sample")(*arguments), strict=True):
             output.copy_(other)
         lost_rows(inputs, outputs, lost)
@@ -560,10 +633,10 @@ def other_seed_case() -> Case:
     """A sample whose seed is not the state's draws nothing and forgets its history."""
 
     def edit(arguments: tuple) -> tuple:
-        return (*arguments[:7], arguments[7] + torch.tensor([0, 1]), *arguments[8:])
+        return (*arguments[:2], arguments[2] + torch.tensor([0, 1]), *arguments[3:])
 
     def patch(inputs: tuple, outputs: Outputs) -> None:
-        lost = torch.zeros_like(inputs[3])
+        lost = torch.zeros_like(inputs[NUM_DRAW + 1])
         lost[1] = True
         lost_rows(inputs, outputs, lost)
 
@@ -574,12 +647,12 @@ def other_step_case() -> Case:
     """A step that does not follow the state's draws nothing and leaves the state as it is."""
 
     def edit(arguments: tuple) -> tuple:
-        return (*arguments[:8], arguments[8] + 1, *arguments[9:])
+        return (*arguments[:3], arguments[3] + 1, *arguments[4:])
 
     def patch(inputs: tuple, outputs: Outputs) -> None:
-        lost_rows(inputs, outputs, torch.ones_like(inputs[3]))
-        outputs[4].copy_(inputs[3])
-        outputs[5].copy_(inputs[4])
+        lost_rows(inputs, outputs, torch.ones_like(inputs[NUM_DRAW + 1]))
+        outputs[4].copy_(inputs[NUM_DRAW + 1])
+        outputs[5].copy_(inputs[NUM_DRAW + 2])
 
     return differential_sample_case(
         "another step", 300, variant="official", aliased_history=True, edit=edit, patch=patch
@@ -848,6 +921,47 @@ CASES = [
                        position_major=True, temperature=0.0, digits=0),
     bad_rows_case(position_major=False),
     bad_rows_case(position_major=True),
+    bad_rows_case(position_major=False, truncation=(9, 0.8, 0.01, "full")),
+    bad_rows_case(position_major=True, truncation=(0, 0.8, 0.0, "kept")),
+    sample_tokens_case("top_k, ties at the border", 2100, dtype=FP32, guidance_scale=None, digits=0, top_k=50),
+    sample_tokens_case("top_k 1", 600, top_k=1, temperature=2.0),
+    sample_tokens_case("top_k of more than is allowed", 31, dtype=FP32, forbidden=True, top_k=29, rows="all",
+                       statistics="entropy"),
+    sample_tokens_case("top_p, unguided", 2048, guidance_scale=None, top_p=0.9),
+    sample_tokens_case("top_p, ties at the border", 513, dtype=FP32, std=1.0, digits=1, top_p=0.5),
+    sample_tokens_case("top_p of flat rows", 2049, dtype=FP32, std=0.0, top_p=0.3, statistics="entropy"),
+    sample_tokens_case("top_p of nearly flat rows", 2100, dtype=FP32, std=1e-3, guidance_scale=None, top_p=0.4),
+    sample_tokens_case("top_p next to 0", 300, top_p=1e-60),
+    sample_tokens_case("top_p next to 1, peaked", 2048, std=30.0, top_p=1 - 2**-24, rows="all", statistics="margin"),
+    sample_tokens_case("top_p of logits of all sizes", 1000, dtype=FP32, std=2e4, guidance_scale=None, top_p=0.7),
+    sample_tokens_case("top_p, noise, -inf, split", 4500, noise_scale=0.7, temperature=0.8, forbidden=True, top_p=0.8,
+                       mask_token_id=3),
+    sample_tokens_case("min_p", 2048, min_p=0.05, temperature=1.5),
+    sample_tokens_case("min_p next to 1", 700, dtype=FP32, digits=0, min_p=1 - 2**-40),
+    sample_tokens_case("top_k, top_p and min_p, position-major", 600, num_positions=33, dtype=FP16, position_major=True,
+                       guidance_scale=-1.7, forbidden=True, top_k=40, top_p=0.95, min_p=0.02),
+    sample_tokens_case("top_k and top_p, greedy", 2100, temperature=0.0, digits=0, top_k=9, top_p=0.9),
+    sample_tokens_case("every statistic of what is kept, split", 4500, rows="all", statistics=EVERYTHING, top_k=300,
+                       top_p=0.8, forbidden=True),
+    sample_tokens_case("every statistic of all tokens, split", 4500, rows="all", statistics=EVERYTHING, top_k=300,
+                       top_p=0.8, forbidden=True, logprob_of="full"),
+    sample_tokens_case("every statistic of all tokens, position-major, noise", 300, num_positions=18, rows="all",
+                       statistics=EVERYTHING, position_major=True, noise_scale=0.5, min_p=0.03, logprob_of="full"),
+    sample_tokens_case("known rows of what is kept", 2048, rows="known", statistics="max_logprob,known_logprob",
+                       known_share=0.5, top_k=5),
+    sample_tokens_case("second guidance, nested", 2100, second_scale=-0.7, statistics="margin", forbidden=True),
+    sample_tokens_case("second guidance, dual", 2048, guidance_scale=-1.3, second_scale=1.8, guidance="dual"),
+    sample_tokens_case("second guidance, nested, position-major, scales per sample", 600, num_positions=17,
+                       position_major=True, second_scale=1.4, scale_per_sample=True, bias=True),
+    sample_tokens_case("second guidance, dual, fp32, noise, top_p", 1000, dtype=FP32, second_scale=-2.0,
+                       guidance="dual", noise_scale=0.4, temperature=0.9, top_p=0.7),
+    sample_tokens_case("softcap", 2100, guidance_scale=None, std=20.0, softcap=30.0, forbidden=True, temperature=0.6),
+    sample_tokens_case("softcap of every half, dual, fp32", 900, dtype=FP32, std=9.0, softcap=5.5, second_scale=0.3,
+                       guidance="dual", top_k=30),
+    sample_tokens_case("softcap, guided, position-major", 300, num_positions=16, position_major=True, softcap=0.01,
+                       dtype=FP16),
+    sample_tokens_case("many rows, top_k and top_p", 2048, std=2.0, **MANY_ROWS | dict(num_positions=600), top_k=200,
+                       top_p=0.9),
     sample_tokens_case("many flat rows", 2048, std=0.5, **MANY_ROWS),
     sample_tokens_case("many peaked rows", 2048, std=4.0, **MANY_ROWS),
     sample_tokens_case("many flat rows with noise", 2048, std=0.5, noise_scale=1.0, **MANY_ROWS),
@@ -883,6 +997,9 @@ CASES = [
     differential_sample_case("places and a bias", 600, noise_scale=0.5, bias=True),
     differential_sample_case("official, aliased, places and a bias", 600, noise_scale=0.5, bias=True,
                              variant="official", aliased_history=True),
+    differential_sample_case("second guidance, nested, softcap", 600, second_scale=-0.6, softcap=8.0),
+    differential_sample_case("second guidance, dual, position-major, aliased", 300, num_positions=17, second_scale=1.7,
+                             guidance="dual", position_major=True, variant="official", aliased_history=True),
     differential_sample_case("one token", 1, dtype=FP32, num_positions=3),
     *[
         differential_sample_case(f"extreme rows, {variant}{', aliased' * aliased}", 600, dtype=FP32, num_positions=12,
@@ -941,6 +1058,8 @@ WITH_TENSORS = [
     "bf16 noise, -inf, the mask in the vocabulary", "fp32 greedy with ties", "fp32 unguided, warm",
     "N=256 temperature=0.0 digits=0", "N=256 temperature=1.3 digits=3", "temperature 3e38", "paper greedy",
     *[f"{rule} N=150 temperature=0.0 within edit" for rule in COMMIT_VALUES], "factor N=256 temperature=0.05",
-    "official, aliased, bf16, noise",
+    "official, aliased, bf16, noise", "top_k, top_p and min_p, position-major", "second guidance, nested, softcap",
+    "second guidance, dual, fp32, noise, top_p", "softcap of every half, dual, fp32", "top_p next to 1, peaked",
+    "min_p next to 1",
 ]  # fmt: skip
 CASES += [scalars_as_tensors(case) for case in CASES if case.name in WITH_TENSORS]

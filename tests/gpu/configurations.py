@@ -18,6 +18,7 @@ from sass import Pipe
 from torch import Tensor
 
 from mgt_kernels import triton as kernels
+from mgt_kernels.draw import Draw
 
 # sm_86 has the PTX, the limits and nearly the counts of sm_89
 CAPABILITIES = (80, 89, 90, 100)
@@ -164,7 +165,8 @@ def _sample_tokens(
         seed, step = torch.zeros(1, dtype=torch.int64), torch.zeros((), dtype=torch.int64)
         tokens = torch.full((1, num_positions), num_tokens)
         uncond_logits = halves[1] if guided else None
-        kernels.sample_tokens(halves[0], tokens, seed, step, num_tokens, uncond_logits, 3.0, noise_scale, 1.0)
+        draw = Draw(halves[0], tokens, seed, step, num_tokens, uncond_logits, 3.0, noise_scale)
+        kernels.sample_tokens(draw, "masked", "", 0, 1.0, 0.0, "kept")
 
     def dram_bytes(launches: list[driver.Launch]) -> int:
         per_position = _BYTES_PER_SPLIT * launches[0].grid[1] if combine else _BYTES_PER_POSITION
@@ -220,10 +222,11 @@ def _differential_sample(
         history = torch.empty(halves[0].shape, dtype=torch.int16)
         seed, step = torch.zeros(1, dtype=torch.int64), torch.zeros((), dtype=torch.int64)
         tokens = torch.full((1, num_positions), num_tokens)
+        draw = Draw(halves[0], tokens, seed, step, num_tokens, halves[1], 3.0)
+        written = torch.empty(tokens.shape, dtype=torch.bool)
         kernels.differential_sample(
-            halves[0], tokens, history, torch.empty(tokens.shape, dtype=torch.bool), step.clone(), seed.clone(), True,
-            seed, step, num_tokens, halves[1], 3.0, 0.0, 1.0, None, None, 0.75, variant, aliased_history,
-        )  # fmt: skip
+            draw, history, written, step.clone(), seed.clone(), True, 0.75, variant, aliased_history
+        )
 
     def dram_bytes(accesses_of_code: int) -> Callable[[list[driver.Launch]], int]:
         per_row = num_tokens * (bytes_per_element + accesses_of_code * bytes_of_code)

@@ -17,6 +17,7 @@ from ptx_emulator import PtxError
 
 import mgt_kernels
 from mgt_kernels import triton as kernels
+from mgt_kernels.draw import Draw
 
 
 @triton.jit
@@ -139,7 +140,8 @@ def test_launcher_runs_unmodified(capability: int, approx_ulp: int) -> None:
     tokens, seed, step = torch.full((2, 5), 1000), torch.tensor([3, -4]), torch.tensor([2])
     expected = mgt_kernels.sample_tokens(logits, tokens, mask_token_id=1000, seed=seed, step=2, temperature=0.7)
     with standin_gpu(capability, approx_ulp=approx_ulp) as launches:
-        token_ids, logprob, _ = kernels.sample_tokens(logits, tokens, seed, step, 1000, None, 1.0, 0.0, 0.7)
+        draw = Draw(logits, tokens, seed, step, 1000, temperature=0.7)
+        token_ids, logprob, _ = kernels.sample_tokens(draw, "masked", "", 0, 1.0, 0.0, "kept")
     assert torch.equal(token_ids, expected[0])
     torch.testing.assert_close(logprob, expected[1], rtol=0, atol=2e-6)
     assert launches[0].kernel == "sample_tokens_kernel"

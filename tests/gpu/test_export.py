@@ -293,16 +293,20 @@ class Draw:
         num_bytes = library.call("mgt_cuda_sample_tokens_workspace", ctypes.byref(self.c_args))
         self.workspace = torch.empty(num_bytes // 4)
 
+    @property
+    def record(self) -> mgt_kernels.draw.Draw:
+        return mgt_kernels.draw.Draw(
+            self.logits, self.tokens, self.seed, self.step, self.num_tokens, self.uncond, 3.1, self.noise_scale,
+            self.temperature,
+        )  # fmt: skip
+
     def unused_strides(self) -> set[str]:
         """Strides of dimensions of size 1."""
         sizes = {"sample": self.batch, "position": self.num_positions, "token": self.num_tokens}
         return {f"{half}stride_{name}" for name, size in sizes.items() for half in ("", "uncond_") if size == 1}
 
     def from_python(self) -> Any:
-        return kernels.sample_tokens(
-            self.logits, self.tokens, self.seed, self.step, self.num_tokens, self.uncond, 3.1, self.noise_scale,
-            self.temperature,
-        )  # fmt: skip
+        return kernels.sample_tokens(self.record, "masked", "", 0, 1.0, 0.0, "kept")
 
 
 @dataclass(eq=False)
@@ -330,9 +334,8 @@ class Differential(Draw):
 
     def from_python(self) -> Any:
         return kernels.differential_sample(
-            self.logits, self.tokens, self.history, self.written, self.history_step, self.history_seed,
-            self.has_history, self.seed, self.step, self.num_tokens, self.uncond, 3.1, self.noise_scale,
-            self.temperature, None, None, self.share, self.variant, self.aliased_history,
+            self.record, self.history, self.written, self.history_step, self.history_seed, self.has_history,
+            self.share, self.variant, self.aliased_history,
         )  # fmt: skip
 
 

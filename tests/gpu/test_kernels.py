@@ -4,12 +4,13 @@ import re
 
 import pytest
 import torch
-from cases import CASES, Case, Linear
+from cases import CASES, NUM_DRAW, PLAIN, Case, Linear
 from driver import standin_gpu
 from ptx_emulator import PtxError
 
 from mgt_kernels import ops
 from mgt_kernels import triton as kernels
+from mgt_kernels.draw import Draw
 from mgt_kernels.reference.differential_sample import select_rows
 
 EMPTY = torch.empty
@@ -59,8 +60,8 @@ def test_a_sample_does_not_depend_on_its_batch(capability):
 def test_differences_of_a_sample_do_not_depend_on_its_batch(name):
     case = case_named(name)
     arguments = case.make_arguments()
-    # has_history and what follows but for the seeds and the unguided half are of no sample
-    of_samples = (0, 1, 2, 3, 5, 7, 10)
+    # logits, tokens, seeds and the unguided half; history, whether it is written, and its seeds
+    of_samples = (0, 1, 2, 5, NUM_DRAW, NUM_DRAW + 1, NUM_DRAW + 3)
     with standin_gpu(80):
         together = case.run(arguments)
         for i in range(2):
@@ -72,11 +73,11 @@ def test_differences_of_a_sample_do_not_depend_on_its_batch(name):
 @pytest.mark.parametrize("name", ["paper share 0", "paper bf16"])
 def test_what_is_not_selected_has_the_bits_of_sample_tokens(name):
     arguments = case_named(name).make_arguments()
-    logits, tokens, seed, step, share, variant = (arguments[i] for i in (0, 1, 7, 8, 16, 17))
+    draw, (*_, share, variant, _) = Draw._make(arguments[:NUM_DRAW]), arguments[NUM_DRAW:]
     with standin_gpu(90):
         token_ids, logprob, divergence, *_ = case_named(name).run(arguments)
-        plain = kernels.sample_tokens(logits, tokens, seed, step, *arguments[9:16])
-    masked = tokens == arguments[9]
+        plain = kernels.sample_tokens(draw, *PLAIN)
+    masked = draw.tokens == draw.mask_token_id
     kept = ~(select_rows(divergence, masked, share=share, variant=variant) & masked)
     assert kept[masked].any()
     assert torch.equal(token_ids[kept], plain[0][kept]) and torch.equal(logprob[kept], plain[1][kept])
@@ -129,23 +130,23 @@ def test_nothing_is_launched_for_no_positions(shape):
     seed, step = torch.zeros(shape[0], dtype=torch.int64), torch.tensor(3)
     state = torch.empty(shape, dtype=torch.int16), tokens == 1, torch.tensor(2), seed
     with standin_gpu(90) as launches:
-        token_ids, logprob, _ = kernels.sample_tokens(logits, tokens, seed, step, 31, logits, 2.0, 0.0, 1.0)
+        draw = Draw(logits, tokens, seed, step, 31, logits, 2.0)
+        token_ids, logprob, _ = kernels.sample_tokens(draw, *PLAIN[:3], 0.9, *PLAIN[4:])
         assert token_ids.shape == logprob.shape == shape[:2]
         assert kernels.mask_by_confidence(tokens, logprob, seed, seed, step, 31, 1.0).shape == shape[:2]
-        options = (31, logits, 2.0, 0.0, 1.0, None, None, 0.5, "paper", False)
-        outputs = kernels.differential_sample(logits, tokens, *state, True, seed, step, *options)
+        outputs = kernels.differential_sample(draw, *state, True, 0.5, "paper", False)
         assert all(x.shape == shape[:2] for x in outputs) and int(state[2]) == 3
     assert not launches
 
 
 @pytest.mark.parametrize("scale", [-3.0, torch.tensor(-3.0)], ids=["number", "tensor"])
 def test_infinity_is_bad_whatever_the_sign_of_guidance(scale):
-    logits, tokens, seed, step, mask, uncond, *options = case_named("fp32 odd").make_arguments()
-    tokens[:] = mask
-    logits[0, 1, 7] = torch.inf
+    draw = Draw._make(case_named("fp32 odd").make_arguments()[:NUM_DRAW])
+    draw.tokens[:] = draw.mask_token_id
+    draw.logits[0, 1, 7] = torch.inf
     with standin_gpu(80):
-        token_ids, logprob, _ = kernels.sample_tokens(logits, tokens, seed, step, mask, uncond, scale, *options[1:])
-    assert torch.equal(logprob.isnan().nonzero(), torch.tensor([[0, 1]])) and token_ids[0, 1] == mask
+        token_ids, logprob, _ = kernels.sample_tokens(draw._replace(guidance_scale=scale), *PLAIN)
+    assert torch.equal(logprob.isnan().nonzero(), torch.tensor([[0, 1]])) and token_ids[0, 1] == draw.mask_token_id
 
 
 @pytest.mark.parametrize("variant", ["paper", "official", "random"])
@@ -162,10 +163,8 @@ def test_re_masking_is_made_of_these_kernels(capability, variant, monkeypatch):
     def sample_tokens(logits, tokens, *, mask_token_id, seed, step, uncond_logits, guidance_scale, temperature, rows,
                       statistics, backend):  # fmt: skip
         (name,) = statistics
-        token_ids, logprob, (statistic,) = kernels.sample_tokens(
-            logits, tokens, seed, step, mask_token_id, uncond_logits, guidance_scale, 0.0, temperature, None, None,
-            rows, name,
-        )  # fmt: skip
+        draw = Draw(logits, tokens, seed, step, mask_token_id, uncond_logits, guidance_scale, 0.0, temperature)
+        token_ids, logprob, (statistic,) = kernels.sample_tokens(draw, rows, name, *PLAIN[2:])
         return ops.Sampled(token_ids, logprob)._replace(**{name: statistic})
 
     def mask_by_confidence(token_ids, logprob, mask_len, *, mask_token_id, temperature, seed, step, backend):

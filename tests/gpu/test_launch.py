@@ -9,14 +9,14 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from cases import CASES
+from cases import CASES, PLAIN, launcher_of
 from driver import standin_gpu
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.runtime import JITFunction
 
 import mgt_kernels
 from mgt_kernels import ops
-from mgt_kernels import triton as kernels
+from mgt_kernels.draw import Draw
 from mgt_kernels.triton import (
     commit_tokens,
     differential_sample,
@@ -44,7 +44,7 @@ MODULES = (sample_tokens, mask_by_confidence, commit_tokens, differential_sample
 
 def launches_of(*arguments, op="sample_tokens"):
     with standin_gpu(80, execute=False) as launches:
-        getattr(kernels, op)(*arguments)
+        launcher_of(op)(*arguments)
     return launches
 
 
@@ -119,7 +119,7 @@ def test_launches_are_on_the_device_of_the_tensors_and_on_its_stream(case, monke
     monkeypatch.setattr(driver.StandinDriver, "get_current_stream", lambda self, device: 7)
     monkeypatch.setattr(torch, "empty", lambda *size, device, **options: EMPTY(*size, **options))
     with standin_gpu(80, execute=False) as launches:
-        getattr(kernels, case.op)(first.as_subclass(Indexed), *rest)
+        launcher_of(case.op)(first.as_subclass(Indexed), *rest)
     # every launch is inside of a guard
     assert counts[0] == 0 and counts[1:-1:2] == counts[2::2] and counts[-1] == len(launches)
     assert {launch.stream for launch in launches} == {7}
@@ -157,7 +157,7 @@ def test_programs_per_row_do_not_depend_on_the_batch(num_positions, num_splits):
         logits = torch.empty(batch, num_positions, 8192, dtype=torch.bfloat16)
         tokens = torch.full((batch, num_positions), 8192)
         seed, step = torch.zeros(batch, dtype=torch.int64), torch.tensor(0)
-        launches = launches_of(logits, tokens, seed, step, 8192, None, 1.0, 0.0, 1.0)
+        launches = launches_of(*Draw(logits, tokens, seed, step, 8192), *PLAIN)
         assert launches[0].grid == (batch * num_positions, num_splits, 1)
         assert len(launches) == (1 if num_splits == 1 else 2)
 
@@ -178,7 +178,9 @@ def test_settings_of_a_step_do_not_compile_anew():
     cubins = {
         launch.cubin
         for mask_token_id, guidance_scale, temperature in [(8192, 3.0, 1.0), (8255, 1.0, 0.5), (1, 0.0, 2.0)]
-        for launch in launches_of(logits, tokens, seed, step, mask_token_id, uncond, guidance_scale, 0.0, temperature)
+        for launch in launches_of(
+            *Draw(logits, tokens, seed, step, mask_token_id, uncond, guidance_scale, temperature=temperature), *PLAIN
+        )
     }
     assert len(cubins) == 2
 
