@@ -631,7 +631,7 @@ def differential_sample(
     token_ids, logprob, _ = sample_tokens(draw, "masked", "", 0, 1.0, 0.0, "kept")
     divergence = torch.empty_like(logprob)
     arguments = row_arguments(draw)
-    tokens, seed, _, step = arguments.places
+    tokens, seed, step = arguments.tokens, arguments.seed, arguments.step
     if tokens.numel() == 0:
         history_step.copy_(step)
         return token_ids, logprob, divergence
@@ -654,7 +654,7 @@ def differential_sample(
         launch(
             compare_kernel, (batch * ceil_div(num_positions, block_positions),),
             divergence, keys, choice, choice_logprob, softmax, history, written.view(torch.uint8), *state,
-            *arguments.pointers, *arguments.places, *rows,
+            *arguments.tensors, *rows,
             **arguments.guidance, HAS_HISTORY=has_history, IS_PAPER=is_paper, HAS_NOISE=noisy,
             GREEDY=is_greedy(draw.temperature), BLOCK_POSITIONS=block_positions, num_warps=block_positions // 2,
             maxnreg=MAX_REGISTERS, **LAUNCH_OPTIONS,
@@ -670,7 +670,7 @@ def differential_sample(
             num_tiles = ceil_div(num_tokens, TILE_WIDTH.value)
             launch(
                 edit_history_kernel, (batch * ceil_div(num_positions, block_positions), num_tiles),
-                history, softmax, selected, *arguments.pointers, *arguments.places[1:], *rows,
+                history, softmax, selected, *arguments.tensors[:4], *arguments.tensors[5:], *rows,
                 **arguments.guidance, HAS_NOISE=noisy, BLOCK_POSITIONS=block_positions, BLOCK_COLUMNS=block_columns,
                 num_warps=4, **LAUNCH_OPTIONS,
             )  # fmt: skip

@@ -299,10 +299,14 @@ def is_token_major(shape: torch.Size, *strides: Strides) -> bool:
 class RowArguments(NamedTuple):
     """What the kernels that read logits take of a draw, in their order."""
 
-    # logits, uncond, second_uncond, token_bias
-    pointers: tuple[Tensor | None, ...]
-    # tokens, seed, first_position, step
-    places: tuple[Tensor | None, ...]
+    logits: Tensor
+    uncond_logits: Tensor | None
+    second_uncond_logits: Tensor | None
+    token_bias: Tensor | None
+    tokens: Tensor
+    seed: Tensor
+    first_position: Tensor | None
+    step: Tensor
     # of the three halves
     strides: tuple[int | None, ...]
     # mask_token_id, guidance_scale, second_guidance_scale, softcap, noise_scale, inverse_temperature
@@ -312,6 +316,11 @@ class RowArguments(NamedTuple):
     has_noise: bool
     token_major: bool
 
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All tensors but scalars, the step the last."""
+        return self[:8]
+
 
 _NO_STRIDES = (None, None, None)
 
@@ -320,24 +329,21 @@ def row_arguments(draw: Draw) -> RowArguments:
     """Return what the kernels take of a draw; tensors other than logits become contiguous."""
     logits, uncond, second = draw.logits, draw.uncond_logits, draw.second_uncond_logits
     strides = logits.stride()
-    # numbers where there is no half, as ever: what is compiled for them is in use
+    # numbers where there is no half, as ever: the launchers in C pass them
     uncond_strides = (0, 0, 0) if uncond is None else uncond.stride()
     second_strides: Strides = _NO_STRIDES if second is None else second.stride()
     guidance_scale, second_scale = _scale_of(draw.guidance_scale), None
     if second is not None:
         second_scale = _scale_of(draw.second_guidance_scale)
-    softcap = draw.softcap
+    # on CUDA it is a tensor
+    step: Any = draw.step
+    softcap = draw.softcap if isinstance(draw.softcap, Tensor) or draw.softcap < math.inf else None
     return RowArguments(
-        pointers=(logits, uncond, second, draw.token_bias),
-        places=(
-            draw.tokens.contiguous(), draw.seed.contiguous(),
-            None if draw.first_position is None else draw.first_position.contiguous(), draw.step,
-        ),
+        logits, uncond, second, draw.token_bias, draw.tokens.contiguous(), draw.seed.contiguous(),
+        None if draw.first_position is None else draw.first_position.contiguous(), step,
         strides=(*strides, *uncond_strides, *second_strides),
         scalars=(
-            draw.mask_token_id, guidance_scale, second_scale,
-            softcap if isinstance(softcap, Tensor) or softcap < math.inf else None, draw.noise_scale,
-            inverse_of(draw.temperature),
+            draw.mask_token_id, guidance_scale, second_scale, softcap, draw.noise_scale, inverse_of(draw.temperature)
         ),
         guidance=dict(
             MAY_FORBID=uncond is not None and may_be_negative(guidance_scale),
@@ -351,4 +357,4 @@ def row_arguments(draw: Draw) -> RowArguments:
 
 def _scale_of(scale: float | Tensor) -> float | Tensor:
     # one for each sample is read at the sample's place
-    return scale.contiguous() if is_per_sample(scale) else scale
+    return scale.contiguous() if isinstance(scale, Tensor) and scale.ndim else scale

@@ -558,7 +558,7 @@ def sample_tokens(
     logits = draw.logits
     batch, num_positions, num_tokens = logits.shape
     arguments = row_arguments(draw)
-    tokens = arguments.places[0]
+    tokens = arguments.tokens
     token_ids, logprob = torch.empty_like(tokens), torch.empty_like(tokens, dtype=torch.float32)
     asked = {name: torch.empty_like(tokens, dtype=STATISTICS[name]) for name in statistics.split(",") if name}
     num_rows = batch * num_positions
@@ -584,7 +584,7 @@ def sample_tokens(
         bounds = kept_from(arguments, rows, top_k, top_p, min_p)
         launch(
             sample_tokens_kernel, (batch * ceil_div(num_positions, block_positions), num_splits),
-            *outputs, partials, bounds, *arguments.pointers, *arguments.places, num_positions, num_tokens,
+            *outputs, partials, bounds, *arguments.tensors, num_positions, num_tokens,
             columns_per_split, *arguments.strides, *arguments.scalars,
             **arguments.guidance, FORBIDS_REST=bounds is not None and logprob_of == "kept", HAS_NOISE=noisy,
             # nothing is drawn of known positions

@@ -281,19 +281,17 @@ def kept_from(
     arguments: RowArguments, rows: str, top_k: int, top_p: float | Tensor, min_p: float | Tensor
 ) -> Tensor | None:
     """Return the smallest logit that a draw keeps of each row that is read, (B, N) float32; None where it keeps all."""
-    logits, tokens = arguments.pointers[0], arguments.places[0]
-    assert logits is not None and tokens is not None
-    batch, num_positions, num_tokens = logits.shape
+    batch, num_positions, num_tokens = arguments.logits.shape
     k = top_k if 0 < top_k < num_tokens else None
     p = top_p if isinstance(top_p, Tensor) or top_p < _NO_TOP_P else None
     least = min_p if isinstance(min_p, Tensor) else min(min_p, LARGEST_MIN_P.value) if min_p > _NO_MIN_P else None
     if k is None and p is None and least is None:
         return None
-    bounds = torch.empty_like(tokens, dtype=torch.float32)
+    bounds = torch.empty_like(arguments.tokens, dtype=torch.float32)
     block_positions, block_columns = (1, WORD_WIDTH.value) if arguments.token_major else (16, 32)
     launch(
         kept_from_kernel, (batch * ceil_div(num_positions, block_positions),),
-        bounds, *arguments.pointers, *arguments.places, num_positions, num_tokens, *arguments.strides,
+        bounds, *arguments.tensors, num_positions, num_tokens, *arguments.strides,
         *arguments.scalars, k, p, least, **arguments.guidance, HAS_NOISE=arguments.has_noise, READS=rows,
         BLOCK_POSITIONS=block_positions, BLOCK_COLUMNS=block_columns, num_warps=8, **LAUNCH_OPTIONS,
     )  # fmt: skip

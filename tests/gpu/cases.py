@@ -48,6 +48,11 @@ READ_LOGITS = ("sample_tokens", "differential_sample")
 UPDATED = {"differential_sample": (NUM_DRAW, NUM_DRAW + 1, NUM_DRAW + 2)}
 
 
+def draw_of(*fields: Any, **named: Any) -> Draw:
+    """Return a draw on CUDA, whose step and, if they are given so, scalars are tensors."""
+    return Draw(*fields, **named)
+
+
 def launcher_of(op: str) -> Callable[..., Any]:
     """Return the launcher of an op's kernels, of the op's arguments without the backend."""
     launcher = getattr(triton, op)
@@ -135,7 +140,8 @@ def sample_tokens_case(
         seed = torch.tensor([5, -(2**63) + 7, 2**63 - 1][:batch])
         uncond = None if guidance_scale is None else half(7)
         scale: float | Tensor = 1.0 if guidance_scale is None else guidance_scale
-        second, of_second = (None, 1.0) if second_scale is None else (half(11), second_scale)
+        second = None if second_scale is None else half(11)
+        of_second: float | Tensor = 1.0 if second_scale is None else second_scale
         if scale_per_sample:
             scale = scale * torch.tensor([1.0, -0.5, 2.0][:batch])
             of_second = of_second * torch.tensor([1.0, 1.5, -2.0][:batch])
@@ -144,7 +150,7 @@ def sample_tokens_case(
         if bias:
             token_bias = torch.randn(num_tokens, generator=generator)
             token_bias[::3] = -torch.inf
-        draw = Draw(
+        draw = draw_of(
             half(5), tokens, seed, torch.tensor(step), mask, uncond, scale, noise_scale, temperature, firsts,
             token_bias, second, of_second, guidance, softcap,
         )  # fmt: skip
@@ -265,7 +271,7 @@ def bad_rows_case(position_major: bool, truncation: tuple | None = None) -> Case
         tokens = torch.full((1, 7), 5)
         tokens[0, 3] = 6
         return (
-            *Draw(logits, tokens, torch.tensor([3]), torch.tensor(0), 5), "masked", "argmax,margin,entropy",
+            *draw_of(logits, tokens, torch.tensor([3]), torch.tensor(0), 5), "masked", "argmax,margin,entropy",
             *(truncation or NOT_TRUNCATED),
         )  # fmt: skip
 
@@ -559,7 +565,7 @@ def differential_sample_case(
             if not extreme:
                 known = torch.rand(tokens.shape, generator=generator) < known_share
                 tokens[known] = 0
-            draw = Draw(logits, tokens, seed, torch.tensor(step), *options)
+            draw = draw_of(logits, tokens, seed, torch.tensor(step), *options)
             arguments = (*draw, *state, step > 0, share, variant, aliased_history)
             if step < num_steps - 1:
                 state[:3] = on_cpu("differential_sample")(*arguments)[3:]

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import driver
 import sass
 import torch
+from cases import draw_of
 from sass import Pipe
 from torch import Tensor
 
 from mgt_kernels import triton as kernels
-from mgt_kernels.draw import Draw
 
 # sm_86 has the PTX, the limits and nearly the counts of sm_89
 CAPABILITIES = (80, 89, 90, 100)
@@ -165,7 +165,7 @@ def _sample_tokens(
         seed, step = torch.zeros(1, dtype=torch.int64), torch.zeros((), dtype=torch.int64)
         tokens = torch.full((1, num_positions), num_tokens)
         uncond_logits = halves[1] if guided else None
-        draw = Draw(halves[0], tokens, seed, step, num_tokens, uncond_logits, 3.0, noise_scale)
+        draw = draw_of(halves[0], tokens, seed, step, num_tokens, uncond_logits, 3.0, noise_scale)
         kernels.sample_tokens(draw, "masked", "", 0, 1.0, 0.0, "kept")
 
     def dram_bytes(launches: list[driver.Launch]) -> int:
@@ -222,7 +222,7 @@ def _differential_sample(
         history = torch.empty(halves[0].shape, dtype=torch.int16)
         seed, step = torch.zeros(1, dtype=torch.int64), torch.zeros((), dtype=torch.int64)
         tokens = torch.full((1, num_positions), num_tokens)
-        draw = Draw(halves[0], tokens, seed, step, num_tokens, halves[1], 3.0)
+        draw = draw_of(halves[0], tokens, seed, step, num_tokens, halves[1], 3.0)
         written = torch.empty(tokens.shape, dtype=torch.bool)
         kernels.differential_sample(
             draw, history, written, step.clone(), seed.clone(), True, 0.75, variant, aliased_history

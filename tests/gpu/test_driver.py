@@ -12,12 +12,12 @@ pytest.importorskip("triton")
 import driver
 import triton
 import triton.language as tl
+from cases import draw_of
 from driver import standin_gpu
 from ptx_emulator import PtxError
 
 import mgt_kernels
 from mgt_kernels import triton as kernels
-from mgt_kernels.draw import Draw
 
 
 @triton.jit
@@ -140,7 +140,7 @@ def test_launcher_runs_unmodified(capability: int, approx_ulp: int) -> None:
     tokens, seed, step = torch.full((2, 5), 1000), torch.tensor([3, -4]), torch.tensor([2])
     expected = mgt_kernels.sample_tokens(logits, tokens, mask_token_id=1000, seed=seed, step=2, temperature=0.7)
     with standin_gpu(capability, approx_ulp=approx_ulp) as launches:
-        draw = Draw(logits, tokens, seed, step, 1000, temperature=0.7)
+        draw = draw_of(logits, tokens, seed, step, 1000, temperature=0.7)
         token_ids, logprob, _ = kernels.sample_tokens(draw, "masked", "", 0, 1.0, 0.0, "kept")
     assert torch.equal(token_ids, expected[0])
     torch.testing.assert_close(logprob, expected[1], rtol=0, atol=2e-6)

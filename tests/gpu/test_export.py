@@ -24,6 +24,7 @@ import torch
 pytest.importorskip("triton")
 
 import triton
+from cases import draw_of
 from driver import standin_gpu, storage_of
 from ptx_emulator import Emulator, Program
 from triton.runtime import JITFunction
@@ -295,7 +296,7 @@ class Draw:
 
     @property
     def record(self) -> mgt_kernels.draw.Draw:
-        return mgt_kernels.draw.Draw(
+        return draw_of(
             self.logits, self.tokens, self.seed, self.step, self.num_tokens, self.uncond, 3.1, self.noise_scale,
             self.temperature,
         )  # fmt: skip

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from cases import CASES, NUM_DRAW, PLAIN, Case, Linear
+from cases import CASES, NUM_DRAW, PLAIN, Case, Linear, draw_of
 from driver import standin_gpu
 from ptx_emulator import PtxError
 
@@ -130,7 +130,7 @@ def test_nothing_is_launched_for_no_positions(shape):
     seed, step = torch.zeros(shape[0], dtype=torch.int64), torch.tensor(3)
     state = torch.empty(shape, dtype=torch.int16), tokens == 1, torch.tensor(2), seed
     with standin_gpu(90) as launches:
-        draw = Draw(logits, tokens, seed, step, 31, logits, 2.0)
+        draw = draw_of(logits, tokens, seed, step, 31, logits, 2.0)
         token_ids, logprob, _ = kernels.sample_tokens(draw, *PLAIN[:3], 0.9, *PLAIN[4:])
         assert token_ids.shape == logprob.shape == shape[:2]
         assert kernels.mask_by_confidence(tokens, logprob, seed, seed, step, 31, 1.0).shape == shape[:2]
@@ -163,7 +163,7 @@ def test_re_masking_is_made_of_these_kernels(capability, variant, monkeypatch):
     def sample_tokens(logits, tokens, *, mask_token_id, seed, step, uncond_logits, guidance_scale, temperature, rows,
                       statistics, backend):  # fmt: skip
         (name,) = statistics
-        draw = Draw(logits, tokens, seed, step, mask_token_id, uncond_logits, guidance_scale, 0.0, temperature)
+        draw = draw_of(logits, tokens, seed, step, mask_token_id, uncond_logits, guidance_scale, 0.0, temperature)
         token_ids, logprob, (statistic,) = kernels.sample_tokens(draw, rows, name, *PLAIN[2:])
         return ops.Sampled(token_ids, logprob)._replace(**{name: statistic})
 

@@ -9,14 +9,13 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from cases import CASES, PLAIN, launcher_of
+from cases import CASES, PLAIN, draw_of, launcher_of
 from driver import standin_gpu
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.runtime import JITFunction
 
 import mgt_kernels
 from mgt_kernels import ops
-from mgt_kernels.draw import Draw
 from mgt_kernels.triton import (
     commit_tokens,
     differential_sample,
@@ -157,7 +156,7 @@ def test_programs_per_row_do_not_depend_on_the_batch(num_positions, num_splits):
         logits = torch.empty(batch, num_positions, 8192, dtype=torch.bfloat16)
         tokens = torch.full((batch, num_positions), 8192)
         seed, step = torch.zeros(batch, dtype=torch.int64), torch.tensor(0)
-        launches = launches_of(*Draw(logits, tokens, seed, step, 8192), *PLAIN)
+        launches = launches_of(*draw_of(logits, tokens, seed, step, 8192), *PLAIN)
         assert launches[0].grid == (batch * num_positions, num_splits, 1)
         assert len(launches) == (1 if num_splits == 1 else 2)
 
@@ -179,7 +178,7 @@ def test_settings_of_a_step_do_not_compile_anew():
         launch.cubin
         for mask_token_id, guidance_scale, temperature in [(8192, 3.0, 1.0), (8255, 1.0, 0.5), (1, 0.0, 2.0)]
         for launch in launches_of(
-            *Draw(logits, tokens, seed, step, mask_token_id, uncond, guidance_scale, temperature=temperature), *PLAIN
+            *draw_of(logits, tokens, seed, step, mask_token_id, uncond, guidance_scale, temperature=temperature), *PLAIN
         )
     }
     assert len(cubins) == 2
