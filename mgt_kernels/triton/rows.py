@@ -138,8 +138,18 @@ def _cap(cap, logit):
     """Compute c tanh(l / c), infinities left as they are: -inf still forbids, +inf is still an error."""
     sign = logit.to(tl.uint32, bitcast=True) & 0x80000000
     magnitude = tl.abs(logit)
-    exp = exp_nonpositive(0.0 - magnitude * cap.two_over_softcap)
-    capped = cap.softcap * tl.div_rn(1.0 - exp, 1.0 + exp)
+    twice = magnitude * cap.two_over_softcap
+    x = twice * 0.5
+    exp = exp_nonpositive(0.0 - twice)
+    far = cap.softcap * tl.div_rn(1.0 - exp, 1.0 + exp)
+    # tanh(x) / x = 1 + x^2 p(x^2) for x in [0, 0.6], where 1 - exp has lost its digits
+    x2 = x * x
+    p = tl.fma(x2, -0.005895157810300589, 0.020795971155166626)
+    p = tl.fma(p, x2, -0.053783830255270004)
+    p = tl.fma(p, x2, 0.13331924378871918)
+    p = tl.fma(p, x2, -0.33333298563957214)
+    near = tl.fma(magnitude, x2 * p, magnitude)
+    capped = tl.where(x < 0.6, near, far)
     capped = (capped.to(tl.uint32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
     return tl.where(magnitude < cap.below, capped, logit)
 

@@ -41,6 +41,8 @@ from mgt_kernels.triton.select import ordered_key, value_of_key
 
 # the key of the least finite float
 _LEAST_FINITE_KEY = tl.constexpr(0x00800000)
+# as in csrc/elementary.h
+_LN2 = tl.constexpr(0.693147182464599609375)
 _TWO_POW_31 = tl.constexpr(2147483648.0)
 # what lies further below the largest logit weighs nothing: 2^31 exp(-22.2) < 1/2
 _WEIGHTLESS = tl.constexpr(22.25)
@@ -268,7 +270,10 @@ def kept_from_kernel(
     if min_p is not None:
         share = load_min_p(min_p)
         refused |= share != share
-        kept_from = tl.where(share > 0.0, tl.maximum(kept_from, row_max + log_f32(share)), kept_from)
+        # log_f32 takes no denormals
+        tiny = share < 2.0**-126
+        log_share = log_f32(tl.where(tiny, share * 2.0**24, share)) - tl.where(tiny, 24.0 * _LN2, 0.0)
+        kept_from = tl.where(share > 0.0, tl.maximum(kept_from, row_max + log_share), kept_from)
     # in a tensor, what would be refused as a number: nothing is kept, and the row is a bad one
     tl.store(kept_from_ptr + offs_row, tl.where(refused, float("inf"), kept_from), mask=inside)
 
