@@ -1,10 +1,11 @@
 """What a truncated draw keeps of each row: the tokens whose logit is at least a bound, found exactly as on the CPU.
 
 Bound by: instruction issue. A pass finds the largest logit. Each further one weighs every token, by 1 for top_k and by
-exp(l - max) in whole units of 2^-31 for top_p, and adds up what lies above eight keys, so that the interval of keys
-that holds the bound shrinks at least eightfold, until one key is left: eleven passes at most for each of top_k and
-top_p, some six or seven for logits of models. Sums of integers do not depend on their order, so the bound has the CPU's
-bits. A program takes a row (16 rows where positions are contiguous), which after the first pass comes from the caches.
+exp(l - max) in whole units of 2^-31 for top_p, and adds up what lies above six keys, so that the interval of keys that
+holds the bound shrinks at least sevenfold, until one key is left: twelve passes at most for each of top_k and top_p,
+seven where logits are of 16 bits, some eight or nine where they are not. Sums of integers do not depend on their order,
+so the bound has the CPU's bits. A program takes a row (16 rows where positions are contiguous), which after the first
+pass comes from the caches.
 """
 
 from typing import NamedTuple
@@ -49,16 +50,14 @@ _WEIGHTLESS = tl.constexpr(22.25)
 
 
 class _Masses(NamedTuple):
-    """Weights of the keys from each pivot on, the first of which is where the interval begins."""
+    """Weights of the keys from each pivot on; the pivots cut the interval into seven."""
 
-    from_0: tl.tensor
     from_1: tl.tensor
     from_2: tl.tensor
     from_3: tl.tensor
     from_4: tl.tensor
     from_5: tl.tensor
     from_6: tl.tensor
-    from_7: tl.tensor
 
 
 class _Interval(NamedTuple):
@@ -77,22 +76,26 @@ def _add_from(mass, key, weight, pivot):
 
 
 @triton.jit
+def _weight_of(logit, row_max):
+    """Compute exp(l - max) in units of 2^-31, to the nearest."""
+    return tl.fma(exp_nonpositive(logit - row_max), _TWO_POW_31, 0.5).to(tl.uint32).to(tl.int64)
+
+
+@triton.jit
 def _weigh(logit, row_max, masses, interval, WEIGHTED: tl.constexpr):
     """Add a token to the masses, and take its key into the interval."""
     key = ordered_key(logit)
     low, high, step = interval.low, interval.high, interval.step
     weight = tl.full([], 1, tl.int32)
     if WEIGHTED:
-        weight = tl.fma(exp_nonpositive(logit - row_max), _TWO_POW_31, 0.5).to(tl.uint32).to(tl.int64)
+        weight = _weight_of(logit, row_max)
     masses = _Masses(
-        _add_from(masses.from_0, key, weight, low),
         _add_from(masses.from_1, key, weight, low + step),
         _add_from(masses.from_2, key, weight, low + 2 * step),
         _add_from(masses.from_3, key, weight, low + 3 * step),
         _add_from(masses.from_4, key, weight, low + 4 * step),
         _add_from(masses.from_5, key, weight, low + 5 * step),
         _add_from(masses.from_6, key, weight, low + 6 * step),
-        _add_from(masses.from_7, key, weight, low + 7 * step),
     )
     least = tl.minimum(interval.least, tl.where(key >= low, key, 0xFFFFFFFF))
     largest = tl.maximum(interval.largest, tl.where(key <= high, key, 0))
@@ -110,31 +113,39 @@ def _shrink(interval, mass, pivot, target):
 
 
 @triton.jit
-def _target_of(total, wanted, WEIGHTED: tl.constexpr):
-    """Compute what is to be kept of the sum of all weights, a share of it rounded up or a number of tokens."""
-    if WEIGHTED:
-        share = wanted.to(tl.float64) * total.to(tl.float64)
-        target = share.to(tl.int64)
-        target += (target.to(tl.float64) < share).to(tl.int64)
-    else:
-        target = tl.zeros_like(total) + wanted
-    return tl.maximum(tl.minimum(target, total), 1)
+def _share_of(
+    rows, counter, end, row_max, low, share,
+    HAS_NOISE: tl.constexpr, BLOCK_POSITIONS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Compute a share, rounded up, of the weights of the keys from low on."""
+    total = tl.zeros([BLOCK_POSITIONS, BLOCK_COLUMNS], tl.int64)
+    for first_column in range(0, end, TILE_WIDTH):
+        for first_lane in range(0, WORD_WIDTH, BLOCK_COLUMNS):
+            logit_0, logit_1, logit_2, logit_3 = load_columns(
+                rows, counter, first_column + first_lane, HAS_NOISE, True, BLOCK_COLUMNS
+            )
+            total = _add_from(total, ordered_key(logit_0), _weight_of(logit_0, row_max), low)
+            total = _add_from(total, ordered_key(logit_1), _weight_of(logit_1, row_max), low)
+            total = _add_from(total, ordered_key(logit_2), _weight_of(logit_2, row_max), low)
+            total = _add_from(total, ordered_key(logit_3), _weight_of(logit_3, row_max), low)
+    wanted = share.to(tl.float64) * tl.sum(total, axis=1, keep_dims=True).to(tl.float64)
+    rounded = wanted.to(tl.int64)
+    return tl.maximum(rounded + (rounded.to(tl.float64) < wanted).to(tl.int64), 1)
 
 
 @triton.jit
 def _border(
-    rows, counter, end, row_max, low, high, wanted, searching,
+    rows, counter, end, row_max, low, high, target, searching,
     WEIGHTED: tl.constexpr, HAS_NOISE: tl.constexpr, BLOCK_POSITIONS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Find the largest key such that the weights of the keys from it on, of those from low on, are what is wanted."""
+    """Find the largest key such that the weights of the keys from it on reach the target, or the least if none does."""
     kind: tl.constexpr = tl.int64 if WEIGHTED else tl.int32
-    target = tl.zeros([BLOCK_POSITIONS, 1], kind)
     searching &= low < high
     while tl.max(searching.to(tl.int32)) > 0:
-        # the last pivot lies less than eight past the interval, where there is nothing, and no key overflows there
-        step = (high - low) // 8 + 1
+        # the last pivot lies less than seven past the interval, where there is nothing, and no key overflows there
+        step = (high - low) // 7 + 1
         none = tl.zeros([BLOCK_POSITIONS, BLOCK_COLUMNS], kind)
-        masses = _Masses(none, none, none, none, none, none, none, none)
+        masses = _Masses(none, none, none, none, none, none)
         no_key = tl.zeros([BLOCK_POSITIONS, BLOCK_COLUMNS], tl.uint32)
         interval = _Interval(low, high, step, no_key + 0xFFFFFFFF, no_key)
         for first_column in range(0, end, TILE_WIDTH):
@@ -146,16 +157,12 @@ def _border(
                 masses, interval = _weigh(logit_1, row_max, masses, interval, WEIGHTED)
                 masses, interval = _weigh(logit_2, row_max, masses, interval, WEIGHTED)
                 masses, interval = _weigh(logit_3, row_max, masses, interval, WEIGHTED)
-        total = tl.sum(masses.from_0, axis=1, keep_dims=True)
-        # the first pass knows it
-        target = tl.where(target == 0, _target_of(total, wanted, WEIGHTED), target)
         interval = _shrink(interval, masses.from_1, low + step, target)
         interval = _shrink(interval, masses.from_2, low + 2 * step, target)
         interval = _shrink(interval, masses.from_3, low + 3 * step, target)
         interval = _shrink(interval, masses.from_4, low + 4 * step, target)
         interval = _shrink(interval, masses.from_5, low + 5 * step, target)
         interval = _shrink(interval, masses.from_6, low + 6 * step, target)
-        interval = _shrink(interval, masses.from_7, low + 7 * step, target)
         least = tl.min(interval.least, axis=1, keep_dims=True)
         largest = tl.max(interval.largest, axis=1, keep_dims=True)
         low = tl.where(searching, tl.maximum(interval.low, least), low)
@@ -262,8 +269,9 @@ def kept_from_kernel(
         refused |= share != share
         narrows = searching & (share < 1.0)
         first = tl.maximum(low, ordered_key(row_max - _WEIGHTLESS))
+        target = _share_of(rows, counter, end, row_max, first, share, HAS_NOISE, BLOCK_POSITIONS, BLOCK_COLUMNS)
         found = _border(
-            rows, counter, end, row_max, first, high, share, narrows, True, HAS_NOISE, BLOCK_POSITIONS, BLOCK_COLUMNS
+            rows, counter, end, row_max, first, high, target, narrows, True, HAS_NOISE, BLOCK_POSITIONS, BLOCK_COLUMNS
         )
         low = tl.where(narrows, found, low)
     kept_from = value_of_key(low)

@@ -32,6 +32,9 @@ _BYTES_PER_DIFFERENCE = 8 + 8 + 4 + 4 + 4 + 1
 
 _GROUP_SIZE = 128
 
+# of a row of normally distributed logits with guidance, for each of top_k and top_p
+_PASSES = 8
+
 # from a loop's counts, the elements that a warp goes through and the warps of a program: how often the loop runs
 Iterations = Callable[[sass.Counts, float, int], float]
 
@@ -153,10 +156,11 @@ def _sample_tokens(
     guided: bool = True,
     noise_scale: float = 0.0,
     position_major: bool = False,
+    truncated: bool = False,
     combine: Case | None = None,
     reason: str = "",
 ) -> Configuration:
-    """Describe a draw of num_positions tokens, a batch of one."""
+    """Describe a draw of num_positions tokens, a batch of one; truncated by top_k and top_p."""
     num_tokens = 8192
     bytes_per_element = dtype.itemsize * (2 if guided else 1)
 
@@ -166,7 +170,7 @@ def _sample_tokens(
         tokens = torch.full((1, num_positions), num_tokens)
         uncond_logits = halves[1] if guided else None
         draw = draw_of(halves[0], tokens, seed, step, num_tokens, uncond_logits, 3.0, noise_scale)
-        kernels.sample_tokens(draw, "masked", "", 0, 1.0, 0.0, "kept")
+        kernels.sample_tokens(draw, "masked", "", *((50, 0.9) if truncated else (0, 1.0)), 0.0, "kept")
 
     def dram_bytes(launches: list[driver.Launch]) -> int:
         per_position = _BYTES_PER_SPLIT * launches[0].grid[1] if combine else _BYTES_PER_POSITION
@@ -179,6 +183,12 @@ def _sample_tokens(
         loops = (never, loads(bytes_per_element), never, never, never)
     case = Case("sample_tokens_kernel", loops, dram_bytes, reason)
     cases = (case, combine) if combine else (case,)
+    if truncated:
+        # the largest logit, the passes for top_k, the sum of all weights and the passes for top_p; these, but for the
+        # first, find a row in the caches
+        once, of_passes = loads(bytes_per_element), (times(_PASSES), loads(bytes_per_element * _PASSES))
+        passes = (once, *of_passes, once, *of_passes)
+        cases = (Case("kept_from_kernel", passes, dram_bytes, _SEARCH), *cases)
     return Configuration("sample_tokens", name, launch, num_positions * num_tokens, bytes_per_element, cases)
 
 
@@ -355,6 +365,7 @@ _FEW_ROWS = "a few kilobytes: the launch itself takes longer"
 _GROUPS = (
     "issue: each group of 128 inputs ends in three instructions for each output, to add it in float32 and in order"
 )
+_SEARCH = "issue: each token is weighed, and compared with six keys, in each of sixteen passes"
 _ONE_NUMBER = "three numbers: the launch itself takes longer"
 _UNSHARED = "issue: four instructions make a weight a bfloat16, which only 16 rows share"
 
@@ -364,6 +375,7 @@ CONFIGURATIONS = (
     _sample_tokens("bf16", guided=False, reason=_UNGUIDED),
     _sample_tokens("fp32 guided", dtype=torch.float32),
     _sample_tokens("bf16 guided, position-major", position_major=True),
+    _sample_tokens("bf16 guided, top_k and top_p", truncated=True),
     _sample_tokens(
         "bf16 guided, 256 positions", num_positions=256, combine=_combine_splits(256), reason=_SHORT_PROGRAMS
     ),
