@@ -80,6 +80,7 @@ bench: $(VENV)/installed
 # The tables of samplers in docs/benchmarks.md and docs/frameworks.md. A case that misses its target is shown as one.
 SAMPLERS := DiffusionGemma|LLaDA2|Dream|SDAR|OmniVoice
 tables: $(VENV)/installed
+	$(BIN)/python -m mgt_benchmarks.peers vllm
 	-$(BIN)/mgt bench --full --only '$(SAMPLERS)' --threads 2 --out build/tables
 	$(BIN)/python tests/consumers/llada2/before_and_after.py > build/tables/llada2.md
 	$(BIN)/python -m mgt_benchmarks.tables build/tables

@@ -179,7 +179,7 @@ def sampler_cases(threads: int, *, backend: str = "auto", small: bool = False) -
         (DREAM, (Truncation(1.0, 50), Truncation(1.0, None, 0.95))),
     ):  # fmt: skip
         for truncation in truncations:
-            yield truncated_case(of(model), truncation, **held_to(near, chain))
+            yield truncated_case(of(model), truncation, others=not small, **held_to(near, chain))
     for softcap in (30.0, None):
         yield entropy_bound_case(of(DIFFUSION_GEMMA), softcap=softcap, **held_to(Target(50, "diffusers")))
     for truncation in (Truncation(0.7), Truncation(0.7, 50, 0.95)):

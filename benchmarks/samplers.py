@@ -13,6 +13,7 @@ from mgt_kernels import reference
 
 from .case import AbsentError, Call, Case, Contestant, Job, Setting, Target, Work
 from .models import DIFFUSION_GEMMA, OMNIVOICE, Model
+from .peers import FOLDER, Worker
 from .steps import CHECKED, device_of, gather_peers, random_logits
 
 # logits whose log-sum-exp is nearer than this kept the same tokens: the last of 50 that are kept weighs more
@@ -123,8 +124,11 @@ def require(name: str) -> Any:
         raise AbsentError(f"{error} (pip install -U mgt-kernels[diffusers])") from error
 
 
-def check_draw(logits: Tensor, truncation: Truncation, draw: dict[str, Any], backend: str) -> None:
-    """Compare some positions with the oracle, and the tokens that are left with those that the peers leave."""
+def check_draw(logits: Tensor, truncation: Truncation, draw: dict[str, Any], backend: str) -> Tensor:
+    """Compare some positions with the oracle, and the tokens that are left with those that the peers leave.
+
+    Return the log-sum-exp of those that are left.
+    """
     some = logits[:, CHECKED]
     tokens = torch.full(some.shape[:2], draw["mask_token_id"], device=some.device)
     settings = truncation._asdict()
@@ -137,20 +141,30 @@ def check_draw(logits: Tensor, truncation: Truncation, draw: dict[str, Any], bac
         raise AssertionError("token ids differ from the oracle's")
     if not torch.allclose(ours.logprob.cpu().double(), expected["logprob"], atol=1e-4, rtol=0):
         raise AssertionError("logprob differs from the oracle's")
+    assert ours.logsumexp is not None
     for name, kept in FILTERS.items():
         try:
             theirs = kept(some, truncation).double().logsumexp(-1)
         except AbsentError:
             continue
-        assert ours.logsumexp is not None
         if not torch.allclose(ours.logsumexp.double(), theirs, atol=SAME_KEPT, rtol=0):
             raise AssertionError(f"other tokens are left than by {name}")
+    return ours.logsumexp
 
 
 def truncated_case(
-    model: Model, truncation: Truncation, *, backend: str = "auto", threads: int = 2, targets: tuple[Target, ...] = ()
+    model: Model,
+    truncation: Truncation,
+    *,
+    others: bool = False,
+    backend: str = "auto",
+    threads: int = 2,
+    targets: tuple[Target, ...] = (),
 ) -> Case:
-    """A draw at B=1 of what top_k, top_p or min_p leave, every position masked, beside the one of all tokens."""
+    """A draw at B=1 of what top_k, top_p or min_p leave, every position masked, beside the one of all tokens.
+
+    And, where `others`, beside vLLM's, in a process of its own.
+    """
     setting = Setting(
         "sample_tokens", truncation.name, model.name, f"B=1 N={model.num_positions} V={model.codebook_size}",
         backend=backend, threads=threads,
@@ -167,9 +181,26 @@ def truncated_case(
         def theirs(kept: Filter) -> Callable[[], object]:
             return lambda: draw_of(kept(logits, truncation))[:2]
 
-        peers, skipped = gather_peers(by_filter(theirs, logits))
+        def vllm() -> Contestant:
+            if truncation.min_p:
+                raise AbsentError("has min_p in another place")
+            sizes = (model.num_positions, model.codebook_size, *truncation[:3])
+            return Worker.start_draw("vllm", FOLDER, sizes, threads)
+
+        wanted = by_filter(theirs, logits)
+        if others and backend != "triton":
+            wanted["vllm"] = vllm
+        peers, skipped = gather_peers(wanted)
         peers["plain draw"] = Call(partial(ours, Truncation(truncation.temperature)))
-        check = partial(check_draw, logits, truncation, draw, backend)
+
+        def check() -> None:
+            left = check_draw(logits, truncation, draw, backend)[0]
+            worker = peers.get("vllm")
+            if isinstance(worker, Worker):
+                theirs = torch.tensor(worker.ask("logsumexp"), dtype=torch.float64)
+                if not torch.allclose(left.double(), theirs, atol=SAME_KEPT, rtol=0):
+                    raise AssertionError("other tokens are left than by vllm")
+
         work = Work(logits.nbytes + 20 * tokens.numel(), tokens.numel())
         return Job(work, Call(partial(ours, truncation)), peers, check, skipped)
 
