@@ -373,6 +373,12 @@ def test_a_border_is_not_passed_by_half_a_unit(backend):
     row = torch.zeros(64)
     row[32:] = -20.0
     assert kept_of(row, backend, top_p=0.9999) == list(range(32))
+    # four logits with one weight
+    for top_p, count in ((0.25, 1), (0.250001, 2), (0.5, 2), (0.500001, 3), (0.75, 3), (0.750001, 4)):
+        assert (
+            kept_of([-1e-10, 0.0, -3e-10, -2e-10], backend, top_p=top_p)
+            == [[1], [0, 1], [0, 1, 3], [0, 1, 2, 3]][count - 1]
+        )
     for count in (1, 3, 8):
         row = torch.full((64,), -torch.inf)
         row[:count] = 0.0
@@ -390,6 +396,18 @@ def test_top_k_comes_before_top_p_and_both_before_min_p(backend):
     assert kept_of(row, backend, top_k=2, top_p=0.58) == [0, 1]
     assert kept_of(row, backend, top_k=3, top_p=0.8, min_p=0.7) == [0, 1]
     assert kept_of(row, backend, top_k=3, top_p=0.8, min_p=0.8) == [0]
+
+
+@pytest.mark.parametrize("num_tokens", [600, 2500, 5000])
+def test_as_many_tokens_as_groups(num_tokens, isa):
+    # where groups of columns are looked at before tokens: their largest, the rest of a group far below or close
+    generator = torch.Generator().manual_seed(0)
+    for spread in (0.1, 30.0):
+        row = torch.randn(num_tokens, generator=generator) * spread
+        row[: num_tokens // 7] -= 3 * spread
+        for top_k in (*range(58, 72), 127, 128, 129, 191, 192, 193, num_tokens - 1):
+            if top_k < num_tokens:
+                assert kept_of(row, isa, top_k=top_k) == row.topk(top_k).indices.sort().values.tolist(), top_k
 
 
 def test_masses_are_whole_units(isa):
