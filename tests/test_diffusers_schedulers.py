@@ -5,6 +5,8 @@ What is deterministic is equal, token for token; what is drawn has the same dist
 
 import itertools
 import math
+import re
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -325,3 +327,23 @@ def test_entropy_bound_draws_from_the_same_distribution():
     assert pvalue(before.prev_sample.where(before.accepted_index, -1), expected) > 1e-3
     colder, _ = our_entropy_step(many, 0.85 * temperature, bound, seed=torch.arange(num_samples))
     assert pvalue(colder, expected) < 1e-3
+
+
+def test_the_pages_lines_are_these_steps():
+    page = (Path(__file__).parent.parent / "docs" / "frameworks.md").read_text(encoding="utf-8").split("## ")[3]
+    first, second = re.findall(r"```python\n(.*?)```", page, flags=re.S)
+    generator = torch.Generator().manual_seed(4)
+    logits, block = random_step(generator)
+    capped = torch.randn(3, 64, V, generator=generator) * 15
+    names = {"logits": capped, "seed": 7, "step": 0, "temperature": 0.6}
+    exec(first, names)
+    after, drawn = our_entropy_step(capped, 0.6, 0.1, seed=7, softcap=30.0)
+    accepted = after != -1
+    assert torch.equal(names["canvas"][accepted], after[accepted]) and 0 < int(accepted.sum()) < accepted.numel()
+    assert int((names["canvas"] == drawn.token_ids).sum()) < accepted.numel()
+    assert torch.equal(names["drawn"].entropy, drawn.entropy)
+    names |= {"logits": logits, "block": block, "mask_token_id": MASK, "count": 3}
+    exec(second, names)
+    expected, _, _ = ours(logits, block, 3, Step(0.95, 0.9, 0.6, 50, 0.95), seed=7)
+    assert torch.equal(names["block"], expected) and not torch.equal(expected, block)
+    assert torch.equal(names["done"], (expected != MASK).all(-1))
