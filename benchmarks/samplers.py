@@ -331,7 +331,7 @@ def entropy_bound_case(
             return Call(make())
 
         peers, skipped = gather_peers({name: partial(contestant, make) for name, make in runs.items()})
-        peers["plain draw"] = Call(draw)
+        peers["draw alone"] = Call(draw)
         work = Work(logits.nbytes + 72 * masks.numel(), masks.numel())
         return Job(work, Call(ours), peers, check, skipped)
 
