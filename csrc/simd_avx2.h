@@ -159,6 +159,21 @@ struct Avx2 {
     four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4E));
     return _mm_cvtsi128_si32(_mm_max_epi32(four, _mm_shuffle_epi32(four, 0xB1)));
   }
+  // sums of unsigned integers that do not overflow: those of the even and of the odd lanes
+  struct Sum {
+    __m256i even, odd;
+  };
+  static MGT_INLINE Sum no_sum() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+  static MGT_INLINE void add_to(Sum& sum, U a) {
+    const __m256i low = _mm256_set1_epi64x(0xffffffff);
+    sum.even = _mm256_add_epi64(sum.even, _mm256_add_epi64(_mm256_and_si256(a.lo, low), _mm256_and_si256(a.hi, low)));
+    sum.odd = _mm256_add_epi64(sum.odd, _mm256_add_epi64(_mm256_srli_epi64(a.lo, 32), _mm256_srli_epi64(a.hi, 32)));
+  }
+  static MGT_INLINE uint64_t total(const Sum& sum) {
+    uint64_t lane[4];
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(lane), _mm256_add_epi64(sum.even, sum.odd));
+    return lane[0] + lane[1] + lane[2] + lane[3];
+  }
   static MGT_INLINE int32_t reduce_add(U a) {
     const __m256i eight = _mm256_add_epi32(a.lo, a.hi);
     __m128i four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));

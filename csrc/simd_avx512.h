@@ -84,6 +84,18 @@ struct Avx512 {
   // as signed integers
   static MGT_INLINE U max_u(U a, U b) { return _mm512_max_epi32(a, b); }
   static MGT_INLINE int32_t reduce_max(U a) { return _mm512_reduce_max_epi32(a); }
+  // sums of unsigned integers that do not overflow: those of the even and of the odd lanes
+  struct Sum {
+    __m512i even, odd;
+  };
+  static MGT_INLINE Sum no_sum() { return {_mm512_setzero_si512(), _mm512_setzero_si512()}; }
+  static MGT_INLINE void add_to(Sum& sum, U a) {
+    sum.even = _mm512_add_epi64(sum.even, _mm512_and_si512(a, _mm512_set1_epi64(0xffffffff)));
+    sum.odd = _mm512_add_epi64(sum.odd, _mm512_srli_epi64(a, 32));
+  }
+  static MGT_INLINE uint64_t total(const Sum& sum) {
+    return static_cast<uint64_t>(_mm512_reduce_add_epi64(_mm512_add_epi64(sum.even, sum.odd)));
+  }
   static MGT_INLINE int32_t reduce_add(U a) { return _mm512_reduce_add_epi32(a); }
   static MGT_INLINE U bit_and(U a, U b) { return _mm512_and_si512(a, b); }
   static MGT_INLINE U bit_or(U a, U b) { return _mm512_or_si512(a, b); }

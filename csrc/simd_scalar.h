@@ -243,6 +243,13 @@ struct Scalar16 {
     for (int i = 0; i < 16; ++i) sum += static_cast<int32_t>(a.lane[i]);
     return sum;
   }
+  // sums of unsigned integers that do not overflow
+  using Sum = uint64_t;
+  static MGT_INLINE Sum no_sum() { return 0; }
+  static MGT_INLINE void add_to(Sum& sum, U a) {
+    for (const uint32_t lane : a.lane) sum += lane;
+  }
+  static MGT_INLINE uint64_t total(Sum sum) { return sum; }
   static MGT_INLINE U bit_and(U a, U b) {
     return each<U>([&](int i) { return a.lane[i] & b.lane[i]; });
   }

@@ -79,13 +79,20 @@ inline uint32_t border(uint32_t* keys, uint32_t* weights, int64_t count, uint64_
     if (low == high) return low;
     // 256 bins at most, falling keys in rising bins
     const int num_bits = 32 - __builtin_clz(high - low), shift = num_bits > 8 ? num_bits - 8 : 0;
-    uint64_t mass[256] = {}, above = 0;
-    for (int64_t i = 0; i < count; ++i) mass[(high - keys[i]) >> shift] += weights[i];
+    uint64_t mass[256] = {}, others[256] = {}, above = 0;
+    int64_t i = 0;
+    // neighbours of one bin do not wait for each other
+    for (; i + 2 <= count; i += 2) {
+      mass[(high - keys[i]) >> shift] += weights[i];
+      others[(high - keys[i + 1]) >> shift] += weights[i + 1];
+    }
+    for (; i < count; ++i) mass[(high - keys[i]) >> shift] += weights[i];
+    for (int bin = 0; bin < 256; ++bin) mass[bin] += others[bin];
     const uint32_t last = (high - low) >> shift;
     uint32_t bin = 0;
     for (; bin < last && above + mass[bin] < target; ++bin) above += mass[bin];
     int64_t num_left = 0;
-    for (int64_t i = 0; i < count; ++i) {
+    for (i = 0; i < count; ++i) {
       const uint32_t key = keys[i];
       keys[num_left] = key, weights[num_left] = weights[i];
       num_left += (high - key) >> shift == bin;
@@ -162,45 +169,20 @@ MGT_INLINE typename S::U weigh(typename S::F logits, typename S::F max) {
   return S::to_uint(S::fma(exp_nonpositive<S>(S::sub(logits, max)), S::set(kTwoPow31), S::set(0.5f)));
 }
 
-// sums of weights, of vectors in two halves of 16 bits
-template <class S>
-struct WeightSum {
-  typename S::U upper, lower;
-  int64_t num_added = 0;
-  uint64_t total = 0;
-
-  // not a default of the members, whose code would be compiled outside the target region
-  MGT_INLINE WeightSum() : upper(S::set_u(0u)), lower(S::set_u(0u)) {}
-  MGT_INLINE void add(typename S::U weights) {
-    upper = S::add_u(upper, S::template shift_right<16>(weights));
-    lower = S::add_u(lower, S::bit_and(weights, S::set_u(0xffffu)));
-    // 2^16 of them fit
-    if (++num_added == 1 << 15) flush();
-  }
-  void flush() {
-    uint32_t sums[2][16];
-    S::store_u(sums[0], upper), S::store_u(sums[1], lower);
-    for (int lane = 0; lane < 16; ++lane) total += (uint64_t{sums[0][lane]} << 16) + sums[1][lane];
-    upper = lower = S::set_u(0u);
-    num_added = 0;
-  }
-};
-
 // Makes keys of the logits that are listed, with their weights; returns the sum of those.
 template <class S>
 uint64_t weigh_listed(const StagedRow& row, int64_t count, float max) {
   auto* listed = reinterpret_cast<float*>(row.weights);
   std::fill(listed + count, listed + (count + 15) / 16 * 16, -kInfinity);
-  WeightSum<S> sum;
+  typename S::Sum sum = S::no_sum();
   for (int64_t i = 0; i < count; i += 16) {
     const auto logits = S::load(listed + i);
     const auto weights = weigh<S>(logits, S::set(max));
-    sum.add(weights);
+    S::add_to(sum, weights);
     S::store_u(row.keys + i, ordered_keys<S>(logits));
     S::store_u(row.weights + i, weights);
   }
-  sum.flush();
-  return sum.total;
+  return S::total(sum);
 }
 
 inline uint64_t share_of(uint64_t total, float top_p) {
@@ -217,21 +199,20 @@ template <class S, bool kHasAbove>
 int64_t list_bracket(const StagedRow& row, Bracket bracket, float max, uint64_t& total, uint64_t& above) {
   auto* listed = reinterpret_cast<float*>(row.weights);
   int64_t count = 0;
-  WeightSum<S> all, upper;
+  typename S::Sum all = S::no_sum(), upper = S::no_sum();
   const auto lows = S::set(bracket.low), highs = S::set(bracket.high);
   for_each_vector<S>(row, max - kWeightless, [&](typename S::F logits) {
     const auto weights = weigh<S>(logits, S::set(max));
-    all.add(weights);
+    S::add_to(all, weights);
     auto wanted = S::not_below(logits, lows);
     if constexpr (kHasAbove) {
       const auto below = S::less(logits, highs);
-      upper.add(S::bits(S::select(below, S::set(0.0f), S::from_bits(weights))));
+      S::add_to(upper, S::bits(S::select(below, S::set(0.0f), S::from_bits(weights))));
       wanted = S::mask_and(wanted, below);
     }
     if (S::to_bits(wanted)) count += S::compress(listed + count, logits, wanted);
   });
-  all.flush(), upper.flush();
-  total = all.total, above = upper.total;
+  total = S::total(all), above = S::total(upper);
   return count;
 }
 
