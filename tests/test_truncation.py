@@ -594,9 +594,10 @@ def test_softcap_and_two_scales_equal_the_oracle(layout, guidance, softcap):
         tempered, scores = reference.perturbed_logits(logits, **args)
         assert_ids_by_margin(first.token_ids, scores, tokens == num_tokens)
         chain = float32_chain(logits, uncond, second, scale, second_scale, kind, softcap)
-        # some units in the last place of tanh may be lost: twice the chain's error is allowed
-        chain = chain if softcap is None else 2 * chain.double() - tempered
-        assert_statistics(first._asdict(), chain, logits, tokens, "all", **args)
+        # each cap may be off by a unit in the last place of the logits, as the chain's may, whose luck differs
+        largest = float(tempered[tempered.isfinite()].abs().amax())
+        slack = 0.0 if softcap is None else 2 * torch.finfo(torch.float32).eps * largest
+        assert_statistics(first._asdict(), chain, logits, tokens, "all", slack=slack, **args)
 
 
 def test_scales_of_1_change_nothing(isa):
