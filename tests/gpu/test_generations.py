@@ -6,12 +6,12 @@ import driver
 import pytest
 import recorder
 import torch
+from cases import launcher_of
 from driver import standin_gpu
 from triton.runtime import JITFunction
 
 import mgt_kernels
 from mgt_kernels import ops
-from mgt_kernels import triton as kernels
 from mgt_kernels.triton import launch as launching
 from mgt_sampler import Differential, generate, graphs, sampling
 
@@ -44,9 +44,9 @@ def on_triton(monkeypatch):
     def run(name, position_of_step, *arguments):
         *read, _backend = arguments
         read[position_of_step] = torch.as_tensor(read[position_of_step])
-        return getattr(kernels, name)(*read)
+        return launcher_of(name)(*read)
 
-    for name, position_of_step in (("sample_tokens", 3), ("differential_sample", 8), ("mask_by_confidence", 4)):
+    for name, position_of_step in (("sample_tokens", 3), ("differential_sample", 3), ("mask_by_confidence", 4)):
         monkeypatch.setattr(ops, f"_call_{name}", partial(run, name, position_of_step))
 
 
@@ -129,6 +129,25 @@ def test_a_warm_up_for_less_leaves_the_rest(on_triton, compiled):
             compiled.clear()
             *_, state = mgt_kernels.differential_sample(logits, tokens, state, step=step, **options)
             assert "compare_kernel" in compiled
+
+
+def test_a_warm_up_of_truncated_draws_with_two_scales(on_triton, compiled):
+    logits, tokens = torch.zeros(1, NUM_TOKENS, CODEBOOK_SIZE), torch.full((1, NUM_TOKENS), CODEBOOK_SIZE)
+    options = dict(
+        mask_token_id=CODEBOOK_SIZE, uncond_logits=logits, second_uncond_logits=logits, guidance="dual", softcap=30.0,
+        top_k=5, logprob_of="full",
+    )  # fmt: skip
+    with standin_gpu(80, execute=False):
+        mgt_kernels.warm_up(
+            logits, tokens, guidance_scale=3.0, second_guidance_scale=2.0, top_p=(0.9, 1.0), min_p=0.1, **options
+        )
+        compiled.clear()
+        options |= dict(seed=tokens[:, 0], step=0, guidance_scale=2.0, second_guidance_scale=-1.0, min_p=0.02)
+        for top_p in (0.5, 1.0):
+            mgt_kernels.sample_tokens(logits, tokens, top_p=top_p, **options)
+        assert not compiled
+        mgt_kernels.sample_tokens(logits, tokens, **options | dict(top_k=None))
+        assert compiled == ["kept_from_kernel"]
 
 
 def test_replayed_steps_draw_what_the_loop_draws(on_triton, monkeypatch):

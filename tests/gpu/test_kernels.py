@@ -287,10 +287,11 @@ MUTATIONS = {
     "draws.py: Box-Muller's first coefficient": (
         "fp16 position-major, odd, noise", "0f37CCF5CE", "0f47CCF5CE",
     ),
+    "rows.py: twice the inverse of a softcap": ("softcap", "0f40000000", "0f40100000"),
     "sample_tokens.py: the scale of the bounds": ("many flat rows", "0fBF317218", "0fBEB17218"),
     "sample_tokens.py: how near a rival may come": ("many peaked rows", "0f38D1B717", "0fCE6E6B28"),
     "sample_tokens.py: the base of exp": ("bf16 aligned", "0f3FB8AA3B", "0f3FB8AA5B"),
-    "mask_by_confidence.py: the key of known positions": ("N=256 temperature=0.0 digits=0", "-8388608", "-1073741824"),
+    "select.py: the key of known positions": ("N=256 temperature=0.0 digits=0", "-8388608", "-1073741824"),
     "commit_tokens.py: the largest entropy": ("entropy_bound N=300 temperature=0.0", "0f42800000", "0f3C000000"),
     "draws.py: a coefficient of the exponential": ("paper bf16", "0f3E75FCDE", "0f3E75FEDE"),
     "differential_sample.py: the codes of a nat": ("first step", "0f45000000", "0f45000100"),

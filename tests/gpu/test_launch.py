@@ -25,8 +25,10 @@ from mgt_kernels.triton import (
     w4a16_linear,
 )
 from mgt_kernels.triton import launch as launching
+from mgt_kernels.triton.truncate import kept_from
 
 SPLIT = next(case for case in CASES if case.name == "bf16 split over four programs")
+TRUNCATED = next(case for case in CASES if case.name == "top_k, top_p and min_p, position-major")
 MASK = next(case for case in CASES if case.name == "N=256 temperature=1.3 digits=3")
 COMMIT = next(case for case in CASES if case.name == "factor N=256 temperature=0.05")
 DIFFERENCE = next(case for case in CASES if case.name == "official, aliased, bf16, noise")
@@ -35,10 +37,12 @@ LINEAR_16 = next(case for case in CASES if case.name == "w4a16 fp32, groups of 3
 SPLIT_LINEAR = next(case for case in CASES if case.name == "w4a8 bf16, split")
 SPLIT_LINEAR_16 = next(case for case in CASES if case.name == "w4a16 bf16, split")
 DEQUANTIZED = next(case for case in CASES if case.name == "w4a16 bf16, dequantized")
-ONE_OF_EACH = [SPLIT, MASK, COMMIT, DIFFERENCE, LINEAR, LINEAR_16, SPLIT_LINEAR, SPLIT_LINEAR_16, DEQUANTIZED]
+ONE_OF_EACH = [
+    SPLIT, TRUNCATED, MASK, COMMIT, DIFFERENCE, LINEAR, LINEAR_16, SPLIT_LINEAR, SPLIT_LINEAR_16, DEQUANTIZED,
+]  # fmt: skip
 
 
-MODULES = (sample_tokens, mask_by_confidence, commit_tokens, differential_sample, w4a8_linear, w4a16_linear)
+MODULES = (sample_tokens, kept_from, mask_by_confidence, commit_tokens, differential_sample, w4a8_linear, w4a16_linear)
 
 
 def launches_of(*arguments, op="sample_tokens"):
@@ -192,7 +196,7 @@ def test_nothing_is_tuned_at_run_time():
         if name.endswith("_kernel")
     ]
     # a tuner would wrap it; what is launched is a function of dtype, layout and shape
-    assert len(found) == 14 and all(type(kernel) is JITFunction for kernel in found)
+    assert len(found) == 15 and all(type(kernel) is JITFunction for kernel in found)
 
 
 def assert_exact_arithmetic(ptx: str) -> None:
