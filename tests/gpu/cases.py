@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from compare import assert_no_worse_than_naive, assert_statistics
+from driver import draw_of
 from ptx_emulator.floating import fma_float32
 from torch import Tensor
 
@@ -46,11 +47,6 @@ NUM_DRAW = len(Draw._fields)
 READ_LOGITS = ("sample_tokens", "differential_sample")
 # the arguments that an op updates in place
 UPDATED = {"differential_sample": (NUM_DRAW, NUM_DRAW + 1, NUM_DRAW + 2)}
-
-
-def draw_of(*fields: Any, **named: Any) -> Draw:
-    """Return a draw on CUDA, whose step and, if they are given so, scalars are tensors."""
-    return Draw(*fields, **named)
 
 
 def launcher_of(op: str) -> Callable[..., Any]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import driver
 import sass
 import torch
-from cases import draw_of
+from driver import draw_of
 from sass import Pipe
 from torch import Tensor
 

@@ -18,6 +18,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.compiler.compiler import CompiledKernel, make_backend
 
+from mgt_kernels.draw import Draw
+
 # bytes of shared memory that a block may have
 SHARED_BYTES = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448}
 _NUM_MULTIPROCESSORS = 108
@@ -243,6 +245,11 @@ def ptxas_warnings(launch: Launch) -> list[str]:
         triton.knobs.nvidia.dump_ptxas_log = True
         backend.make_cubin(launch.ptx, {}, options, launch.metadata.target.arch)
     return re.findall(r"\(C\d+\)[^\n]*", log.getvalue())
+
+
+def draw_of(*fields: Any, **named: Any) -> Draw:
+    """Return a draw on CUDA, whose step and, if they are given so, scalars are tensors."""
+    return Draw(*fields, **named)
 
 
 @contextmanager

@@ -12,8 +12,7 @@ pytest.importorskip("triton")
 import driver
 import triton
 import triton.language as tl
-from cases import draw_of
-from driver import standin_gpu
+from driver import draw_of, standin_gpu
 from ptx_emulator import PtxError
 
 import mgt_kernels

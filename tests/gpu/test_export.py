@@ -24,8 +24,7 @@ import torch
 pytest.importorskip("triton")
 
 import triton
-from cases import draw_of
-from driver import standin_gpu, storage_of
+from driver import draw_of, standin_gpu, storage_of
 from ptx_emulator import Emulator, Program
 from triton.runtime import JITFunction
 from typer.testing import CliRunner

@@ -4,8 +4,8 @@ import re
 
 import pytest
 import torch
-from cases import CASES, NUM_DRAW, PLAIN, Case, Linear, draw_of
-from driver import standin_gpu
+from cases import CASES, NUM_DRAW, PLAIN, Case, Linear
+from driver import draw_of, standin_gpu
 from ptx_emulator import PtxError
 
 from mgt_kernels import ops

@@ -9,8 +9,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from cases import CASES, PLAIN, draw_of, launcher_of
-from driver import standin_gpu
+from cases import CASES, PLAIN, launcher_of
+from driver import draw_of, standin_gpu
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.runtime import JITFunction
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import NUM_DRAW, PLAIN, Case, draw_of, launcher_of, sample_tokens_case
-from driver import standin_gpu
+from cases import NUM_DRAW, PLAIN, Case, launcher_of, sample_tokens_case
+from driver import draw_of, standin_gpu
 from torch import Tensor
 
 import mgt_kernels
