@@ -66,7 +66,7 @@ def graph_replays_along_a_schedule() -> None:
         torch.cuda.synchronize()
         token_ids, logprob, masked = _on("cpu", outputs)
         numbers = [float(scalar) for scalar in scalars]
-        assert torch.equal(token_ids, case.expected(*arguments[:6], *numbers)[0])
+        assert torch.equal(token_ids, case.expected(*arguments[:6], *numbers, *arguments[9:])[0])
         expected = mgt_kernels.mask_by_confidence(
             token_ids, logprob, 20, temperature=numbers[2], mask_token_id=mask_token_id, seed=arguments[2],
             step=arguments[3],
