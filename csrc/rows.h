@@ -257,21 +257,28 @@ float finish_tile(const mgt_sample_tokens_args& args, const PhiloxKey& noise_key
   return args.token_bias || noisy || tempered || holds_mask || max != max ? tile_max<S>(tile, width) : max;
 }
 
-// the tile that this row, or the next position where that is read too, reads next: fetched while the current one
-// computes
+// a tile of a row, to be fetched while another one computes
 template <mgt_dtype dtype>
-Prefetch next_tile(const mgt_sample_tokens_args& args, const Source& source, const int64_t* tokens, int64_t position,
-                   int64_t column) {
-  if (column >= args.num_tokens) {
-    column = 0;
-    position += 1;
-    if (position >= args.num_positions || !is_read(args, tokens[1])) return {{nullptr, nullptr}, 0};
-  }
+Prefetch tile_at(const mgt_sample_tokens_args& args, const Source& source, int64_t position, int64_t column) {
   const int64_t size = dtype == MGT_FLOAT32 ? 4 : 2;
   const auto start = [&](const Half& half) {
     return static_cast<const char*>(half.data) + (position * half.stride_position + column) * size;
   };
   return {{start(source.cond), start(source.uncond)}, std::min(kTileWidth, args.num_tokens - column) * size};
+}
+
+// whether the row after this position's is read too; tokens: from this position on
+inline bool reads_next(const mgt_sample_tokens_args& args, const int64_t* tokens, int64_t position) {
+  return position + 1 < args.num_positions && is_read(args, tokens[1]);
+}
+
+// the tile that this row, or the next position where that is read too, reads next
+template <mgt_dtype dtype>
+Prefetch next_tile(const mgt_sample_tokens_args& args, const Source& source, const int64_t* tokens, int64_t position,
+                   int64_t column) {
+  if (column < args.num_tokens) return tile_at<dtype>(args, source, position, column);
+  if (!reads_next(args, tokens, position)) return {{nullptr, nullptr}, 0};
+  return tile_at<dtype>(args, source, position + 1, 0);
 }
 
 // Takes one staged tile of a row into the row's state; false where its logits are bad.

@@ -176,9 +176,12 @@ int64_t sample_truncated_groups(const mgt_sample_tokens_args& args, const Output
       for (int64_t t = 0; t < num_tiles; ++t) {
         const int64_t first_column = t * kTileWidth, width = row.width(t);
         float *tile = row.tile(t), tile_max = tile_max_of(t);
+        // staging a row waits for memory, and the race does not
+        const Prefetch prefetch = by_row && reads_next(args, tokens, first)
+                                      ? tile_at<dtype>(args, source, first + 1, first_column)
+                                      : Prefetch{{nullptr, nullptr}, 0};
         const auto take = [&](bool draws, RowState& state, RowStatistics& own) {
-          consume_tile<S, true>(tile, width, tile_max, first_column, token_key, greedy || !draws,
-                                {{nullptr, nullptr}, 0}, state, own);
+          consume_tile<S, true>(tile, width, tile_max, first_column, token_key, greedy || !draws, prefetch, state, own);
           if (tokens[i] >= first_column && tokens[i] < first_column + width)
             own.known_logit = tile[tokens[i] - first_column];
         };

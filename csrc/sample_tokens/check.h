@@ -88,9 +88,10 @@ inline bool valid_inputs(const mgt_sample_tokens_args& a) {
 inline Chunks chunks_of_groups(const mgt_context& context, const mgt_sample_tokens_args& a) {
   const int64_t num_groups = a.num_samples * groups_per_sample(a);
   const int64_t group_logits = a.num_tokens * (token_major(a) ? 1 : kGroupPositions);
-  const int64_t chunk =
-      std::max({int64_t{1}, (int64_t{1} << 15) / group_logits,
-                std::min((int64_t{1} << 18) / group_logits, num_groups / (8 * max_workers(context)))});
+  int64_t chunk = std::max({int64_t{1}, (int64_t{1} << 15) / group_logits,
+                            std::min((int64_t{1} << 18) / group_logits, num_groups / (8 * max_workers(context)))});
+  // a row that is truncated fetches the next one of its chunk
+  if (truncates(a)) chunk = std::max(chunk, std::min(int64_t{8}, num_groups / (4 * max_workers(context))));
   return {context, num_groups, chunk};
 }
 
