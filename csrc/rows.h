@@ -1,4 +1,4 @@
-// Rows of logits on their way from the caller's memory into tiles of floats: guidance, what is allowed, noise,
+// Rows of logits on their way from the caller's memory into tiles of floats: softcap, guidance, what is allowed, noise,
 // temperature.
 #pragma once
 

@@ -44,10 +44,9 @@ def warm_up(
     capture of a CUDA graph forbids. A variant depends on the dtype, shape, strides and alignment of the logits, on
     which unguided halves there are, on whether guidance may be negative, on whether noise and temperatures are 0, on
     which of top_k, top_p and min_p keep less than all, on which scalars are tensors, and on what a draw is asked for
-    and told besides; it does not depend on the number of
-    samples, the seeds, the step and the values themselves. So give logits and tokens as the model and the loop make
-    them, and of each scalar all values that the generation will take, or some that stand for them:
-    `noise_scale=(1.0, 0.0)` for noise that ends early.
+    and told besides; it does not depend on the number of samples, the seeds, the step and the values themselves. So
+    give logits and tokens as the model and the loop make them, and of each scalar all values that the generation will
+    take, or some that stand for them: `noise_scale=(1.0, 0.0)` for noise that ends early.
 
     The results are thrown away, and nothing that is given is written to. Where the guidance scale passes 0 or 1,
     which spare the loop one of the halves, the steps with one half are run too. `remask_tokens` draws

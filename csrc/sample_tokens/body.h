@@ -111,7 +111,7 @@ int64_t sample_groups(const mgt_sample_tokens_args& args, const Outputs& outputs
 }
 
 // As sample_groups, with every row staged whole before it is drawn from, because what is kept is known only then.
-template <class S, mgt_dtype dtype>
+template <class S, mgt_dtype dtype, bool kStatistics>
 int64_t sample_truncated_groups(const mgt_sample_tokens_args& args, const Outputs& outputs, int64_t begin, int64_t end,
                                 float* memory) {
   const bool by_row = token_major(args);
@@ -181,8 +181,9 @@ int64_t sample_truncated_groups(const mgt_sample_tokens_args& args, const Output
                                       ? tile_at<dtype>(args, source, first + 1, first_column)
                                       : Prefetch{{nullptr, nullptr}, 0};
         const auto take = [&](bool draws, RowState& state, RowStatistics& own) {
-          consume_tile<S, true>(tile, width, tile_max, first_column, token_key, greedy || !draws, prefetch, state, own);
-          if (tokens[i] >= first_column && tokens[i] < first_column + width)
+          consume_tile<S, kStatistics>(tile, width, tile_max, first_column, token_key, greedy || !draws, prefetch,
+                                       state, own);
+          if (kStatistics && tokens[i] >= first_column && tokens[i] < first_column + width)
             own.known_logit = tile[tokens[i] - first_column];
         };
         if (full) take(false, all, statistics);
@@ -206,9 +207,11 @@ int64_t sample_tokens(const mgt_sample_tokens_args& args, const mgt_sample_token
   const Outputs outputs{asked};
   const auto sample = [&](auto dtype) {
     constexpr mgt_dtype kDtype = dtype();
-    if (truncates(args)) return sample_truncated_groups<S, kDtype>(args, outputs, begin, end, tiles);
-    if (outputs.needs_statistics()) return sample_groups<S, kDtype, true>(args, outputs, begin, end, tiles);
-    return sample_groups<S, kDtype, false>(args, outputs, begin, end, tiles);
+    const auto sample_rows = [&](auto statistics) {
+      if (truncates(args)) return sample_truncated_groups<S, kDtype, statistics()>(args, outputs, begin, end, tiles);
+      return sample_groups<S, kDtype, statistics()>(args, outputs, begin, end, tiles);
+    };
+    return outputs.needs_statistics() ? sample_rows(std::true_type()) : sample_rows(std::false_type());
   };
   switch (args.dtype) {
     case MGT_BFLOAT16: return sample(std::integral_constant<mgt_dtype, MGT_BFLOAT16>());

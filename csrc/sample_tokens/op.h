@@ -9,6 +9,8 @@ namespace mgt {
 constexpr int64_t kGroupPositions = 32;
 // logits of a row pass through in tiles of this many floats
 constexpr int64_t kRowTileFloats = 2048;
+// groups of columns of a tile whose maxima tell, before a truncated draw, what may be left aside unseen
+constexpr int64_t kTileMaxima = 64;
 
 inline int64_t row_tiles(int64_t num_tokens) { return (num_tokens + kRowTileFloats - 1) / kRowTileFloats; }
 
@@ -32,12 +34,12 @@ inline bool is_read(const mgt_sample_tokens_args& args, int64_t token) {
   return args.rows == MGT_ROWS_ALL || (token == args.mask_token_id) == (args.rows == MGT_ROWS_MASKED);
 }
 
-// One tile of each row of a group; or, to look at a row again before a truncated draw, all of its tiles, then 64 maxima
-// of each, then a key and a weight of 32 bits for each token.
+// One tile of each row of a group; or, to look at a row again before a truncated draw, all of its tiles, then the
+// maxima of each, then a key and a weight of 32 bits for each token.
 inline int64_t floats_per_worker(const mgt_sample_tokens_args& args) {
   const int64_t rows = token_major(args) ? 1 : kGroupPositions;
   if (!truncates(args)) return rows * kRowTileFloats;
-  return row_tiles(args.num_tokens) * (rows * (kRowTileFloats + 64) + 2 * kRowTileFloats);
+  return row_tiles(args.num_tokens) * (rows * (kRowTileFloats + kTileMaxima) + 2 * kRowTileFloats);
 }
 
 // Fills the outputs for groups [begin, end) of all samples' groups; returns the first row b * N + n whose logits are

@@ -8,8 +8,7 @@
 namespace mgt {
 namespace {
 
-// columns of a tile and lanes of a vector give this many groups, whose maxima tell what may be left aside unseen
-constexpr int64_t kTileMaxima = 16 * (kTileWidth / kWordWidth);
+static_assert(kTileMaxima == 16 * (kTileWidth / kWordWidth), "a maximum for each lane of each word's vectors");
 
 // one row's logits, and a scratch of its thread for num_tokens keys and weights
 struct StagedRow {
@@ -107,14 +106,14 @@ MGT_INLINE typename S::U ordered_keys(typename S::F values) {
   return S::bit_xor(bits, S::bit_or(S::template shift_right_signed<31>(bits), S::set_u(0x80000000u)));
 }
 
-// Lists the logits from `low` on, below `high`, where the weights will be; returns how many.
+// Lists the logits from `low` on where the weights will be; returns how many.
 template <class S>
-int64_t list_logits(const StagedRow& row, float low, float high) {
+int64_t list_logits(const StagedRow& row, float low) {
   auto* listed = reinterpret_cast<float*>(row.weights);
   int64_t count = 0;
-  const auto lows = S::set(low), highs = S::set(high);
+  const auto lows = S::set(low);
   for_each_vector<S>(row, low, [&](typename S::F logits) {
-    const auto wanted = S::mask_and(S::not_below(logits, lows), S::less(logits, highs));
+    const auto wanted = S::not_below(logits, lows);
     if (S::to_bits(wanted)) count += S::compress(listed + count, logits, wanted);
   });
   return count;
@@ -154,7 +153,7 @@ float bound_of_top_k(const StagedRow& row, int64_t top_k) {
   float low = kLowestFinite;
   const int64_t num_groups = list_maxima<S>(row, 8 * top_k);
   if (num_groups >= top_k) low = std::max(low, value_of_key(border(row.keys, row.weights, num_groups, rank)));
-  const int64_t count = list_logits<S>(row, low, kInfinity);
+  const int64_t count = list_logits<S>(row, low);
   count_listed<S>(row, count);
   return value_of_key(border(row.keys, row.weights, count, rank));
 }
@@ -318,7 +317,7 @@ float kept_from(const mgt_sample_tokens_args& args, const StagedRow& row, float 
   if (args.top_k > 0 && args.top_k < row.num_tokens) bound = bound_of_top_k<S>(row, args.top_k);
   if (args.top_p > 0.0f && args.top_p < 1.0f) {
     if (bound > kLowestFinite) {
-      const int64_t count = list_logits<S>(row, bound, kInfinity);
+      const int64_t count = list_logits<S>(row, bound);
       const uint64_t target = share_of(weigh_listed<S>(row, count, max), args.top_p);
       bound = value_of_key(border(row.keys, row.weights, count, target));
     } else {
