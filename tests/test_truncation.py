@@ -419,6 +419,41 @@ def test_masses_are_whole_units(isa):
         assert len(kept_of(row, isa, top_p=1 - 2.0**-24)) == kept, units
 
 
+@pytest.mark.parametrize("num_tokens", [8192, 70000])
+def test_a_sample_that_misleads_costs_only_time(num_tokens, isa):
+    # top_p is looked for where every 64th, or 128th, token and its 15 neighbours say: here the others differ
+    place = torch.arange(num_tokens) % (64 if num_tokens < 2**16 else 128)
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(num_tokens, generator=generator)
+    shapes = (
+        (0.1, (place >= 16) & (place < 20), 3.0),
+        (0.1, place < 16, 3.0),
+        (0.1, place < 16, -3.0),
+        (2.0, (place >= 16) & (place < 20), 9.0),
+        (0.1, torch.arange(num_tokens) == 20, 14.0),
+        (3.0, place < 16, -30.0),
+    )
+    for spread, which, height in shapes:
+        row = noise * spread + which * height
+        logits = row.numpy()
+        weights = weights_of(logits).tolist()
+        falling = row.argsort(descending=True)
+        for top_p in (0.1, 0.5, 0.9, 0.99):
+            count = len(brute_force(logits.tolist(), weights, 0, float32(top_p)))
+            # who is left out decides itself at the border
+            probes = falling[max(count - 3, 0) : count + 3]
+            kept = kept_by_kernel(
+                PLAIN | dict(logits=row[None, None], uncond_logits=None, top_p=top_p), probes[None], isa
+            )
+            assert kept[0].tolist() == [i < min(count, 3) for i in range(len(probes))], (spread, height, top_p)
+
+
+def test_min_p_is_a_share_of_the_largest(backend):
+    for min_p in (0.01, 0.3, 0.9):
+        border = math.log(min_p)
+        assert kept_of([2.0, 2.0 + border + 1e-5, 2.0 + border - 1e-5], backend, min_p=min_p) == [0, 1]
+
+
 def test_shares_that_float32_does_not_hold(backend):
     row = torch.linspace(0, -15, 50)
     # rounded to 1 and to 0, they would keep all, or be refused
