@@ -134,10 +134,12 @@ MGT_INLINE typename S::F add_words(const typename S::F* term) {
 // Where exp_nonpositive stays as it is: what is multiplied by exp stays finite, and as good as 0.
 constexpr float kLowestShift = -87.0f;
 
-// one column of vectors of a tile: words 0..num_words-1 share a Philox block
-template <class S, int num_words, bool kStatistics>
+// One column of vectors of a tile: words 0..num_words-1 share a Philox block. kTruncated: logits below `bound` do not
+// take part; `negligible` is not below it.
+template <class S, int num_words, bool kStatistics, bool kTruncated>
 MGT_INLINE typename S::F race(const float* tile, int64_t k, int64_t first_column, typename S::F max,
-                              typename S::F negligible, const PhiloxKey& key, RowState& row, typename S::F& moment) {
+                              typename S::F negligible, typename S::F bound, const PhiloxKey& key, RowState& row,
+                              typename S::F& moment) {
   using F = typename S::F;
   F logit[num_words];
 #pragma GCC unroll 4
@@ -155,6 +157,7 @@ MGT_INLINE typename S::F race(const float* tile, int64_t k, int64_t first_column
     F shifted = S::sub(logit[w], max);
     if constexpr (kStatistics) shifted = S::max(S::set(kLowestShift), shifted);
     exp[w] = exp_nonpositive<S>(shifted);
+    if constexpr (kTruncated) exp[w] = S::select(S::less(logit[w], bound), S::set(0.0f), exp[w]);
     if constexpr (kStatistics) term[w] = S::mul(exp[w], shifted);
     limit[w] = S::mul(exp[w], scale);
   }
@@ -188,10 +191,11 @@ MGT_INLINE typename S::F race(const float* tile, int64_t k, int64_t first_column
 }
 
 // Takes one tile, whose largest logit is max, into the row's state; false where the tile holds NaN or +inf, which
-// leaves max, sum and statistics as they were.
-template <class S, bool kStatistics>
-bool consume_tile(const float* tile, int64_t width, float max, int64_t first_column, const PhiloxKey& key, bool greedy,
-                  const Prefetch& prefetch, RowState& row, RowStatistics& statistics) {
+// leaves max, sum and statistics as they were. kTruncated: without what lies below `bound`, which max does not.
+template <class S, bool kStatistics, bool kTruncated>
+MGT_NOINLINE bool consume_tile(const float* tile, int64_t width, float max, float bound, int64_t first_column,
+                               const PhiloxKey& key, bool greedy, const Prefetch& prefetch, RowState& row,
+                               RowStatistics& statistics) {
   using F = typename S::F;
   if (max == kInfinity) return false;
   if (max == -kInfinity) {
@@ -212,7 +216,8 @@ bool consume_tile(const float* tile, int64_t width, float max, int64_t first_col
     if (!compete(row, max, max + noise, first_column + column)) row.race_scale = race_scale(row.max, row.best_score);
     if (greedy) row.race_scale = 0.0f;
   }
-  const F shift = S::set(row.max), negligible = S::set(row.max - kNegligible);
+  const F shift = S::set(row.max), bounds = S::set(bound);
+  const F negligible = S::set(kTruncated ? std::max(row.max - kNegligible, bound) : row.max - kNegligible);
   F acc = S::set(0.0f), moment = S::set(0.0f);
   const int64_t words = std::min(width, kWordWidth);
   for (int64_t k = 0; k < words; k += 16) {
@@ -221,7 +226,8 @@ bool consume_tile(const float* tile, int64_t width, float max, int64_t first_col
       __builtin_prefetch(prefetch.rows[1] + offset, 0, 3);
     }
     const auto take = [&](auto num_words) {
-      return race<S, num_words(), kStatistics>(tile, k, first_column, shift, negligible, key, row, moment);
+      return race<S, num_words(), kStatistics, kTruncated>(tile, k, first_column, shift, negligible, bounds, key, row,
+                                                           moment);
     };
     switch ((width - k + kWordWidth - 1) / kWordWidth) {
       case 4: acc = S::add(acc, take(std::integral_constant<int, 4>())); break;
@@ -240,9 +246,12 @@ bool consume_tile(const float* tile, int64_t width, float max, int64_t first_col
     const F shifted = S::fma(sum, S::set(drop), S::load(statistics.moment));
     S::store(statistics.moment, S::fma(shifted, S::set(rescale), moment));
     statistics.argmax = argmax;
-    if (statistics.ranks_second)
-      statistics.second = max > previous_max ? Lane1::max(previous_max, tile_second<S>(tile, width))
-                                             : Lane1::max(statistics.second, max);
+    if (statistics.ranks_second && max > previous_max) {
+      const float second = tile_second<S>(tile, width);
+      statistics.second = kTruncated && second < bound ? previous_max : Lane1::max(previous_max, second);
+    } else if (statistics.ranks_second) {
+      statistics.second = Lane1::max(statistics.second, max);
+    }
   }
   S::store(row.sum, S::fma(sum, S::set(rescale), acc));
   return true;

@@ -291,7 +291,8 @@ bool take_tile(const mgt_sample_tokens_args& args, const Source& source, uint64_
   const PhiloxKey noise_key(seed, position32, step, kStreamNoise), token_key(seed, position32, step, kStreamToken);
   const auto take = [&](float max) {
     max = finish_tile<S>(args, noise_key, first_column, width, tile, max);
-    return consume_tile<S, kStatistics>(tile, width, max, first_column, token_key, greedy, prefetch, row, statistics);
+    return consume_tile<S, kStatistics, false>(tile, width, max, -kInfinity, first_column, token_key, greedy, prefetch,
+                                               row, statistics);
   };
   if (take(staged_max)) return true;
   // NaN or +inf: of forbidden tokens (then the rules give -inf, at the price of a slow reading) or of bad logits

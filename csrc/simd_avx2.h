@@ -159,20 +159,27 @@ struct Avx2 {
     four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4E));
     return _mm_cvtsi128_si32(_mm_max_epi32(four, _mm_shuffle_epi32(four, 0xB1)));
   }
-  // sums of unsigned integers that do not overflow: those of the even and of the odd lanes
+  // A sum of at most kMaxSummands integers of 2^31 at most: modulo 2^32, and without the lower halves of the integers,
+  // whose own sum is less than 2^32.
   struct Sum {
-    __m256i even, odd;
+    __m256i low, upper_halves;
   };
   static MGT_INLINE Sum no_sum() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
   static MGT_INLINE void add_to(Sum& sum, U a) {
-    const __m256i low = _mm256_set1_epi64x(0xffffffff);
-    sum.even = _mm256_add_epi64(sum.even, _mm256_add_epi64(_mm256_and_si256(a.lo, low), _mm256_and_si256(a.hi, low)));
-    sum.odd = _mm256_add_epi64(sum.odd, _mm256_add_epi64(_mm256_srli_epi64(a.lo, 32), _mm256_srli_epi64(a.hi, 32)));
+    sum.low = _mm256_add_epi32(sum.low, _mm256_add_epi32(a.lo, a.hi));
+    const __m256i halves = _mm256_add_epi32(_mm256_srli_epi32(a.lo, 16), _mm256_srli_epi32(a.hi, 16));
+    sum.upper_halves = _mm256_add_epi32(sum.upper_halves, halves);
   }
   static MGT_INLINE uint64_t total(const Sum& sum) {
-    uint64_t lane[4];
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(lane), _mm256_add_epi64(sum.even, sum.odd));
-    return lane[0] + lane[1] + lane[2] + lane[3];
+    uint32_t low[8], upper_halves[8];
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(low), sum.low);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(upper_halves), sum.upper_halves);
+    uint64_t total = 0;
+    for (int lane = 0; lane < 8; ++lane) {
+      const uint64_t upper = uint64_t{upper_halves[lane]} << 16;
+      total += upper + static_cast<uint32_t>(low[lane] - upper);
+    }
+    return total;
   }
   static MGT_INLINE int32_t reduce_add(U a) {
     const __m256i eight = _mm256_add_epi32(a.lo, a.hi);

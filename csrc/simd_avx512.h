@@ -84,7 +84,7 @@ struct Avx512 {
   // as signed integers
   static MGT_INLINE U max_u(U a, U b) { return _mm512_max_epi32(a, b); }
   static MGT_INLINE int32_t reduce_max(U a) { return _mm512_reduce_max_epi32(a); }
-  // sums of unsigned integers that do not overflow: those of the even and of the odd lanes
+  // a sum of at most kMaxSummands integers of 2^31 at most: of the even and of the odd lanes
   struct Sum {
     __m512i even, odd;
   };

@@ -5,6 +5,9 @@
 namespace mgt {
 namespace {
 
+// what a Sum of integers has room for
+constexpr int64_t kMaxSummands = int64_t{1} << 19;
+
 MGT_INLINE float half_to_float(uint16_t half) {
   const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
   const uint32_t exponent = (half >> 10) & 0x1fu;
@@ -243,7 +246,7 @@ struct Scalar16 {
     for (int i = 0; i < 16; ++i) sum += static_cast<int32_t>(a.lane[i]);
     return sum;
   }
-  // sums of unsigned integers that do not overflow
+  // a sum of at most kMaxSummands integers of 2^31 at most
   using Sum = uint64_t;
   static MGT_INLINE Sum no_sum() { return 0; }
   static MGT_INLINE void add_to(Sum& sum, U a) {

@@ -448,6 +448,20 @@ def test_a_sample_that_misleads_costs_only_time(num_tokens, isa):
             assert kept[0].tolist() == [i < min(count, 3) for i in range(len(probes))], (spread, height, top_p)
 
 
+def test_sums_of_more_weights_than_one_vector_has_room_for(isa):
+    # a million and a half weights of nearly 2^31
+    num_tokens = 3 * 2**19 + 5
+    row = torch.arange(num_tokens) * -1e-6
+    weights = weights_of(row.numpy()).tolist()
+    for top_p, top_k in itertools.product((0.3, 0.9), (None, num_tokens - 1)):
+        count = len(brute_force(row.tolist(), weights, top_k, float32(top_p)))
+        case = PLAIN | dict(
+            logits=row[None, None], uncond_logits=None, mask_token_id=num_tokens, top_p=top_p, top_k=top_k
+        )
+        probes = torch.tensor([0, count - 1, count, num_tokens - 1])
+        assert kept_by_kernel(case, probes[None], isa)[0].tolist() == [True, True, False, False], (top_p, top_k)
+
+
 def test_min_p_is_a_share_of_the_largest(backend):
     for min_p in (0.01, 0.3, 0.9):
         border = math.log(min_p)

@@ -175,21 +175,21 @@ int64_t sample_truncated_groups(const mgt_sample_tokens_args& args, const Output
       RowStatistics statistics{outputs.asked.margin != nullptr}, unused;
       for (int64_t t = 0; t < num_tiles; ++t) {
         const int64_t first_column = t * kTileWidth, width = row.width(t);
-        float *tile = row.tile(t), tile_max = tile_max_of(t);
+        const float *tile = row.tile(t), tile_max = tile_max_of(t);
         // staging a row waits for memory, and the race does not
         const Prefetch prefetch = by_row && reads_next(args, tokens, first)
                                       ? tile_at<dtype>(args, source, first + 1, first_column)
                                       : Prefetch{{nullptr, nullptr}, 0};
-        const auto take = [&](bool draws, RowState& state, RowStatistics& own) {
-          consume_tile<S, kStatistics>(tile, width, tile_max, first_column, token_key, greedy || !draws, prefetch,
-                                       state, own);
-          if (kStatistics && tokens[i] >= first_column && tokens[i] < first_column + width)
-            own.known_logit = tile[tokens[i] - first_column];
+        const auto take = [&](float from, bool draws, RowState& state, RowStatistics& own) {
+          if (tile_max < from) return;
+          consume_tile<S, kStatistics, true>(tile, width, tile_max, from, first_column, token_key, greedy || !draws,
+                                             prefetch, state, own);
+          if (!kStatistics || tokens[i] < first_column || tokens[i] >= first_column + width) return;
+          const float known_logit = tile[tokens[i] - first_column];
+          if (known_logit >= from) own.known_logit = known_logit;
         };
-        if (full) take(false, all, statistics);
-        if (tile_max < bound) continue;
-        tile_max = truncate_tile<S>(tile, width, bound);
-        take(true, kept, full ? unused : statistics);
+        if (full) take(-kInfinity, false, all, statistics);
+        take(bound, true, kept, full ? unused : statistics);
       }
       if (full) {
         kept.max = all.max;

@@ -54,17 +54,17 @@ typename S::F tile_largest(const float* maxima) {
   return S::max(S::max(S::load(maxima), S::load(maxima + 16)), S::max(S::load(maxima + 32), S::load(maxima + 48)));
 }
 
-// Calls body(logits) for the vectors of those words of a row's tiles that hold a logit of at least `low`.
+// Calls body(logits) for the vectors of those words of tiles [begin, end) that hold a logit of at least `low`.
 template <class S, class Body>
-MGT_INLINE void for_each_vector(const StagedRow& row, float low, const Body& body) {
+MGT_INLINE void for_each_vector(const StagedRow& row, int64_t begin, int64_t end, float low, const Body& body) {
   const auto lows = S::set(low);
-  for (int64_t t = 0; t < row.num_tiles(); ++t) {
+  for (int64_t t = begin; t < end; ++t) {
     const float *tile = row.tile(t), *maxima = row.tile_maxima(t);
     const int64_t width = row.width(t);
     for (int64_t first = 0; first < width; first += kWordWidth) {
       if (!S::to_bits(S::not_below(S::load(maxima + first / kWordWidth * 16), lows))) continue;
-      const int64_t end = std::min(first + kWordWidth, width);
-      for (int64_t j = first; j < end; j += 16) body(S::load(tile + j));
+      const int64_t last = std::min(first + kWordWidth, width);
+      for (int64_t j = first; j < last; j += 16) body(S::load(tile + j));
     }
   }
 }
@@ -112,7 +112,7 @@ int64_t list_logits(const StagedRow& row, float low) {
   auto* listed = reinterpret_cast<float*>(row.weights);
   int64_t count = 0;
   const auto lows = S::set(low);
-  for_each_vector<S>(row, low, [&](typename S::F logits) {
+  for_each_vector<S>(row, 0, row.num_tiles(), low, [&](typename S::F logits) {
     const auto wanted = S::not_below(logits, lows);
     if (S::to_bits(wanted)) count += S::compress(listed + count, logits, wanted);
   });
@@ -173,15 +173,19 @@ template <class S>
 uint64_t weigh_listed(const StagedRow& row, int64_t count, float max) {
   auto* listed = reinterpret_cast<float*>(row.weights);
   std::fill(listed + count, listed + (count + 15) / 16 * 16, -kInfinity);
-  typename S::Sum sum = S::no_sum();
-  for (int64_t i = 0; i < count; i += 16) {
-    const auto logits = S::load(listed + i);
-    const auto weights = weigh<S>(logits, S::set(max));
-    S::add_to(sum, weights);
-    S::store_u(row.keys + i, ordered_keys<S>(logits));
-    S::store_u(row.weights + i, weights);
+  uint64_t total = 0;
+  for (int64_t begin = 0; begin < count; begin += kMaxSummands) {
+    typename S::Sum sum = S::no_sum();
+    for (int64_t i = begin; i < std::min(begin + kMaxSummands, count); i += 16) {
+      const auto logits = S::load(listed + i);
+      const auto weights = weigh<S>(logits, S::set(max));
+      S::add_to(sum, weights);
+      S::store_u(row.keys + i, ordered_keys<S>(logits));
+      S::store_u(row.weights + i, weights);
+    }
+    total += S::total(sum);
   }
-  return S::total(sum);
+  return total;
 }
 
 inline uint64_t share_of(uint64_t total, float top_p) {
@@ -198,22 +202,65 @@ template <class S, bool kHasAbove>
 int64_t list_bracket(const StagedRow& row, Bracket bracket, float max, uint64_t& total, uint64_t& above) {
   auto* listed = reinterpret_cast<float*>(row.weights);
   int64_t count = 0;
-  typename S::Sum all = S::no_sum(), upper = S::no_sum();
   const auto lows = S::set(bracket.low), highs = S::set(bracket.high);
-  for_each_vector<S>(row, max - kWeightless, [&](typename S::F logits) {
-    const auto weights = weigh<S>(logits, S::set(max));
-    S::add_to(all, weights);
-    auto wanted = S::not_below(logits, lows);
-    if constexpr (kHasAbove) {
-      const auto below = S::less(logits, highs);
-      S::add_to(upper, S::bits(S::select(below, S::set(0.0f), S::from_bits(weights))));
-      wanted = S::mask_and(wanted, below);
-    }
-    if (S::to_bits(wanted)) count += S::compress(listed + count, logits, wanted);
-  });
-  total = S::total(all), above = S::total(upper);
+  total = above = 0;
+  constexpr int64_t kTiles = kMaxSummands / kTileWidth;
+  for (int64_t begin = 0; begin < row.num_tiles(); begin += kTiles) {
+    typename S::Sum all = S::no_sum(), upper = S::no_sum();
+    for_each_vector<S>(row, begin, std::min(begin + kTiles, row.num_tiles()), max - kWeightless,
+                       [&](typename S::F logits) {
+                         const auto weights = weigh<S>(logits, S::set(max));
+                         S::add_to(all, weights);
+                         auto wanted = S::not_below(logits, lows);
+                         if constexpr (kHasAbove) {
+                           const auto below = S::less(logits, highs);
+                           S::add_to(upper, S::bits(S::select(below, S::set(0.0f), S::from_bits(weights))));
+                           wanted = S::mask_and(wanted, below);
+                         }
+                         // a branch would be mispredicted: a vector in two has one of those that are wanted
+                         count += S::compress(listed + count, logits, wanted);
+                       });
+    total += S::total(all), above += S::total(upper);
+  }
   return count;
 }
+
+// The weights of logits, added up in bins of falling logits: the first begins at `top`, the last holds all the rest.
+struct Bins {
+  static constexpr int kCount = 256;
+  float top, width;
+  // neighbours of one bin do not wait for each other
+  uint64_t mass[4][kCount] = {};
+
+  Bins(float top, float width) : top(top), width(width) {}
+
+  // the number of the bin, as an integer
+  template <class S>
+  MGT_INLINE typename S::U of(typename S::F logits) const {
+    // all are in the first bin where the others would be too narrow to have a number
+    const float per_unit = width > 1e-30f ? 1.0f / width : 0.0f;
+    const auto bins = S::mul(S::sub(S::set(top), logits), S::set(per_unit));
+    return S::to_uint(S::min(S::max(bins, S::set(0.0f)), S::set(kCount - 1.0f)));
+  }
+
+  template <class S>
+  MGT_INLINE void add(typename S::F logits, typename S::U weights) {
+    uint32_t weight[16], bin[16];
+    S::store_u(weight, weights);
+    S::store_u(bin, of<S>(logits));
+    for (int lane = 0; lane < 16; ++lane) mass[lane % 4][bin[lane]] += weight[lane];
+  }
+
+  // adds the parts up in mass[0]; returns the sum of all
+  uint64_t total() {
+    uint64_t sum = 0;
+    for (int bin = 0; bin < kCount; ++bin) {
+      for (int part = 1; part < 4; ++part) mass[0][bin] += mass[part][bin], mass[part][bin] = 0;
+      sum += mass[0][bin];
+    }
+    return sum;
+  }
+};
 
 // Where the largest eighth of the tokens begins, roughly: few groups of 32 have none of them.
 template <class S>
@@ -226,52 +273,79 @@ float largest_eighth(const StagedRow& row) {
   return value_of_key(border(row.keys, row.weights, count, static_cast<uint64_t>(count - count / 64)));
 }
 
+// More widen what is listed, fewer make it miss more often.
+constexpr float kDeviations = 2.5f;
+
 // A guess, which decides nothing but how long the search takes: where the largest logits below `ceiling` end that have
 // `share` of the probability of all below it. None of them has much of it.
 template <class S>
 Bracket sampled_bracket(const StagedRow& row, float max, float ceiling, float share, float bin_width) {
   if (!(bin_width > 0.0f)) return {-kInfinity, ceiling};
-  // a sample tells how the probability is spread, in bins of falling logits
-  constexpr int kBins = 256;
-  float mass[4][kBins] = {}, squares[kBins];
-  const int64_t step = row.num_tokens >= int64_t{1} << 16 ? 16 * 8 : 16 * 4;
-  const auto top = std::min(ceiling, max);
+  // a sample tells how the probability is spread
+  Bins bins(std::min(ceiling, max), bin_width);
+  const int64_t step = 16 * std::min<int64_t>(16, std::max<int64_t>(4, row.num_tokens / 8192));
   for (int64_t t = 0; t < row.num_tiles(); ++t) {
     for (int64_t j = 0; j < row.width(t); j += step) {
       const auto logits = S::load(row.tile(t) + j);
-      const auto weights =
-          S::select(S::less(logits, S::set(ceiling)), exp_nonpositive<S>(S::sub(logits, S::set(max))), S::set(0.0f));
-      const auto bins = S::mul(S::max(S::sub(S::set(top), logits), S::set(0.0f)), S::set(1.0f / bin_width));
-      float weight[16];
-      uint32_t bin[16];
-      S::store(weight, weights);
-      S::store_u(bin, S::to_uint(S::min(bins, S::set(kBins - 1.0f))));
-      for (int lane = 0; lane < 16; ++lane) mass[lane % 4][bin[lane]] += weight[lane];
+      const auto weights = S::from_bits(weigh<S>(logits, S::set(max)));
+      bins.template add<S>(logits, S::bits(S::select(S::less(logits, S::set(ceiling)), weights, S::set(0.0f))));
     }
   }
-  float total = 0.0f, squares_below = 0.0f;
-  for (int bin = 0; bin < kBins; ++bin) {
-    total += mass[0][bin] += mass[1][bin] + mass[2][bin] + mass[3][bin];
-    // no weight of a bin is larger than its edge's
-    const float edge = top - static_cast<float>(bin) * bin_width;
-    squares_below += squares[bin] = mass[0][bin] * exp_nonpositive<Lane1>(edge - max);
-  }
+  const auto edge = [&](int bin) { return bins.top - static_cast<float>(bin) * bin_width; };
+  const auto mass = [&](int bin) { return static_cast<float>(bins.mass[0][bin]); };
+  const auto total = static_cast<float>(bins.total());
+  // no weight of a bin is larger than its edge's
+  float squares[Bins::kCount], squares_below = 0.0f;
+  float weight = exp_nonpositive<Lane1>(bins.top - max) * kTwoPow31;
+  const float ratio = exp_nonpositive<Lane1>(-bin_width);
+  for (int bin = 0; bin < Bins::kCount; ++bin, weight *= ratio) squares_below += squares[bin] = mass(bin) * weight;
   Bracket bracket{-kInfinity, ceiling};
   float sum = 0.0f, squares_above = 0.0f;
-  for (int bin = 0; bin < kBins - 1; ++bin) {
-    const float edge = top - static_cast<float>(bin + 1) * bin_width;
-    sum += mass[0][bin];
+  for (int bin = 0; bin < Bins::kCount - 1; ++bin) {
+    sum += mass(bin);
     squares_above += squares[bin], squares_below -= squares[bin];
-    // three standard deviations of (1 - share) times what is above less share times what is below
+    // some standard deviations of (1 - share) times what is above less share times what is below
     const float variance = (1.0f - share) * (1.0f - share) * squares_above + share * share * squares_below;
-    const float deviation = 3.0f * std::sqrt(std::max(variance, 0.0f));
-    if (sum < share * total - deviation) bracket.high = edge;
+    const float deviation = kDeviations * std::sqrt(std::max(variance, 0.0f));
+    if (sum < share * total - deviation) bracket.high = edge(bin + 1);
     if (sum > share * total + deviation) {
-      bracket.low = edge;
+      bracket.low = edge(bin + 1);
       break;
     }
   }
   return bracket;
+}
+
+// The bins of `count` listed logits within a bracket.
+template <class S>
+Bins bins_of_listed(const StagedRow& row, int64_t count, Bracket bracket, float max) {
+  auto* listed = reinterpret_cast<float*>(row.weights);
+  std::fill(listed + count, listed + (count + 15) / 16 * 16, -kInfinity);
+  const float top = std::min(bracket.high, max), bottom = std::max(bracket.low, max - kWeightless);
+  Bins bins(top, (top - bottom) / Bins::kCount);
+  for (int64_t i = 0; i < count; i += 16) {
+    const auto logits = S::load(listed + i);
+    bins.template add<S>(logits, weigh<S>(logits, S::set(max)));
+  }
+  return bins;
+}
+
+// The largest of the listed logits such that the weights of those from it on add up to `target`, which all together do.
+template <class S>
+float border_of_listed(const StagedRow& row, int64_t count, const Bins& bins, float max, uint64_t target) {
+  auto* listed = reinterpret_cast<float*>(row.weights);
+  int bin = 0;
+  for (; bin < Bins::kCount - 1 && bins.mass[0][bin] < target; ++bin) target -= bins.mass[0][bin];
+  const auto bins_wanted = S::set(static_cast<float>(bin));
+  int64_t num_left = 0;
+  for (int64_t i = 0; i < count; i += 16) {
+    const auto logits = S::load(listed + i);
+    // what fills the last vector weighs nothing
+    const auto wanted = S::equal(S::int_to_float(bins.template of<S>(logits)), bins_wanted);
+    num_left += S::compress(listed + num_left, logits, wanted);
+  }
+  weigh_listed<S>(row, num_left, max);
+  return value_of_key(border(row.keys, row.weights, num_left, target));
 }
 
 // the smallest of the fewest largest logits whose probabilities add up to top_p
@@ -279,15 +353,17 @@ template <class S>
 float bound_of_top_p(const StagedRow& row, float max, float top_p) {
   uint64_t total = 0, above = 0, listed = 0, target = 0;
   int64_t count = 0;
+  Bins bins(max, 0.0f);
   // whether the bound is among the logits of this bracket, which are listed then
   const auto holds_bound = [&](Bracket bracket) {
     count = bracket.high < kInfinity ? list_bracket<S, true>(row, bracket, max, total, above)
                                      : list_bracket<S, false>(row, bracket, max, total, above);
-    listed = weigh_listed<S>(row, count, max);
+    bins = bins_of_listed<S>(row, count, bracket, max);
+    listed = bins.total();
     target = share_of(total, top_p);
     return above < target && above + listed >= target;
   };
-  const float eighth = largest_eighth<S>(row), bin_width = (max - eighth) / 32.0f;
+  const float eighth = largest_eighth<S>(row), bin_width = (max - eighth) / 64.0f;
   // A sample tells where to look, unless few tokens have most of the probability. Then an eighth of all is listed, and
   // if those have not enough of it, a sample of the others tells.
   Bracket bracket{eighth, kInfinity};
@@ -301,7 +377,7 @@ float bound_of_top_p(const StagedRow& row, float max, float top_p) {
     found = holds_bound(sampled_bracket<S>(row, max, eighth, static_cast<float>(share), bin_width));
   }
   if (!found) holds_bound({-kInfinity, kInfinity});
-  return value_of_key(border(row.keys, row.weights, count, target - above));
+  return border_of_listed<S>(row, count, bins, max, target - above);
 }
 
 inline float log_of_share(float share) {
@@ -326,20 +402,6 @@ float kept_from(const mgt_sample_tokens_args& args, const StagedRow& row, float 
   }
   if (args.min_p > 0.0f) bound = std::max(bound, max + log_of_share(args.min_p));
   return bound;
-}
-
-// Forbids what lies below `bound`; returns the largest logit that is left.
-template <class S>
-float truncate_tile(float* tile, int64_t width, float bound) {
-  const auto bounds = S::set(bound), forbidding = S::set(-kInfinity);
-  auto max = forbidding;
-  for (int64_t j = 0; j < width; j += 16) {
-    const auto logits = S::load(tile + j);
-    const auto kept = S::select(S::less(logits, bounds), forbidding, logits);
-    S::store(tile + j, kept);
-    max = S::max(kept, max);
-  }
-  return largest_lane<S>(max);
 }
 
 }  // namespace
