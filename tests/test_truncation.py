@@ -419,17 +419,17 @@ def test_masses_are_whole_units(isa):
         assert len(kept_of(row, isa, top_p=1 - 2.0**-24)) == kept, units
 
 
-def test_a_share_that_is_reached_exactly(backend):
+def test_a_share_that_is_reached_exactly(isa):
     # half weighs 2^30 units
     half = float32(-math.log(2))
-    assert kept_of([0.0, half, half], backend, top_p=0.5) == [0]
-    assert kept_of([0.0, half, half], backend, top_p=0.75) == [0, 1, 2]
-    assert kept_of([half, half, 0.0, 0.0, half, half], backend, top_p=0.5) == [2, 3]
+    assert kept_of([0.0, half, half], isa, top_p=0.5) == [0]
+    assert kept_of([0.0, half, half], isa, top_p=0.75) == [0, 1, 2]
+    assert kept_of([half, half, 0.0, 0.0, half, half], isa, top_p=0.5) == [2, 3]
     # exp(-20) weighs four units, of which half are missed
-    assert kept_of([half, half, 0.0, 0.0, half, half, -20.0], backend, top_p=0.5) == [0, 1, 2, 3, 4, 5]
+    assert kept_of([half, half, 0.0, 0.0, half, half, -20.0], isa, top_p=0.5) == [0, 1, 2, 3, 4, 5]
     many = torch.full((9000,), half)
     many[2000:5000] = 0.0
-    assert kept_of(many, backend, top_p=0.5) == list(range(2000, 5000))
+    assert kept_of(many, isa, top_p=0.5) == list(range(2000, 5000))
 
 
 @pytest.mark.parametrize("num_tokens", [8192, 70000])
