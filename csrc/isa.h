@@ -42,6 +42,7 @@
 #define MGT_TARGET_AMX_BEGIN MGT_TARGET_BEGIN(MGT_AMX_FEATURES)
 
 #define MGT_INLINE inline __attribute__((always_inline))
+#define MGT_INLINE_LAMBDA __attribute__((always_inline))
 #define MGT_NOINLINE __attribute__((noinline))
 
 // Keeps an accumulator in its register: without it GCC 12 moves some of a large array of them to the stack and back in

@@ -44,6 +44,8 @@ enum class Form {
   plain,
   // the scale is below 0, which would make -inf, a forbidden token, of a conditional logit of +inf
   negative_scale,
+  // a softcap, and no guidance
+  capped,
   // anything that a call may ask for
   any
 };
@@ -93,6 +95,7 @@ struct Source {
   int64_t first_position;
 
   Form form() const {
+    if (softcap != 0.0f && !guided) return Form::capped;
     if (guided_twice || softcap != 0.0f) return Form::any;
     return guidance_scale < 0.0f ? Form::negative_scale : Form::plain;
   }
@@ -123,7 +126,8 @@ inline Source source_of(const mgt_sample_tokens_args& args, int64_t sample) {
 template <class S, class Load>
 MGT_INLINE typename S::F guide_any(const Source& source, const Load& load) {
   using F = typename S::F;
-  const auto capped = [&](const Half& half) {
+  // as a function it would pass vectors through memory
+  const auto capped = [&](const Half& half) MGT_INLINE_LAMBDA {
     const F logit = load(half);
     if (source.softcap == 0.0f) return logit;
     return cap<S>(logit, S::set(source.softcap), S::set(2.0f / source.softcap));
@@ -167,15 +171,19 @@ float stage_token_major(const Source& source, int64_t position, int64_t first_co
   const F scale = S::set(source.guidance_scale);
   // copies stay in registers, as what is stored could else be the source
   const void *cond_data = source.cond.data, *uncond_data = source.uncond.data;
+  const F softcap = S::set(source.softcap), two_over_softcap = S::set(2.0f / source.softcap);
+  const Source any = source;
   const bool guided = source.guided;
   constexpr bool kNegative = form == Form::negative_scale;
   F max0 = S::set(-kInfinity), max1 = max0;
   const auto stage = [&](int64_t j, F& max) {
     F logits;
     if constexpr (form == Form::any) {
-      logits = guide_any<S>(source, [&](const Half& half) {
+      logits = guide_any<S>(any, [&](const Half& half) {
         return load_vector<S, dtype>(half.data, position * half.stride_position + first_column + j);
       });
+    } else if constexpr (form == Form::capped) {
+      logits = cap<S>(load_vector<S, dtype>(cond_data, cond + j), softcap, two_over_softcap);
     } else {
       logits = load_vector<S, dtype>(cond_data, cond + j);
       if (guided) logits = guide<S, kNegative>(logits, load_vector<S, dtype>(uncond_data, uncond + j), scale);
@@ -199,6 +207,8 @@ void stage_position_major(const Source& source, int64_t position, int64_t count,
                           float (*tiles)[kTileWidth]) {
   const auto scale = S::set(source.guidance_scale);
   const Half source_cond = source.cond, source_uncond = source.uncond;
+  const auto softcap = S::set(source.softcap), two_over_softcap = S::set(2.0f / source.softcap);
+  const Source any = source;
   const bool guided = source.guided;
   constexpr bool kNegative = form == Form::negative_scale;
   const int64_t even_count = count / 16 * 16, even_width = width / 16 * 16;
@@ -211,7 +221,9 @@ void stage_position_major(const Source& source, int64_t position, int64_t count,
           return load_vector<S, dtype>(half.data, position + p + column * half.stride_token);
         };
         if constexpr (form == Form::any)
-          rows[i] = guide_any<S>(source, load);
+          rows[i] = guide_any<S>(any, load);
+        else if constexpr (form == Form::capped)
+          rows[i] = cap<S>(load(source_cond), softcap, two_over_softcap);
         else
           rows[i] = guided ? guide<S, kNegative>(load(source_cond), load(source_uncond), scale) : load(source_cond);
       }
@@ -236,6 +248,7 @@ float stage(const Source& source, bool by_row, int64_t position, int64_t count, 
   };
   switch (source.form()) {
     case Form::any: return stage_form(std::integral_constant<Form, Form::any>());
+    case Form::capped: return stage_form(std::integral_constant<Form, Form::capped>());
     case Form::negative_scale: return stage_form(std::integral_constant<Form, Form::negative_scale>());
     default: return stage_form(std::integral_constant<Form, Form::plain>());
   }
