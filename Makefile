@@ -20,10 +20,18 @@ $(VENV)/installed: pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* cs
 demo: $(VENV)/installed
 	$(BIN)/mgt sample --class all --num-images 40 --seed 0 --out grid.png
 
+# packages of other projects whose code tests/test_clients.py runs, without what they need for all but drawing tokens
+CLIENTS := omnivoice==0.2.1 muse-maskgit-pytorch==0.3.5 beartype==0.23.1 einops==0.8.2 einx==0.4.3 ema-pytorch==0.8.3 \
+	frozendict==2.5.1 loguru==0.7.3 memory-efficient-attention-pytorch==0.1.6 torch-einops-utils==0.2.0 \
+	vector-quantize-pytorch==1.32.0
+build/clients/installed: Makefile $(VENV)/installed
+	$(BIN)/pip install --quiet --no-deps --upgrade --target build/clients $(CLIENTS)
+	touch $@
+
 # Two processes of two threads each: threads that wait must not spin. A file stays in one process, which builds and
 # counts what its tests share once.
 test: export OMP_WAIT_POLICY = passive
-test: $(VENV)/installed
+test: $(VENV)/installed build/clients/installed
 	$(BIN)/pytest --numprocesses 2 --dist loadfile --ignore tests/gpu
 	$(BIN)/pytest --numprocesses 2 tests/gpu
 	$(BIN)/python tests/gpu/versions.py --install $(OLDEST_TRITON)

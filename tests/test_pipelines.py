@@ -4,6 +4,7 @@ import functools
 import threading
 
 import pytest
+import tiny
 import torch
 
 from mgt_sampler.schedules import mask_lens
@@ -40,43 +41,7 @@ def randn(*shape, seed=0):
 def parts():
     """aMUSEd with tiny random weights: transformer and tokenizer."""
     pytest.importorskip("transformers")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        transformer = diffusers.UVit2DModel(
-            hidden_size=8,
-            cond_embed_dim=8,
-            micro_cond_encode_dim=2,
-            micro_cond_embed_dim=10,
-            encoder_hidden_size=8,
-            vocab_size=32,
-            codebook_size=8,
-            in_channels=8,
-            block_out_channels=8,
-            num_res_blocks=1,
-            downsample=True,
-            upsample=True,
-            block_num_heads=1,
-            num_hidden_layers=1,
-            num_attention_heads=1,
-            intermediate_size=8,
-            sample_size=32,
-        ).eval()
-        vqvae = diffusers.VQModel(
-            act_fn="silu",
-            block_out_channels=[8],
-            down_block_types=["DownEncoderBlock2D"],
-            up_block_types=["UpDecoderBlock2D"],
-            in_channels=3,
-            out_channels=3,
-            latent_channels=8,
-            layers_per_block=1,
-            norm_num_groups=8,
-            num_vq_embeddings=8,
-            sample_size=32,
-            mid_block_add_attention=False,
-            lookup_from_codebook=True,
-        ).eval()
-    return {"vqvae": vqvae, "tokenizer": None, "text_encoder": None, "transformer": transformer}
+    return tiny.amused_parts()
 
 
 def pipeline(kind, parts, scheduler):

@@ -1,7 +1,8 @@
 """Sampling from masked generative transformers, on the fused kernels of `mgt_kernels`.
 
-`generate` is the decoding loop over any model, `MGTScheduler` the drop-in for diffusers' aMUSEd scheduler and
-for Meissonic's (needs diffusers), `load_model` the bundled model; `quantize` makes a model's linear layers 4-bit ones.
+`generate` is the decoding loop over any model, `accelerate` makes a loaded model of another project draw here,
+`MGTScheduler` is the drop-in for diffusers' aMUSEd scheduler and for Meissonic's (needs diffusers), `load_model` the
+bundled model; `quantize` makes a model's linear layers 4-bit ones.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from .sampling import GenerateOutput, SamplerStep, generate
 from .techniques import Differential, ZSampling
 
 if TYPE_CHECKING:
+    from .clients import Acceleration as Acceleration
+    from .clients import accelerate as accelerate
+    from .clients import restore as restore
     from .models import load_model as load_model
     from .pipelines import z_sample as z_sample
     from .quantization import CalibrationInput as CalibrationInput
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
     from .scheduler import MGTSchedulerOutput as MGTSchedulerOutput
 
 __all__ = [
+    "Acceleration",
     "CalibrationInput",
     "Differential",
     "GenerateOutput",
@@ -41,12 +46,14 @@ __all__ = [
     "SamplerStep",
     "ScaledModel",
     "ZSampling",
+    "accelerate",
     "activation_scales",
     "generate",
     "load_model",
     "load_quantized",
     "quantize",
     "register_quantizers",
+    "restore",
     "sampler_trajectories",
     "save_quantized",
     "z_sample",
@@ -54,6 +61,7 @@ __all__ = [
 
 # imported when first asked for: diffusers is optional and slow to import
 _LAZY = {
+    "Acceleration": ".clients",
     "CalibrationInput": ".quantization",
     "Int4Linear": ".quantization",
     "LayerReport": ".quantization",
@@ -61,11 +69,13 @@ _LAZY = {
     "MGTSchedulerOutput": ".scheduler",
     "QuantizationReport": ".quantization",
     "ScaledModel": ".quantization",
+    "accelerate": ".clients",
     "activation_scales": ".quantization",
     "load_model": ".models",
     "load_quantized": ".quantization",
     "quantize": ".quantization",
     "register_quantizers": ".quantization",
+    "restore": ".clients",
     "sampler_trajectories": ".quantization",
     "save_quantized": ".quantization",
     "z_sample": ".pipelines",

@@ -16,6 +16,7 @@ from torch import Tensor
 from mgt_kernels import info as kernels_info
 from mgt_kernels import sample_tokens
 
+from .clients import CLIENTS
 from .files import check_writable, make_folder
 from .images import ANIMATIONS, STILLS, check_suffix, save_grid, save_trajectory, trajectory_images
 from .models import load_model
@@ -246,6 +247,21 @@ def info() -> None:
         value = [f"{op}: {isa}" for op, isa in value.items()] if isinstance(value, dict) else value
         shown = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
         typer.echo(f"{name:<{width}}  {'none' if shown is None else shown}")
+
+
+@app.command()
+def clients() -> None:
+    """List the models of other projects that `accelerate` makes draw with these kernels."""
+    rows = [("project", "class", "what draws here", "source")]
+    for client in CLIENTS:
+        for i, path in enumerate(client.classes):
+            first = i == 0
+            name = path.rpartition(".")[2]
+            rows.append((client.name, name, client.replaces, client.source) if first else ("", name, "", ""))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        typer.echo("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+    typer.echo("\nfrom mgt_sampler import accelerate, restore; accelerate(pipe)")
 
 
 @app.command(epilog=_EPILOG)

@@ -351,7 +351,7 @@ class MGTScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """
         at = _timestep(timestep)
         logits, tokens = flatten_logits(model_output, sample)
-        _check_generators(generator, len(tokens))
+        check_generators(generator, len(tokens))
         share = _checked_share(starting_mask_ratio, len(tokens))
         run = self._run_of(at, sample, logits, generator)
         index = run.timesteps.values().index(at)
@@ -403,7 +403,7 @@ class MGTScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         values = self._timesteps_and_temperatures()[0].values()
         index = _index(values, _timestep(timesteps))
         _check_sample(sample)
-        _check_generators(generator, len(sample))
+        check_generators(generator, len(sample))
         if isinstance(generator, (list, tuple)):
             parts = [self.add_noise(sample[i : i + 1], timesteps, g) for i, g in enumerate(generator)]
             return torch.cat(parts) if parts else sample.clone()
@@ -465,7 +465,7 @@ class MGTScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             num_draws=index,
         )
         if settings.rng == "philox":
-            run.seeds = _draw_seeds(shape[0], generator, device)
+            run.seeds = draw_seeds(shape[0], generator, device)
         return run
 
     def _remove(self, run: _Run) -> None:
@@ -643,7 +643,8 @@ def _listed(generator: Generators) -> Sequence[torch.Generator | None]:
     return generator if isinstance(generator, (list, tuple)) else (generator,)
 
 
-def _check_generators(generator: Generators, batch_size: int) -> None:
+def check_generators(generator: Generators, batch_size: int) -> None:
+    """Raise TypeError or ValueError where these are no generators, or a list that is not one for each sample."""
     for each in _listed(generator):
         if not isinstance(each, torch.Generator) and generator is not None:
             raise TypeError(f"generator: expected a torch.Generator, a list of them or None, got {kind(each)}")
@@ -651,7 +652,7 @@ def _check_generators(generator: Generators, batch_size: int) -> None:
         raise ValueError(f"generator: expected one for each of {batch_size} samples, got {len(generator)}")
 
 
-def _draw_seeds(batch_size: int, generator: Generators, device: torch.device) -> Tensor:
+def draw_seeds(batch_size: int, generator: Generators, device: torch.device) -> Tensor:
     """One seed for each sample, int64 (B,)."""
 
     def draw(count: int, one: torch.Generator | None) -> Tensor:

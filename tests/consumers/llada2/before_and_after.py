@@ -10,9 +10,11 @@ import time
 from collections.abc import Callable
 
 import torch
-from block_scheduler import BlockScheduler
 from diffusers import BlockRefinementScheduler, LLaDA2Pipeline
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForMaskedLM
+
+from mgt_sampler import accelerate, restore
+from mgt_sampler.clients.llada2 import BlockScheduler
 
 # of LLaDA2.0
 VOCAB_SIZE, BLOCK_LENGTH = 157184, 32
@@ -64,11 +66,11 @@ def compare_pipelines(pipe: LLaDA2Pipeline, rounds: int, case: str, **options: o
     """Time whole generations."""
     pipe.set_progress_bar_config(disable=True)
 
-    def generate(kind: type[BlockRefinementScheduler]) -> None:
-        pipe.scheduler = kind.from_config(pipe.scheduler.config)
+    def generate(prepare: Callable[[LLaDA2Pipeline], object]) -> None:
+        prepare(pipe)
         pipe(generator=torch.Generator().manual_seed(0), **options)
 
-    print_row(case, *medians(lambda: generate(BlockRefinementScheduler), lambda: generate(BlockScheduler), rounds))
+    print_row(case, *medians(lambda: generate(restore), lambda: generate(accelerate), rounds))
 
 
 def tiny_pipeline(vocab_size: int) -> LLaDA2Pipeline:

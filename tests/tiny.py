@@ -1,0 +1,183 @@
+"""Models of other projects with tiny random weights, and a stand-in for one that is on no package registry."""
+
+import importlib.machinery
+import sys
+import types
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+CLIENTS = Path(__file__).parent.parent / "build" / "clients"
+
+
+def amused_parts():
+    """All of an aMUSEd pipeline but its scheduler: mask token 31, codebook of 8, images of 16 x 16."""
+    import diffusers
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transformer = diffusers.UVit2DModel(
+            hidden_size=8, cond_embed_dim=8, micro_cond_encode_dim=2, micro_cond_embed_dim=10, encoder_hidden_size=8,
+            vocab_size=32, codebook_size=8, in_channels=8, block_out_channels=8, num_res_blocks=1, downsample=True,
+            upsample=True, block_num_heads=1, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8,
+            sample_size=32,
+        ).eval()  # fmt: skip
+        vqvae = diffusers.VQModel(
+            act_fn="silu", block_out_channels=[8], down_block_types=["DownEncoderBlock2D"],
+            up_block_types=["UpDecoderBlock2D"], in_channels=3, out_channels=3, latent_channels=8, layers_per_block=1,
+            norm_num_groups=8, num_vq_embeddings=8, sample_size=32, mid_block_add_attention=False,
+            lookup_from_codebook=True,
+        ).eval()  # fmt: skip
+    return {"vqvae": vqvae, "tokenizer": None, "text_encoder": None, "transformer": transformer}
+
+
+LLADA2_MASK = 39
+
+
+def llada2_pipeline():
+    """LLaDA2's pipeline with a network of one layer: blocks of 8 tokens, in 4 steps."""
+    import diffusers
+    import transformers
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = transformers.BertConfig(
+            vocab_size=LLADA2_MASK + 1, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+            intermediate_size=64, max_position_embeddings=64, initializer_range=0.5,
+        )  # fmt: skip
+        model = transformers.BertForMaskedLM(config).eval()
+        # as a model that was trained: the mask is no answer
+        torch.nn.init.constant_(model.cls.predictions.bias[LLADA2_MASK], -1e4)
+    scheduler = diffusers.BlockRefinementScheduler(block_length=8, num_inference_steps=4)
+    pipe = diffusers.LLaDA2Pipeline(model=model, scheduler=scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def stand_in(name, *attributes):
+    """An empty module in the place of one that is not installed, and that drawing tokens does not need."""
+    if name in sys.modules or ("." not in name and find_spec(name)):
+        return
+    module = types.ModuleType(name)
+    module.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
+    module.__path__ = []
+    for attribute in attributes:
+        setattr(module, attribute, lambda *args, **kwargs: None)
+    sys.modules[name] = module
+    parent, _, child = name.rpartition(".")
+    if parent:
+        setattr(sys.modules[parent], child, module)
+
+
+def find_clients():
+    """Let what `make test` installed for these tests be imported."""
+    import transformers  # noqa: F401 (looks for some of the modules that get a stand-in)
+
+    if str(CLIENTS) not in sys.path:
+        sys.path.append(str(CLIENTS))
+
+
+def omnivoice_module():
+    """The module of `OmniVoice`."""
+    find_clients()
+    stand_in("torchaudio")
+    stand_in("soundfile")
+    stand_in("pydub", "AudioSegment")
+    stand_in("pydub.silence", "detect_leading_silence", "detect_nonsilent", "split_on_silence")
+    from omnivoice.models import omnivoice
+
+    return omnivoice
+
+
+class _Letters:
+    """A tokenizer of bytes."""
+
+    def __call__(self, text, **options):
+        ids = torch.tensor([[ord(letter) % 64 for letter in text]])
+        return types.SimpleNamespace(input_ids=ids if options.get("return_tensors") else ids[0].tolist())
+
+
+def omnivoice_model(num_codebooks=4, vocab_size=33):
+    """OmniVoice on a Qwen3 of one layer; the mask is its last token."""
+    omnivoice = omnivoice_module()
+    from transformers import Qwen3Config
+
+    llm = Qwen3Config(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=16,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = omnivoice.OmniVoice(
+            omnivoice.OmniVoiceConfig(
+                audio_vocab_size=vocab_size,
+                audio_mask_id=vocab_size - 1,
+                num_audio_codebook=num_codebooks,
+                audio_codebook_weights=[1] * num_codebooks,
+                llm_config=llm,
+            )
+        ).eval()
+        # sharp enough that steps differ
+        torch.nn.init.normal_(model.audio_heads.weight, std=0.5)
+    model.text_tokenizer = _Letters()
+    return model
+
+
+def omnivoice_tokens(model, seed=0, lengths=(7, 12), **options):
+    """Generate tokens [(C, T)] for as many texts as there are lengths."""
+    omnivoice = omnivoice_module()
+    count = len(lengths)
+    task = omnivoice.GenerationTask(
+        batch_size=count, texts=["a text", "another one"][:count], target_lens=list(lengths), langs=[None] * count,
+        instructs=[None] * count, ref_texts=[None] * count, ref_audio_tokens=[None] * count,
+        ref_rms=[None] * count,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        return model._generate_iterative(task, omnivoice.OmniVoiceGenerationConfig(**{"num_step": 6, **options}))
+
+
+class _Embedding(torch.nn.Module):
+    """A text encoder, one embedding for each letter."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(256, 32)
+
+    def forward(self, input_ids, attention_mask):
+        return types.SimpleNamespace(last_hidden_state=self.embedding(input_ids))
+
+
+class _LettersOfTexts:
+    """Its tokenizer."""
+
+    def batch_encode_plus(self, texts, **options):
+        length = max(map(len, texts))
+        ids = torch.tensor([[ord(letter) % 255 + 1 for letter in text.ljust(length)] for text in texts])
+        return types.SimpleNamespace(input_ids=ids, attention_mask=torch.ones_like(ids))
+
+
+def muse_model(num_tokens=64, **options):
+    """`MaskGit` of muse-maskgit-pytorch: 16 positions, its T5 an embedding of letters."""
+    find_clients()
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer  # noqa: F401 (which it imports by name)
+
+    stand_in("torchvision", "utils")
+    stand_in("torchvision.transforms", "Compose", "Lambda", "Resize", "CenterCrop", "ToTensor", "RandomHorizontalFlip")
+    stand_in("torchvision.datasets", "ImageFolder")
+    stand_in("torchvision.utils", "make_grid", "save_image")
+    stand_in("sentencepiece")
+    from muse_maskgit_pytorch import MaskGit, MaskGitTransformer, VQGanVAE, t5
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = T5Config(d_model=32)
+        t5.T5_CONFIGS["tiny"] = {"config": config, "model": _Embedding(), "tokenizer": _LettersOfTexts()}
+        vae = VQGanVAE(dim=16, layers=2, codebook_size=num_tokens, use_vgg_and_gan=False)
+        transformer = MaskGitTransformer(
+            num_tokens=num_tokens, seq_len=16, dim=32, depth=1, dim_head=16, heads=2, t5_name="tiny", flash=False
+        )
+        # sharp enough that steps differ
+        torch.nn.init.normal_(transformer.to_logits.weight, std=0.5)
+        return MaskGit(vae=vae, transformer=transformer, image_size=16, **options).eval()
