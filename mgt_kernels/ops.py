@@ -358,9 +358,10 @@ def differential_sample(
         raise ValueError(f"aliased_history: expected False with variant {variant!r}; it is a switch of 'official'")
     settings = dict(variant=variant, aliased_history=aliased_history, mask_token_id=draw.mask_token_id)
     if state is None:
-        history = torch.empty(batch, num_positions, num_tokens, dtype=torch.int16, device=device)
-        written = torch.zeros(batch, num_positions, dtype=torch.bool, device=device)
-        history_step = torch.full((), -1, dtype=torch.int64, device=device)
+        # of the logits, so that they are batched under vmap where those are
+        history = logits.new_empty(batch, num_positions, num_tokens, dtype=torch.int16)
+        written = logits.new_zeros(batch, num_positions, dtype=torch.bool)
+        history_step = logits.new_full((), -1, dtype=torch.int64)
         # the caller may change its tensor; the generation's seeds stay
         history_seed = _for_each(draw.seed, batch, device).clone()
     else:

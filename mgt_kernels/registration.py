@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet, _dispatch_keys, _dispatch_tls_local_include_set
+from torch.utils._pytree import tree_map
 
 from mgt_kernels.checks import check_capability
 from mgt_kernels.draw import Draw
@@ -216,6 +217,25 @@ def register(
     return call
 
 
+def _one_by_one(name: str) -> Kernel:
+    """What `torch.vmap` does with an op: a call for each member of the batch, whose results are stacked."""
+
+    def one_by_one(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+        op = getattr(torch.ops.mgt_kernels, name).default
+        for argument, dim in zip(op._schema.arguments, in_dims, strict=True):
+            if dim is None and argument.alias_info is not None and argument.alias_info.is_write:
+                raise ValueError(f"{argument.name}: vmap needs one for each member of its batch, as it is written to")
+
+        def call(member: int) -> Any:
+            return op(*(x if dim is None else x.select(dim, member) for x, dim in zip(arguments, in_dims, strict=True)))
+
+        results = [call(member) for member in range(info.batch_size)]
+        stacked = tree_map(lambda *members: torch.stack(members), *results)
+        return stacked, tree_map(lambda _: 0, stacked)
+
+    return one_by_one
+
+
 def _define(name: str, schema: str, kernels: dict[str, Kernel], differentiable: bool) -> None:
     definition = _DEFINITIONS.get(name)
     if definition is not None:
@@ -236,6 +256,7 @@ def _define(name: str, schema: str, kernels: dict[str, Kernel], differentiable: 
     for key in sorted(kernels.keys() - {"fake"}):
         library.impl(name, kernel_of(key), key)
     torch.library.register_fake(f"mgt_kernels::{name}", kernel_of("fake"), lib=library)
+    torch.library.register_vmap(f"mgt_kernels::{name}", _one_by_one(name), lib=library)
     # torch takes no formula for an op that writes to its arguments
     if differentiable:
         torch.library.register_autograd(f"mgt_kernels::{name}", no_gradient, lib=library)

@@ -693,3 +693,62 @@ def test_plain_calls_go_round_the_dispatcher_and_others_do_not():
 class Drawing(torch.nn.Module):
     def forward(self, logits, tokens):
         return mgt_kernels.sample_tokens(logits, tokens, mask_token_id=9, seed=0, step=0, temperature=0.5)[0]
+
+
+DRAW = dict(mask_token_id=32, seed=5, step=2)
+
+
+def drawn(logits, **options):
+    options = DRAW | dict(statistics=("entropy",), top_k=9) | options
+    found = mgt_kernels.sample_tokens(logits, torch.full(logits.shape[:2], 32), **options)
+    return found.token_ids, found.logprob, found.entropy
+
+
+def drawn_twice(logits):
+    first, logprob, state = mgt_kernels.differential_sample(logits, torch.full(logits.shape[:2], 32), None, **DRAW)
+    tokens = torch.where(logprob < logprob.mean(), 32, first)
+    second, _, state = mgt_kernels.differential_sample(logits.flip(2), tokens, state, **DRAW | dict(step=3))
+    return first, second, state.divergence
+
+
+LAYER = mgt_kernels.quantize_int4(torch.linspace(-1, 1, 512).sin().view(8, 64))
+VMAPPED = {
+    "sample_tokens": drawn,
+    "sample_tokens, guided": lambda x: drawn(x, uncond_logits=x.flip(1), guidance_scale=3.0),
+    "sample_tokens, temperature": lambda x: drawn(x, temperature=x.abs().mean(), noise_scale=x.std()),
+    "differential_sample": drawn_twice,
+    "mask_by_confidence": lambda x: mgt_kernels.mask_by_confidence(
+        x.argmax(-1), x.log_softmax(-1).amax(-1), 3, temperature=1.0, **DRAW
+    ),
+    "commit_tokens": lambda x: mgt_kernels.commit_tokens(
+        x.argmax(-1), x.log_softmax(-1).amax(-1), torch.where(x[..., 0] > 0, 32, 7), count=2, threshold=-1.0, **DRAW
+    ),
+    "remask_tokens": lambda x: mgt_kernels.remask_tokens(x, x.argmin(-1), 2, **DRAW),
+    "w4a8_linear": lambda x: mgt_kernels.w4a8_linear(x.reshape(-1, 64), LAYER),
+    "w4a16_linear": lambda x: mgt_kernels.w4a16_linear(x.reshape(-1, 64), LAYER),
+}
+
+
+@pytest.mark.parametrize("in_dim", [0, 2])
+@pytest.mark.parametrize("case", VMAPPED)
+def test_vmap_calls_an_op_for_each_member(case, in_dim):
+    logits = torch.randn(3, 2, 6, 32, generator=torch.Generator().manual_seed(0))
+    call = VMAPPED[case]
+    expected = [call(x) for x in logits]
+    expected = [x if isinstance(x, tuple) else (x,) for x in expected]
+    vmapped = torch.vmap(call, in_dims=in_dim)(logits.movedim(0, in_dim))
+    vmapped = vmapped if isinstance(vmapped, tuple) else (vmapped,)
+    nested = torch.vmap(torch.vmap(call))(logits[None])
+    nested = nested if isinstance(nested, tuple) else (nested,)
+    for member, (found, twice) in enumerate(zip(vmapped, nested, strict=True)):
+        wanted = torch.stack([x[member] for x in expected])
+        assert torch.equal(found, wanted) and torch.equal(twice[0], wanted)
+        assert not torch.equal(wanted[0], wanted[1])
+
+
+def test_vmap_says_what_is_written_to_once():
+    logits = torch.randn(2, 6, 32)
+    masks = torch.full((2, 6), 32)
+    _, _, state = mgt_kernels.differential_sample(logits, masks, None, **DRAW)
+    with pytest.raises(ValueError, match="history: vmap needs one for each member"):
+        torch.vmap(lambda x: mgt_kernels.differential_sample(x, masks, state, **DRAW | dict(step=3))[0])(logits[None])
