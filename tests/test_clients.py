@@ -1,9 +1,11 @@
 """`accelerate` and `restore` on the code of other projects, with tiny random weights."""
 
 import copy
+import os
 import pickle
 import types
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -396,6 +398,107 @@ class TestMuse:
         with pytest.raises(ValueError, match="cond_images"):
             muse.generate(texts=["a"], cond_images=torch.zeros(1, 3, 16, 16))
         restore(muse)
+
+
+class TestHalton:
+    """Halton-MaskGIT's samplers; with MGT_HALTON_MASKGIT, the originals beside ours."""
+
+    real = bool(os.environ.get("MGT_HALTON_MASKGIT"))
+    labels = torch.tensor([3, 3, 5])
+
+    @classmethod
+    def call(cls, sampler, seed=0, labels=None, **options):
+        trainer = tiny.halton_trainer()
+        torch.manual_seed(seed)
+        labels = cls.labels if labels is None else labels
+        found = sampler(trainer, nb_sample=len(labels), labels=labels, verbose=False, **options)
+        return found, trainer.vit.given
+
+    @staticmethod
+    def masked(given):
+        # of the conditional half
+        return [(code[: len(code) // 2] == 24).sum(1).tolist() for code in given]
+
+    def test_positions_in_the_order_of_the_sequence(self):
+        halton, _ = tiny.halton_samplers()
+        sampler = halton(step=8, w=2)
+        accelerate(sampler)
+        (images, codes, masks), given = self.call(sampler)
+        assert images.shape == (3, 8, 8) and len(codes) == len(masks) == 8
+        assert [int(mask[0].sum()) for mask in masks] == [5, 10, 15, 21, 27, 34, 43, 64]
+        assert self.masked(given) == [[64 - n] * 3 for n in (0, 5, 10, 15, 21, 27, 34, 43)]
+        assert halton.build_halton_mask(16)[:4].tolist() == [[8, 5], [4, 10], [12, 1], [2, 7]]
+        # what is drawn again in the last step is what is returned
+        assert torch.equal(images, codes[-1].float() / 24)
+
+    @pytest.mark.parametrize("randomize", ["linear", "warm_up", "random", "no"])
+    def test_as_many_positions_by_confidence(self, randomize):
+        _, confidence = tiny.halton_samplers()
+        sampler = confidence(step=8, randomize=randomize)
+        counts = [max(int(n), k + 1) for k, n in enumerate(confidence.build_sequence(8, 8, verbose=False))]
+        accelerate(sampler)
+        (images, codes, masks), given = self.call(sampler)
+        assert self.masked(given) == [[64 - n] * 3 for n in [0, *counts[:-1]]] and counts[-1] == 64
+        assert [mask.flatten(1).sum(1).tolist() for mask in masks] == [[64 - n] * 3 for n in counts]
+        assert images.shape == (3, 8, 8) and codes[0].max() < 24
+
+    @pytest.mark.parametrize("kind", [0, 1])
+    def test_draws_are_a_function_of_the_seed_and_the_object_comes_back(self, kind):
+        original = tiny.halton_samplers()[kind]
+        sampler = original(step=6)
+        attributes = dict(vars(sampler))
+        done = accelerate(sampler)
+        assert isinstance(sampler, original) and accelerate(sampler) is done and done.replaced == ("__class__",)
+        first, again, other = (self.call(sampler, seed)[0][0] for seed in (0, 0, 1))
+        assert torch.equal(first, again) and not torch.equal(first, other)
+        for twin in (copy.deepcopy(sampler), pickle.loads(pickle.dumps(sampler))):
+            assert torch.equal(self.call(twin)[0][0], first)
+            assert type(restore(twin)) is original
+        restore(sampler)
+        assert type(sampler) is original and vars(sampler).keys() == attributes.keys()
+        if not self.real:
+            assert self.call(sampler)[0] == "the original"
+
+    def test_an_initial_canvas_is_not_written_to(self):
+        _, confidence = tiny.halton_samplers()
+        sampler = confidence(step=4)
+        accelerate(sampler)
+        canvas = torch.full((3, 64), 24)
+        canvas[:, :10] = 1
+        before = canvas.clone()
+        _, given = self.call(sampler, init_code=canvas)
+        assert torch.equal(canvas, before) and self.masked(given)[0] == [54] * 3
+
+    @pytest.mark.skipif(not real, reason="MGT_HALTON_MASKGIT names no checkout of Halton-MaskGIT")
+    @pytest.mark.parametrize(
+        "kind, options",
+        [
+            (0, {"w": 0}),
+            (0, {"w": 2, "top_k": 3}),
+            (0, {"w": 1, "randomize": True, "sm_temp_min": 1, "sm_temp_max": 1.3, "temp_warmup": 1}),
+            (1, {"w": 0}),
+            (1, {"w": 2, "sm_temp": 1.2}),
+            (1, {"w": 1, "randomize": "random"}),
+        ],
+    )
+    def test_the_originals_distribution(self, kind, options):
+        sampler = tiny.halton_samplers()[kind](step=4, **options)
+        labels = torch.full((600,), 3)
+        counts, shown = [], []
+        for prepare, seed in ((restore, 0), (accelerate, 1), (restore, 2)):
+            prepare(sampler)
+            np.random.seed(seed)
+            (images, _, masks), _ = self.call(sampler, seed, labels)
+            counts.append((images * 24).round().long().flatten().bincount(minlength=24))
+            shown.append([mask.flatten(1).sum(1).tolist() for mask in masks])
+        restore(sampler)
+        assert shown[0] == shown[1] == shown[2]
+
+        def pvalue(one, other):
+            table = torch.stack([counts[one], counts[other]])
+            return stats.chi2_contingency(table[:, table.sum(0) > 10].numpy()).pvalue
+
+        assert pvalue(0, 2) > 1e-4 and pvalue(0, 1) > 1e-4
 
 
 class TestUnknown:

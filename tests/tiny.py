@@ -1,6 +1,7 @@
 """Models of other projects with tiny random weights, and a stand-in for one that is on no package registry."""
 
 import importlib.machinery
+import os
 import sys
 import types
 from importlib.util import find_spec
@@ -181,3 +182,95 @@ def muse_model(num_tokens=64, **options):
         # sharp enough that steps differ
         torch.nn.init.normal_(transformer.to_logits.weight, std=0.5)
         return MaskGit(vae=vae, transformer=transformer, image_size=16, **options).eval()
+
+
+class _Sampler:
+    """What the two samplers of Halton-MaskGIT have in common; their own call is not here."""
+
+    def __call__(self, trainer, init_code=None, nb_sample=50, labels=None, verbose=True):
+        return "the original"
+
+
+class HaltonSampler(_Sampler):
+    """A stand-in for the class of this name."""
+
+    def __init__(
+        self, sm_temp_min=1, sm_temp_max=1, temp_pow=1, w=4, step=64, randomize=False, top_k=-1, temp_warmup=0
+    ):
+        self.temp_pow, self.w, self.step, self.randomize, self.top_k = temp_pow, w, step, randomize, top_k
+        self.temp_warmup, self.basic_halton_mask = temp_warmup, None
+        self.temperature = torch.linspace(sm_temp_min, sm_temp_max, step)
+
+    @staticmethod
+    def build_halton_mask(input_size, nb_point=10_000):
+        def radical_inverse(base, n):
+            result, scale = 0.0, 1.0
+            while n:
+                scale /= base
+                result += scale * (n % base)
+                n //= base
+            return result
+
+        cells = [tuple(int(radical_inverse(b, n) * input_size) for b in (2, 3)) for n in range(1, nb_point + 1)]
+        return torch.tensor(list(dict.fromkeys(cells)))
+
+
+class ConfidenceSampler(_Sampler):
+    """A stand-in for the class of this name."""
+
+    def __init__(self, sm_temp=1, w=3, randomize="linear", r_temp=4.5, sched_mode="arccos", step=12):
+        self.sm_temp, self.w, self.randomize, self.r_temp = sm_temp, w, randomize, r_temp
+        self.sched_mode, self.step = sched_mode, step
+
+    @staticmethod
+    def build_sequence(step, input_size, mode="arccos", leave=False, verbose=True):
+        progress = torch.linspace(0, 1, step)
+        shares = {"linear": progress, "arccos": 1 - torch.arccos(progress) / (torch.pi / 2)}
+        return (shares[mode] * input_size**2).int()
+
+
+def halton_samplers():
+    """The two classes: Halton-MaskGIT's where MGT_HALTON_MASKGIT names a checkout of it, else their stand-ins."""
+    checkout = os.environ.get("MGT_HALTON_MASKGIT")
+    if checkout:
+        sys.path.append(checkout)
+        from Sampler.confidence_sampler import ConfidenceSampler as Confidence
+        from Sampler.halton_sampler import HaltonSampler as Halton
+
+        return Halton, Confidence
+    for kind, module in ((HaltonSampler, "Sampler.halton_sampler"), (ConfidenceSampler, "Sampler.confidence_sampler")):
+        stand_in("Sampler")
+        stand_in(module)
+        kind.__module__ = module
+        setattr(sys.modules[module], kind.__name__, kind)
+    return HaltonSampler, ConfidenceSampler
+
+
+class _Vit(torch.nn.Module):
+    """Logits (B, N, V + 1) of a canvas (B, side, side), labels and what drops them."""
+
+    def __init__(self, codebook_size):
+        super().__init__()
+        self.tokens = torch.nn.Embedding(codebook_size + 1, 16)
+        self.labels = torch.nn.Embedding(1000, 16)
+        self.places = torch.nn.Embedding(64, 16)
+        self.head = torch.nn.Linear(16, codebook_size + 1)
+        # as a model that was trained: the mask is no answer
+        torch.nn.init.constant_(self.head.bias[-1], -1e4)
+        self.given = []
+
+    def forward(self, code, labels, drop_label):
+        self.given.append(code.flatten(1))
+        x = self.tokens(code.flatten(1))
+        x = x + x.mean(1, keepdim=True) + self.places(torch.arange(x.shape[1]))
+        return 3 * self.head(x + self.labels(labels)[:, None] * ~drop_label[:, None, None])
+
+
+def halton_trainer(codebook_size=24):
+    """What the samplers ask of a trainer: 8 x 8 tokens; images are their numbers."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vit = _Vit(codebook_size)
+    args = types.SimpleNamespace(device="cpu", mask_value=codebook_size, codebook_size=codebook_size, use_ema=False)
+    ae = types.SimpleNamespace(decode_code=lambda code: code.float() / codebook_size)
+    return types.SimpleNamespace(vit=vit, ema=vit, args=args, ae=ae, input_size=8)

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 # of an object that is accelerated: its `Acceleration`
-_ATTRIBUTE = "_mgt_acceleration"
+ATTRIBUTE = "_mgt_acceleration"
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,13 @@ CLIENTS = (
         "scheduler",
         "github.com/viiika/Meissonic, arXiv 2410.08261",
         "amused",
+    ),
+    Client(
+        "Halton-MaskGIT",
+        ("halton_sampler.HaltonSampler", "confidence_sampler.ConfidenceSampler"),
+        "the loop of a call",
+        "github.com/valeoai/Halton-MaskGIT, arXiv 2503.17076",
+        "halton",
     ),
     Client("LLaDA2", ("pipeline_llada2.LLaDA2Pipeline",), "scheduler", "diffusers, arXiv 2512.15745", "llada2"),
     Client(
@@ -107,16 +114,16 @@ def accelerate(obj: Any) -> Acceleration:
         TypeError: an object of another class; the message lists the classes that are known. Or an object whose parts
             are not those that its class has by itself.
     """
-    before = vars(obj).get(_ATTRIBUTE) if hasattr(obj, "__dict__") else None
+    before = vars(obj).get(ATTRIBUTE) if hasattr(obj, "__dict__") else None
     if isinstance(before, Acceleration):
         return before
     client = client_of(obj)
     ours: dict[str, Any] = import_module(f".{client.module}", __name__).replacements(obj)
-    originals = {name: vars(obj)[name] for name in ours if name in vars(obj)}
+    originals = {name: found for name in ours if (found := _own(obj, name)) is not None}
     for name, value in ours.items():
         setattr(obj, name, value)
     done = Acceleration(client, tuple(ours), ours, originals)
-    object.__setattr__(obj, _ATTRIBUTE, done)
+    object.__setattr__(obj, ATTRIBUTE, done)
     return done
 
 
@@ -131,18 +138,23 @@ def restore(obj: T) -> T:
     Returns:
         The same object.
     """
-    done = vars(obj).get(_ATTRIBUTE) if hasattr(obj, "__dict__") else None
+    done = vars(obj).get(ATTRIBUTE) if hasattr(obj, "__dict__") else None
     if not isinstance(done, Acceleration):
         return obj
     for name, ours in done._ours.items():
-        if vars(obj).get(name) is not ours:
+        if _own(obj, name) is not ours:
             continue
         if name in done._originals:
             setattr(obj, name, done._originals[name])
         else:
             object.__delattr__(obj, name)
-    object.__delattr__(obj, _ATTRIBUTE)
+    object.__delattr__(obj, ATTRIBUTE)
     return obj
+
+
+def _own(obj: Any, name: str) -> Any:
+    """An attribute that the object has itself, its class among them, or None."""
+    return type(obj) if name == "__class__" else vars(obj).get(name)
 
 
 def client_of(obj: Any) -> Client:
