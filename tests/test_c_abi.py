@@ -155,7 +155,7 @@ class Call:
         if self.op not in WITHOUT_WORKSPACE:
             num_bytes = self.workspace(where) if num_bytes is None else num_bytes
             # a call that must refuse before it touches memory is told of more than there is
-            memory = torch.empty(min(max(num_bytes, 0), 2**26), dtype=torch.uint8)
+            memory = torch.empty(min(max(num_bytes, 0), 2**27), dtype=torch.uint8)
             lent = [pointer(memory), I64(num_bytes)]
         outputs = [ctypes.byref(self.drawn)] if self.op == "sample_tokens" else [pointer(x) for x in self.outputs]
         if self.op == "commit_tokens":
@@ -165,6 +165,8 @@ class Call:
             ctypes.byref(where), ctypes.byref(self.args), *self.extra, *outputs, *lent, ctypes.byref(index)
         )
         self.index = index.value
+        # one that went through had all that it asked for
+        assert status != OK or not lent or len(memory) >= num_bytes
         return status, [output.clone() for output in self.outputs]
 
 
