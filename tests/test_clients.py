@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from scipy import stats
+from tiny import randn, seeded
 from typer.testing import CliRunner
 
 import mgt_kernels
@@ -20,22 +21,7 @@ from mgt_sampler.schedules import mask_lens
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    # thousands of tiny ops, which a second thread only slows down
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
-
-
-def randn(*shape, seed=0):
-    return 2 * torch.randn(shape, generator=seeded(seed))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 KINDS = {
@@ -395,8 +381,10 @@ class TestMuse:
         accelerate(muse)
         with pytest.raises(ValueError, match="can_remask_prev_masked"):
             muse.generate(texts=["a"], can_remask_prev_masked=True)
+        muse.resize_image_for_cond_image = True
         with pytest.raises(ValueError, match="cond_images"):
-            muse.generate(texts=["a"], cond_images=torch.zeros(1, 3, 16, 16))
+            muse.generate(texts=["a"])
+        muse.resize_image_for_cond_image = False
         restore(muse)
 
 

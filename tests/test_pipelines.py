@@ -6,6 +6,7 @@ import threading
 import pytest
 import tiny
 import torch
+from tiny import randn, seeded
 
 from mgt_sampler.schedules import mask_lens
 
@@ -18,23 +19,6 @@ from mgt_sampler import CalibrationInput, MGTScheduler, ZSampling, quantize, z_s
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SIZE = {"height": 16, "width": 16}
-
-
-@pytest.fixture
-def one_thread():
-    # thousands of tiny ops, which a second thread only slows down
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
-
-
-def randn(*shape, seed=0):
-    return 2 * torch.randn(shape, generator=seeded(seed))
 
 
 @pytest.fixture(scope="module")

@@ -26,15 +26,6 @@ MASK, V, H, W = 40, 32, 4, 8
 N = H * W
 
 
-@pytest.fixture
-def one_thread():
-    # thousands of tiny ops, which a second thread only slows down
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def seeded(seed):
     return torch.Generator().manual_seed(seed)
 

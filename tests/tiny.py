@@ -13,6 +13,14 @@ import torch
 CLIENTS = Path(__file__).parent.parent / "build" / "clients"
 
 
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape, seed=0):
+    return 2 * torch.randn(shape, generator=seeded(seed))
+
+
 def amused_parts():
     """All of an aMUSEd pipeline but its scheduler: mask token 31, codebook of 8, images of 16 x 16."""
     import diffusers

@@ -45,8 +45,8 @@ def generate(
     """
     if can_remask_prev_masked and not model.no_mask_token_prob > 0:
         raise ValueError("can_remask_prev_masked: expected a model that was trained with no_mask_token_prob above 0")
-    if (cond_images is None) == model.resize_image_for_cond_image:
-        raise ValueError("cond_images: expected images for a model of super resolution, and None for any other")
+    if cond_images is None and model.resize_image_for_cond_image:
+        raise ValueError("cond_images: expected images for a model of super resolution, got None")
     was_training = model.training
     model.eval()
     try:
@@ -58,7 +58,7 @@ def generate(
         seeds = torch.randint(2**63 - 1, (len(texts),)).to(device)
         common: dict[str, Any] = {"mask_token_id": mask_id, "seed": seeds, "guidance_scale": float(cond_scale)}
         inputs: dict[str, Any] = {"text_embeds": transformer.encode_text(texts)}
-        if cond_images is not None:
+        if cond_images is not None and model.resize_image_for_cond_image:
             inputs["conditioning_token_ids"] = model.cond_vae.encode(cond_images)[1]
         if negative_texts is None:
             others = {**inputs, "cond_drop_prob": 1.0}
