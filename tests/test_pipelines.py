@@ -231,15 +231,15 @@ class TestZSampling:
         assert not pipe.scheduler._runs
 
     def test_what_a_gpu_kernel_could_not_draw_does_not_reach_the_decoder(self, parts, monkeypatch):
-        from mgt_sampler import techniques
+        from mgt_sampler import draw as draws
 
         def draw(*args, **kwargs):
             drawn = original(*args, **kwargs)
             drawn.token_ids[1, 7], drawn.logprob[1, 7] = 31, -1e30
             return drawn
 
-        original = techniques.sample_tokens
-        monkeypatch.setattr(techniques, "sample_tokens", draw)
+        original = draws.sample_tokens
+        monkeypatch.setattr(draws, "sample_tokens", draw)
         pipe = pipeline("AmusedPipeline", parts, MGTScheduler(mask_token_id=31))
         with pytest.raises(ValueError, match=r"^model_output: expected finite logits.* sample 1, position 7"):
             self.z_call(pipe, ZSampling(), output_type="np")

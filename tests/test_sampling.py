@@ -310,15 +310,15 @@ def test_logits_of_another_shape_are_named(model):
 
 
 def test_what_a_gpu_kernel_could_not_draw_is_named_with_its_place(model, monkeypatch):
-    from mgt_sampler import techniques
+    from mgt_sampler import draw as draws
 
     def draw(*args, **kwargs):
         drawn = original(*args, **kwargs)
         drawn.token_ids[2, 7] = MASK
         return drawn
 
-    original = techniques.sample_tokens
-    monkeypatch.setattr(techniques, "sample_tokens", draw)
+    original = draws.sample_tokens
+    monkeypatch.setattr(draws, "sample_tokens", draw)
     with pytest.raises(ValueError, match=r"^model.predict_logits: .* sample 2, position 7"):
         sample(model, num_inference_steps=1)
 
@@ -364,10 +364,10 @@ def test_a_model_that_returns_the_same_buffer_at_every_call(model, technique, of
 
 
 def test_logits_of_a_model_with_memory_of_its_own_are_not_copied(model, monkeypatch):
-    from mgt_sampler import techniques
+    from mgt_sampler import draw as draws
 
     made, drawn = [], []
-    predict, draw = model.predict_logits, techniques.sample_tokens
+    predict, draw = model.predict_logits, draws.sample_tokens
 
     def predicted(*args):
         made.append(predict(*args))
@@ -378,7 +378,7 @@ def test_logits_of_a_model_with_memory_of_its_own_are_not_copied(model, monkeypa
         return draw(logits, *args, **kwargs)
 
     model.predict_logits = predicted
-    monkeypatch.setattr(techniques, "sample_tokens", seen)
+    monkeypatch.setattr(draws, "sample_tokens", seen)
     sample(model, guidance_scale=5.0)
     assert drawn == [(made[k].data_ptr(), made[k + 1].data_ptr()) for k in range(0, 10, 2)]
 

@@ -218,7 +218,7 @@ class TestPhilox:
 
     @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
     def test_logits_go_in_without_a_copy(self, memory_format, monkeypatch):
-        from mgt_sampler import techniques as module
+        from mgt_sampler import draw as module
 
         seen = []
 
@@ -944,15 +944,15 @@ def test_logits_of_float64_are_refused():
 
 def test_what_a_gpu_kernel_could_not_draw_does_not_reach_the_decoder(monkeypatch):
     """A GPU's kernels cannot raise; a stand-in marks a row as they do."""
-    from mgt_sampler import techniques
+    from mgt_sampler import draw as draws
 
     def draw(*args, **kwargs):
         drawn = original(*args, **kwargs)
         drawn.token_ids[1, 7], drawn.logprob[1, 7] = MASK, -1e30
         return drawn
 
-    original = techniques.sample_tokens
-    monkeypatch.setattr(techniques, "sample_tokens", draw)
+    original = draws.sample_tokens
+    monkeypatch.setattr(draws, "sample_tokens", draw)
     scheduler = philox()
     run_ = steps_of(scheduler, seeded(0))
     for _ in range(5):

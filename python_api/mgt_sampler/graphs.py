@@ -6,27 +6,26 @@ from which the step reads its row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mgt_kernels import mask_by_confidence
-
-from .schedules import mask_len
+from .counts import Ratio
+from .draw import Draw
+from .schedules import mask_len, mask_ratios, schedule_values
+from .selection import MaskLowest
+from .state import Logits, State
+from .step import Drawn, Rule, take_step
 
 if TYPE_CHECKING:
-    from .techniques import TokenSampler
-
-# from tokens and a guidance scale the logits and, where the scale makes a difference, the unconditional ones
-Predict = Callable[[Tensor, float], tuple[Tensor, Tensor | None]]
-# token_ids, logprob and, with differential sampling, the divergence
-Drawn = tuple[Tensor, Tensor, Tensor | None]
+    from .sampling import Predictor
 
 
 class Schedules(NamedTuple):
-    """What `generate` was told for each of the T steps."""
+    """What a rule has for each of the T steps."""
 
     guidance_scale: Sequence[float]
     noise_scale: Sequence[float]
@@ -36,39 +35,64 @@ class Schedules(NamedTuple):
 
 
 class GraphedSteps:
-    """Steps of `generate` on static tensors: the first of each kind runs as it comes, the second is captured.
+    """Steps of a rule on static tensors: the first of each kind runs as it comes, the second is captured.
 
     Steps are of a kind where they call the model alike, agree on whether there is noise and on whether there is a
     distribution to compare with. A step of a captured kind is one launch of its graph.
     """
 
-    def __init__(self, predict: Predict, sampler: TokenSampler, tokens: Tensor, seeds: Tensor, schedules: Schedules):
-        """Take what the steps work on; `tokens` is updated in place."""
-        self._predict, self._sampler, self._tokens, self._seeds = predict, sampler, tokens, seeds
-        self._schedules = schedules
-        self._step = torch.zeros((1,), dtype=torch.int64, device=tokens.device)
+    def __init__(self, rule: Rule, predict: Predictor, state: State) -> None:
+        """Take what the steps work on; the tokens of `state` are updated in place."""
+        draw, select = rule.draw, rule.select
+        if not (isinstance(draw, Draw) and isinstance(select, MaskLowest) and isinstance(select.count, Ratio)):
+            raise ValueError("cuda_graph: expected a rule of Draw and of MaskLowest with Ratio, got another")
+        self._predict, self._state = predict, state
+        steps = state.num_inference_steps
+        scheduled = rule.guidance_scale, draw.noise_scale, draw.temperature, select.temperature
+        guidance, noise, token_temperature, temperature = (schedule_values(values, steps) for values in scheduled)
+        ratios = mask_ratios(select.count.schedule, steps, state.tokens.shape[1])
+        self._schedules = schedules = Schedules(guidance, noise, token_temperature, temperature, ratios)
+        self._step = torch.full((1,), state.step, dtype=torch.int64, device=state.tokens.device)
         # where all steps have the same number, the kernels are faster with the number
         self._tables = {
-            name: torch.tensor(values, dtype=torch.float64, device=tokens.device)
+            name: torch.tensor(values, dtype=torch.float64, device=state.tokens.device)
             for name, values in schedules._asdict().items()
             if name != "mask_ratio" and len(set(values)) > 1
         }
-        masked = (tokens == sampler.mask_token_id).sum(-1)
-        at_start, counts = masked.float(), []
-        for ratio in schedules.mask_ratio[:-1]:
-            masked = mask_len(masked, ratio, at_start)
+        masked, counts = state.num_masked(), [torch.zeros_like(state.num_masked())] * state.step
+        for ratio in schedules.mask_ratio[state.step : -1]:
+            masked = mask_len(masked, ratio, state.num_masked_at_start)
             counts.append(masked)
+        # the last row is 0: nothing is masked again
         self._mask_lens = torch.stack([*counts, torch.zeros_like(masked)])
+        self._rule = rule.but(
+            # noise costs, and the kernel cannot tell beforehand that a tensor holds 0
+            draw=replace(draw, noise_scale=self._noise_scale, temperature=self._token_temperature),
+            select=MaskLowest(
+                lambda state: self._mask_lens.index_select(0, self._step).squeeze(0),
+                lambda k, num_steps: self._value("temperature"),
+            ),
+        )
         self._met: set[tuple[object, ...]] = set()
         self._graphs: dict[tuple[object, ...], tuple[Callable[[], None], Drawn]] = {}
 
+    def take_all(self) -> Iterator[tuple[State, tuple[Drawn, ...]]]:
+        """Take the steps that are left; what is yielded is written over by the next step."""
+        first = self._state.step
+        for k in range(first, self._state.num_inference_steps):
+            drawn, replayed = self.take(k)
+            if replayed:
+                self._predict.num_calls += 1 if self._schedules.guidance_scale[k] in (0, 1) else 2
+            yield replace(self._state, step=k + 1, num_draws=k + 1), (drawn,)
+
     def take(self, k: int) -> tuple[Drawn, bool]:
-        """Take step k, after step k - 1; return what was drawn, until the next step, and whether a graph was replayed.
+        """Take step k, and return what was drawn, until the next step, and whether a graph was replayed.
 
         A step that is captured now counts as run, not as replayed: the model was called for it.
         """
         scale = self._schedules.guidance_scale[k]
-        kind = (scale if scale in (0, 1) else None, self._schedules.noise_scale[k] > 0, self._sampler.state is None)
+        compares = "differential" in self._state.memory
+        kind = (scale if scale in (0, 1) else None, self._schedules.noise_scale[k] > 0, compares)
         if kind not in self._met:
             self._met.add(kind)
             return self._run(k), False
@@ -80,33 +104,23 @@ class GraphedSteps:
         return drawn, captured
 
     def _run(self, k: int) -> Drawn:
-        tokens, step, seeds = self._tokens, self._step.reshape(()), self._seeds
+        tokens = self._state.tokens
         logits, uncond_logits = self._predict(tokens, self._schedules.guidance_scale[k])
-        token_ids, logprob, divergence = self._sampler.draw(
-            logits,
-            tokens,
-            seed=seeds,
-            step=step,
-            uncond_logits=uncond_logits,
-            guidance_scale=1.0 if uncond_logits is None else self._value("guidance_scale"),
-            # noise costs, and the kernel cannot tell beforehand that a tensor holds 0
-            noise_scale=self._value("noise_scale") if self._schedules.noise_scale[k] > 0 else 0.0,
-            temperature=self._value("token_temperature"),
-        )
-        # the last row is 0: nothing is masked again
-        masked = mask_by_confidence(
-            token_ids,
-            logprob,
-            self._mask_lens.index_select(0, self._step).squeeze(0),
-            mask_token_id=self._sampler.mask_token_id,
-            temperature=self._value("temperature"),
-            seed=seeds,
-            step=step,
-            backend=self._sampler.backend,
-        )
-        tokens.copy_(masked)
+        scale = 1.0 if uncond_logits is None else self._value("guidance_scale")
+        # of a longer run, for the last step of a run does not mask, and a graph is for all steps of its kind
+        longer = self._state.num_inference_steps + 1
+        now = replace(self._state, step=k, num_inference_steps=longer, num_draws=self._step.reshape(()))
+        after, drawn = take_step(self._rule, Logits(logits, uncond_logits, scale), now)
+        self._state.memory.update(after.memory)
+        tokens.copy_(drawn.tokens)
         self._step.add_(1)
-        return token_ids, logprob, divergence
+        return drawn._replace(tokens=tokens)
+
+    def _noise_scale(self, k: int, num_inference_steps: int) -> float | Tensor:
+        return self._value("noise_scale") if self._schedules.noise_scale[k] > 0 else 0.0
+
+    def _token_temperature(self, k: int, num_inference_steps: int) -> float | Tensor:
+        return self._value("token_temperature")
 
     def _value(self, name: str) -> float | Tensor:
         """The number that all steps have, or what the step reads from its table."""

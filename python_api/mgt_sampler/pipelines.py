@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import threading
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from .arguments import kind, number
 from .scheduler import Generators, MGTScheduler, MGTSchedulerOutput, flatten_logits
-from .techniques import ZSampling, remask
+from .techniques import ZSampling
 
 
 def z_sample(pipe: Any, *args: Any, z_sampling: ZSampling | None = None, **kwargs: Any) -> Any:
@@ -85,7 +86,6 @@ class _Zigzag:
         self._step_once = scheduler.step
         self._thread = threading.get_ident()
         self._inputs: tuple[tuple[Any, ...], dict[str, Any]] = (), {}
-        self._keep: Tensor | None = None
         self._is_ours = False
 
     def record(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
@@ -103,31 +103,23 @@ class _Zigzag:
         return_dict: bool = True,
     ) -> MGTSchedulerOutput | tuple[Tensor, Tensor]:
         """`MGTScheduler.step`, and for the steps of Z-Sampling what comes after it."""
-        scheduler, mask_token_id = self._scheduler, self._scheduler.config.mask_token_id
-        if self._keep is None:
-            self._keep = (sample != mask_token_id).flatten(1)
         now = int(timestep)
-        steps = self._z_sampling.steps_of(scheduler.num_inference_steps)
         prev_sample, drawn = self._step_once(model_output, now, sample, starting_mask_ratio, generator, False)
-        if scheduler.num_inference_steps - 1 - now in steps:
-            run = scheduler.run_that_returned(prev_sample)
-            assert run.seeds is not None
-            remasked = remask(
-                self._z_sampling,
-                prev_sample.flatten(1),
-                (sample == mask_token_id).flatten(1).sum(-1),
-                self._keep,
+        run = self._scheduler.run_that_returned(prev_sample) if now else None
+        if run is not None:
+            assert run.state is not None
+            remasked = self._z_sampling(
+                replace(run.state, tokens=sample.flatten(1)),
+                run.state,
                 lambda tokens, scale: self._inverse(tokens.view_as(sample), now, scale),
-                mask_token_id=mask_token_id,
-                seed=run.seeds,
-                step=run.num_draws,
-                backend=run.settings.backend,
-            ).view_as(sample)
-            uncond_logits, logits = self._call(remasked)
-            if uncond_logits is not None:
-                logits = uncond_logits + self._guidance_scale * (logits - uncond_logits)
-            run.again(remasked)
-            prev_sample, drawn = self._step_once(logits, now, remasked, starting_mask_ratio, generator, False)
+            )
+            if remasked is not None:
+                remasked = remasked.view_as(sample)
+                uncond_logits, logits = self._call(remasked)
+                if uncond_logits is not None:
+                    logits = uncond_logits + self._guidance_scale * (logits - uncond_logits)
+                run.again(remasked)
+                prev_sample, drawn = self._step_once(logits, now, remasked, starting_mask_ratio, generator, False)
         return MGTSchedulerOutput(prev_sample, drawn) if return_dict else (prev_sample, drawn)
 
     def _inverse(self, tokens: Tensor, now: int, guidance_scale: float) -> tuple[Tensor, Tensor | None]:

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mgt_kernels import mask_by_confidence
 from mgt_kernels.checks import check_backend
 
 from .arguments import integer, is_bool, kind
-from .graphs import GraphedSteps, Schedules, check_graphs
+from .counts import Ratio
+from .draw import Draw
+from .graphs import GraphedSteps, check_graphs
 from .schedules import (
     MaskSchedule,
     ValueSchedule,
     check_num_inference_steps,
-    mask_len,
     mask_ratios,
     schedule_values,
 )
-from .techniques import Differential, Extrapolation, TokenSampler, ZSampling, check_steps, guided_logits, remask
+from .selection import MaskLowest
+from .state import State
+from .step import Drawn, Rule, begin, take_steps
+from .techniques import Differential, Extrapolation, ZSampling, check_steps
 
 if TYPE_CHECKING:
     from .models import MaskedModel
@@ -45,6 +49,8 @@ class SamplerStep:
         mask: bool (B, N), the positions that are masked again.
         divergence: float32 (B, N), KL divergence to the previous draw's distribution in nats, +inf where there is none;
             None without differential sampling.
+        state: what the generation remembers after the step: pickled before the callback returns, it is what
+            `generate(state=...)` goes on from. None at the first draw of two, and with cuda_graph.
     """
 
     step: int
@@ -53,6 +59,7 @@ class SamplerStep:
     logprob: Tensor
     mask: Tensor
     divergence: Tensor | None
+    state: State | None = None
 
 
 Callback: TypeAlias = Callable[[SamplerStep], object]
@@ -68,21 +75,25 @@ class GenerateOutput:
         seed: int64 (B,), each sample's own: `generate(..., seed=output.seed[i:i+1])` makes sample i alone.
         model_calls: how often `predict_logits` was called; a step with guidance calls it twice, and the first such step
             once more where the model returns the memory of its last call again.
+        sample_calls: int64 (B,), on the CPU: how many of these each sample needed, until none of its positions was
+            masked. Fewer than model_calls with rules that end early, such as an entropy bound.
     """
 
     tokens: Tensor
     images: Tensor
     seed: Tensor
     model_calls: int
+    sample_calls: Tensor
 
 
 @torch.no_grad()
 def generate(
     model: MaskedModel,
+    rule: Rule | None = None,
     *,
     labels: int | Sequence[int] | Tensor | None = None,
     num_samples: int | None = None,
-    num_inference_steps: int = 12,
+    num_inference_steps: int | None = None,
     guidance_scale: ValueSchedule = 1.0,
     temperature: ValueSchedule = (2.0, 0.0),
     token_temperature: ValueSchedule = 1.0,
@@ -94,6 +105,7 @@ def generate(
     skip: Collection[int] = (),
     seed: int | Tensor = 0,
     tokens: Tensor | None = None,
+    state: State | None = None,
     callback: Callback | None = None,
     progress: bool = True,
     backend: str = "auto",
@@ -118,15 +130,20 @@ def generate(
     Guidance scale, both temperatures, noise scale and momentum each take a number, (start, end), T values, or a named
     schedule such as "abs_cos:2" (`schedules.schedule_values`).
 
+    These are the settings of MaskGIT's rule. Another `rule` says by itself how a step draws, orders the positions,
+    chooses among them and is guided: one of `samplers` or `presets`, or a `Rule` of one's own.
+
     Args:
         model: anything with `predict_logits(tokens, condition) -> (B, N, V)`, where condition None means
             unconditional, `decode(tokens) -> (B, C, H, W)`, `num_tokens` (N), `codebook_size` (V) and
             `mask_token_id`; where it has a `device`, the tokens live there. Logits are float32, bfloat16 or float16,
             and the memory of one call may be that of the next; what the model is given is its own to change.
+        rule: what a step does, in place of guidance_scale, temperature, token_temperature, noise_scale, mask_schedule,
+            differential, z_sampling and momentum, which then must not be given.
         labels: what `predict_logits` takes as its condition, the batch first: a class for every sample, or
             one class for all of them, or any tensor (B, ...); None: unconditional.
         num_samples: B, where neither labels, tokens nor seed tell it; 1 by default.
-        num_inference_steps: T, at least 1.
+        num_inference_steps: T, at least 1; the rule's own by default, 12 for MaskGIT's.
         guidance_scale: s; 1 takes the conditional logits alone, 0 the unconditional ones, and spares the other pass.
         temperature: of the confidence that decides which tokens are masked again, at least 0.
         token_temperature: of the draw of a token: 0, which takes the likeliest, or at least 1e-30.
@@ -140,6 +157,9 @@ def generate(
             momentum. A skipped step takes no part in Z-Sampling.
         seed: an int, from which `sample_seeds` makes one for each sample; or ints (B,), one for each sample.
         tokens: int64 (B, N) to start from, mask_token_id where a token is wanted; None: all masked.
+        state: what a callback was given as `SamplerStep.state`: the steps that are left are taken, with the same tokens
+            as if the generation had not been stopped. All other arguments are to be what they were, but for tokens,
+            seed, num_samples and num_inference_steps, which the state has.
         callback: called with a `SamplerStep` after every draw, whose tensors are its own to keep and to change.
         progress: show a progress bar.
         backend: of `mgt_kernels`: "auto", "reference", "triton" or an instruction set, as `sample_tokens` takes it.
@@ -172,27 +192,43 @@ def generate(
         raise TypeError(f"cuda_graph: expected a bool, got {kind(cuda_graph)}")
     if not (callback is None or callable(callback)):
         raise TypeError(f"callback: expected a function or None, got {kind(callback)}")
+    settings: dict[str, Any] = {
+        "guidance_scale": guidance_scale,
+        "temperature": temperature,
+        "token_temperature": token_temperature,
+        "noise_scale": noise_scale,
+        "mask_schedule": mask_schedule,
+        "differential": differential,
+        "z_sampling": z_sampling,
+        "momentum": momentum,
+    }
+    if rule is not None and not isinstance(rule, Rule):
+        raise TypeError(f"rule: expected a Rule or None, got {kind(rule)}")
+    if state is not None:
+        if not isinstance(state, State):
+            raise TypeError(f"state: expected a State or None, got {kind(state)}")
+        if tokens is not None or num_samples is not None or num_inference_steps is not None:
+            raise ValueError("state: expected None with tokens, num_samples or num_inference_steps")
+        tokens, seed, num_inference_steps = state.tokens, state.seed, state.num_inference_steps
+    if num_inference_steps is None:
+        num_inference_steps = Rule.num_inference_steps if rule is None else rule.num_inference_steps
     num_inference_steps = check_num_inference_steps(num_inference_steps)
     device = _device(model, tokens, labels)
     batch_size = _batch_size(num_samples, tokens, labels, seed)
     condition = _condition(labels, batch_size, device)
     seeds = _seeds(seed, batch_size, device)
     check_backend(backend, device)
-
-    def values(name: str, value: ValueSchedule, minimum: float = -math.inf) -> list[float]:
-        return schedule_values(value, num_inference_steps, name=name, minimum=minimum)
-
-    guidance_scales = values("guidance_scale", guidance_scale)
-    temperatures = values("temperature", temperature, 0.0)
-    token_temperatures = values("token_temperature", token_temperature, 0.0)
-    for k, value in enumerate(token_temperatures):
-        if 0 < value < 1e-30:
-            raise ValueError(f"token_temperature: expected 0 or at least 1e-30 at every step, got {value} at step {k}")
-    noise_scales = values("noise_scale", noise_scale, 0.0)
-    momenta = values("momentum", momentum)
-    ratios = mask_ratios(mask_schedule, num_inference_steps, num_tokens)
+    if rule is None:
+        rule = _maskgit(num_inference_steps, num_tokens, **settings)
+    else:
+        defaults = inspect.signature(generate).parameters
+        told_twice = [name for name, value in settings.items() if value is not defaults[name].default]
+        if told_twice:
+            raise ValueError(f"{told_twice[0]}: expected none beside a rule, which has its own")
+    guidance_scales = schedule_values(rule.guidance_scale, num_inference_steps, name="guidance_scale")
     skipped = check_steps("skip", skip, 1, num_inference_steps - 1)
-    zigzag = frozenset() if z_sampling is None else z_sampling.steps_of(num_inference_steps) - skipped
+    if isinstance(rule.revisit, ZSampling):
+        rule.revisit.steps_of(num_inference_steps)
     if condition is None and any(s != 1 for s in guidance_scales):
         raise ValueError("guidance_scale: guidance needs labels, got a scale other than 1 and labels None")
     if condition is None and z_sampling is not None and z_sampling.inversion_guidance_scale not in (0, 1):
@@ -205,97 +241,106 @@ def generate(
     else:
         tokens = _checked_tokens(tokens, num_tokens, codebook_size, mask_token_id).to(device, copy=True)
         anything_masked = bool((tokens == mask_token_id).any())
+    if state is None:
+        memory = {"extrapolation": Extrapolation()} if skipped else {}
+        state = begin(
+            tokens,
+            seed=seeds,
+            mask_token_id=mask_token_id,
+            num_inference_steps=num_inference_steps,
+            backend=backend,
+            memory=memory,
+        )
+    else:
+        state = replace(state, tokens=tokens)
 
-    predictor = _Predictor(model, condition, (batch_size, num_tokens, codebook_size), device)
-    extrapolation = Extrapolation() if skipped or any(momenta) else None
-
-    def guided(k: int, tokens: Tensor) -> tuple[Tensor, Tensor | None, float]:
-        """The logits of step k, the unconditional ones and the guidance scale that is still to be applied."""
-        scale = guidance_scales[k]
-        if extrapolation is None:
-            logits, uncond_logits = predictor(tokens, scale)
-            return logits, uncond_logits, 1.0 if uncond_logits is None else scale
-        if k not in skipped:
-            extrapolation.observe(guided_logits(*predictor(tokens, scale), scale))
-        return extrapolation.logits(momenta[k]), None, 1.0
-
-    sampler = TokenSampler(mask_token_id, differential, backend)
-    graphed = None
+    predictor = Predictor(model, condition, (batch_size, num_tokens, codebook_size), device)
     if cuda_graph:
         check_graphs(device)
-        if z_sampling is not None or extrapolation is not None:
+        if rule.revisit is not None or getattr(rule.draw, "momentum", 0.0) != 0.0 or skipped:
             raise ValueError("cuda_graph: expected False with z_sampling, momentum or skip, got True")
-        schedules = Schedules(guidance_scales, noise_scales, token_temperatures, temperatures, ratios)
-        graphed = GraphedSteps(predictor, sampler, tokens, seeds, schedules)
-    keep = tokens != mask_token_id
-    num_masked_at_start = (~keep).sum(-1).float()
-    num_draws = 0
-    for k in tqdm(range(num_inference_steps if anything_masked else 0), desc="sampling", disable=not progress):
-        if graphed is not None:
-            (token_ids, logprob, divergence), replayed = graphed.take(k)
-            predictor.num_calls += replayed * (1 if guidance_scales[k] in (0, 1) else 2)
+        steps = GraphedSteps(rule, predictor, state).take_all()
+    else:
+        steps = take_steps(rule, predictor, state, skip=skipped)
+    sample_calls = torch.zeros(batch_size, dtype=torch.int64, device="cpu")
+    steps_left = num_inference_steps - state.step if anything_masked else 0
+    with tqdm(total=steps_left, desc="sampling", disable=not progress) as bar:
+        while steps_left:
+            before, calls = state, predictor.num_calls
+            try:
+                state, draws = next(steps)
+            except StopIteration:
+                break
+            busy = before.masked.any(1).cpu() if rule.ends_early else 1
+            sample_calls += (predictor.num_calls - calls) * busy
             if callback is not None:
-                # the next step writes over them
-                kept = None if divergence is None else divergence.clone()
-                mask = tokens == mask_token_id
-                callback(SamplerStep(k, k, token_ids.clone(), logprob.clone(), mask, kept))
-            continue
-        num_masked = (tokens == mask_token_id).sum(-1)
-        for second in (False, True) if k in zigzag else (False,):
-            if second and z_sampling is not None:
-                tokens = remask(
-                    z_sampling,
-                    tokens,
-                    num_masked,
-                    keep,
-                    predictor,
-                    mask_token_id=mask_token_id,
-                    seed=seeds,
-                    step=num_draws,
-                    backend=backend,
-                )
-                num_masked = (tokens == mask_token_id).sum(-1)
-            logits, uncond_logits, scale = guided(k, tokens)
-            token_ids, logprob, divergence = sampler.draw(
-                logits,
-                tokens,
-                seed=seeds,
-                step=num_draws,
-                uncond_logits=uncond_logits,
-                guidance_scale=scale,
-                noise_scale=noise_scales[k],
-                temperature=token_temperatures[k],
-            )
-            if k == num_inference_steps - 1:
-                tokens = token_ids
-            else:
-                tokens = mask_by_confidence(
-                    token_ids,
-                    logprob,
-                    mask_len(num_masked, ratios[k], num_masked_at_start),
-                    mask_token_id=mask_token_id,
-                    temperature=temperatures[k],
-                    seed=seeds,
-                    step=num_draws,
-                    backend=backend,
-                )
-            if callback is not None:
-                mask = tokens == mask_token_id
-                # the last step's are what is returned
-                drawn = token_ids.clone() if tokens is token_ids else token_ids
-                callback(SamplerStep(k, num_draws, drawn, logprob, mask, divergence))
-            num_draws += 1
+                _tell(callback, before, state, draws, cuda_graph)
+            bar.update()
     if anything_masked:
-        check_all_drawn("model.predict_logits", tokens, mask_token_id)
-    return GenerateOutput(tokens, _decoded(model, tokens), seeds, predictor.num_calls)
+        check_all_drawn("model.predict_logits", state.tokens, mask_token_id)
+    return GenerateOutput(state.tokens, _decoded(model, state.tokens), seeds, predictor.num_calls, sample_calls)
 
 
-class _Predictor:
+def _maskgit(
+    num_inference_steps: int,
+    num_tokens: int,
+    *,
+    guidance_scale: ValueSchedule,
+    temperature: ValueSchedule,
+    token_temperature: ValueSchedule,
+    noise_scale: ValueSchedule,
+    mask_schedule: MaskSchedule,
+    differential: Differential | None,
+    z_sampling: ZSampling | None,
+    momentum: ValueSchedule,
+) -> Rule:
+    """The rule of `generate`'s own arguments, checked under their names."""
+
+    def check(name: str, value: ValueSchedule, minimum: float = -math.inf) -> list[float]:
+        return schedule_values(value, num_inference_steps, name=name, minimum=minimum)
+
+    check("guidance_scale", guidance_scale)
+    check("temperature", temperature, 0.0)
+    for k, value in enumerate(check("token_temperature", token_temperature, 0.0)):
+        if 0 < value < 1e-30:
+            raise ValueError(f"token_temperature: expected 0 or at least 1e-30 at every step, got {value} at step {k}")
+    check("noise_scale", noise_scale, 0.0)
+    check("momentum", momentum)
+    mask_ratios(mask_schedule, num_inference_steps, num_tokens)
+    return Rule(
+        draw=Draw(token_temperature, noise_scale, differential=differential, momentum=momentum),
+        select=MaskLowest(Ratio(mask_schedule), temperature),
+        revisit=z_sampling,
+        guidance_scale=guidance_scale,
+    )
+
+
+def _tell(callback: Callback, before: State, after: State, draws: tuple[Drawn, ...], cuda_graph: bool) -> None:
+    """Call the callback for each draw of a step, with tensors of its own."""
+    for i, drawn in enumerate(draws):
+        last = i == len(draws) - 1
+        tokens = drawn.sampled.token_ids
+        callback(
+            SamplerStep(
+                step=before.step,
+                draw=int(before.num_draws) + i,
+                # the last step's are what is returned, and a graph's are written over by the next step
+                tokens=tokens.clone(),
+                logprob=drawn.sampled.logprob.clone(),
+                mask=drawn.tokens == after.mask_token_id,
+                divergence=None if drawn.divergence is None else drawn.divergence.clone(),
+                state=replace(after, tokens=after.tokens.clone()) if last and not cuda_graph else None,
+            )
+        )
+
+
+class Predictor:
     """Calls the model, as often as guidance needs it."""
 
     def __init__(
         self, model: MaskedModel, condition: Tensor | None, shape: tuple[int, int, int], device: torch.device
     ) -> None:
+        """Take the model, what it is asked for, and the shape (B, N, V) of what it is to give."""
         self.num_calls = 0
         self._model, self._condition, self._shape, self._device = model, condition, shape, device
         self._reuses_memory = False

@@ -6,16 +6,16 @@ import copy
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from mgt_kernels import mask_by_confidence
 from mgt_kernels.checks import BACKENDS
 
 from .arguments import integer, kind, number
+from .draw import Draw
 from .sampling import check_all_drawn
 from .schedules import (
     check_num_inference_steps,
@@ -25,7 +25,10 @@ from .schedules import (
     mask_ratios,
     schedule_values,
 )
-from .techniques import Differential, Extrapolation, TokenSampler, guided_logits
+from .selection import MaskLowest, keep_all
+from .state import Logits, State
+from .step import Rule, begin, take_step
+from .techniques import Differential
 
 try:
     from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -124,14 +127,9 @@ class _Run:
 
     ratios: list[float]
     noise_scales: list[float]
-    momenta: list[float]
-    sampler: TokenSampler
-    extrapolation: Extrapolation = field(default_factory=Extrapolation)
-    seeds: Tensor | None = None
-    """int64 (B,), each sample's, which the kernels take; None with rng "torch"."""
-
-    num_draws: int = 0
-    """The number of the next draw, which the kernels take as the step."""
+    draw: Draw
+    state: State | None = None
+    """With rng "philox", what the steps remember; its tokens are the host's."""
 
     last_index: int = -1
     sample: weakref.ref[Tensor] | None = None
@@ -353,7 +351,7 @@ class MGTScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         logits, tokens = flatten_logits(model_output, sample)
         check_generators(generator, len(tokens))
         share = _checked_share(starting_mask_ratio, len(tokens))
-        run = self._run_of(at, sample, logits, generator)
+        run = self._run_of(at, sample, tokens, generator)
         index = run.timesteps.values().index(at)
         if index >= len(run.temperatures.values()):
             raise ValueError(
@@ -426,16 +424,16 @@ class MGTScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             temperatures if temperatures.tensor is self.temperatures else _Numbers(self.temperatures),
         )
 
-    def _run_of(self, timestep: float, sample: Tensor, logits: Tensor, generator: Generators) -> _Run:
+    def _run_of(self, timestep: float, sample: Tensor, tokens: Tensor, generator: Generators) -> _Run:
         """The run that a step belongs to: one that goes on, or else one that it begins."""
-        shape = (logits.shape[0], logits.shape[1])
+        shape = (tokens.shape[0], tokens.shape[1])
         going_on = [run for run in list(self._runs) if run.goes_on(timestep, sample, shape, generator)]
         for run in going_on:
             if run.returned(sample):
                 return run
         if going_on:
             return going_on[-1]
-        run = self._new_run(timestep, shape, generator, logits.device)
+        run = self._new_run(timestep, tokens, generator)
         for other in list(self._runs):
             if any(ref is not None and ref() is None for ref in other.generators):
                 self._remove(other)
@@ -446,7 +444,8 @@ class MGTScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self._runs.append(run)
         return run
 
-    def _new_run(self, timestep: float, shape: tuple[int, int], generator: Generators, device: torch.device) -> _Run:
+    def _new_run(self, timestep: float, tokens: Tensor, generator: Generators) -> _Run:
+        shape = (tokens.shape[0], tokens.shape[1])
         timesteps, temperatures = self._timesteps_and_temperatures()
         settings = self._current_settings()
         index = _index(timesteps.values(), timestep)
@@ -460,12 +459,17 @@ class MGTScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             shape=shape,
             ratios=ratios,
             noise_scales=noise_scales,
-            momenta=momenta,
-            sampler=TokenSampler(settings.mask_token_id, differential, settings.backend),
-            num_draws=index,
+            draw=Draw(noise_scale=noise_scales, differential=differential, momentum=momenta),
         )
         if settings.rng == "philox":
-            run.seeds = draw_seeds(shape[0], generator, device)
+            run.state = begin(
+                tokens,
+                seed=draw_seeds(shape[0], generator, tokens.device),
+                mask_token_id=settings.mask_token_id,
+                num_inference_steps=len(timesteps.values()),
+                backend=settings.backend,
+            )
+            run.state.num_draws = index
         return run
 
     def _remove(self, run: _Run) -> None:
@@ -486,33 +490,22 @@ class MGTScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     def _step_philox(
         self, run: _Run, logits: Tensor, tokens: Tensor, index: int, ratio: float | Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        assert run.seeds is not None
+        assert run.state is not None
         if logits.dtype not in _LOGITS_DTYPES:
             raise TypeError(f"model_output: expected float32, bfloat16 or float16, got {logits.dtype}")
-        mask_token_id, seen = run.settings.mask_token_id, run.extrapolation
-        if any(run.momenta):
-            # those of a step that raises are not kept
-            seen = copy.copy(seen)
-            seen.observe(guided_logits(logits, None, 1.0))
-            logits = seen.logits(run.momenta[index])
-        draw: dict[str, Any] = {"seed": run.seeds, "step": run.num_draws}
-        token_ids, logprob, _ = run.sampler.draw(logits, tokens, noise_scale=run.noise_scales[index], **draw)
-        if ratio is None:
-            check_all_drawn("model_output", token_ids, mask_token_id)
-            prev_tokens = token_ids
-        else:
-            prev_tokens = mask_by_confidence(
-                token_ids,
-                logprob,
-                mask_len((tokens == mask_token_id).sum(-1), ratio, tokens.shape[1]),
-                mask_token_id=mask_token_id,
-                temperature=run.temperatures.values()[index],
-                backend=run.settings.backend,
-                **draw,
+        select: Any = keep_all
+        if ratio is not None:
+            num_positions = tokens.shape[1]
+            select = MaskLowest(
+                lambda state: mask_len(state.num_masked(), ratio, num_positions), run.temperatures.values()[index]
             )
-        run.extrapolation = seen
-        run.num_draws += 1
-        return prev_tokens, token_ids
+        now = replace(run.state, tokens=tokens, step=index)
+        after, drawn = take_step(Rule(run.draw, select=select), Logits(logits), now)
+        if ratio is None:
+            check_all_drawn("model_output", after.tokens, after.mask_token_id)
+        # a step that raises leaves the run as it was
+        run.state = after
+        return after.tokens, drawn.sampled.token_ids
 
     def _step_torch(
         self,

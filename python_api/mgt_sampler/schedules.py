@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from functools import lru_cache
 from numbers import Real
-from typing import TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from .arguments import integer, kind, number
 
+if TYPE_CHECKING:
+    from .state import State
+
 MaskSchedule: TypeAlias = str | Sequence[float] | Tensor
-ValueSchedule: TypeAlias = float | str | Sequence[float] | Tensor
+ValueSchedule: TypeAlias = float | str | Sequence[float] | Tensor | Callable[[int, int], float | Tensor]
 
 MASK_SCHEDULES = (
     "cosine, linear, powP (such as pow0.6), square, cubic, root, arccos, log, exp, sigmoid, or one ratio per step"
 )
 VALUE_SCHEDULES = (
-    "a number, (start, end), one value per step, or SHAPE:AMPLITUDE with the shapes constant, linear, "
-    "cosine, abs_cos and powP (such as abs_cos:2)"
+    "a number, (start, end), one value per step, a function of (k, T), or SHAPE:AMPLITUDE with the shapes constant, "
+    "linear, cosine, abs_cos and powP (such as abs_cos:2)"
 )
 
 # the kernels compute in float32
@@ -175,6 +179,7 @@ def schedule_values(
     number               the same at every step
     (start, end)         start + (end - start) t
     T values             these values
+    function             what it returns for (k, T)
     "constant:a"         a
     "linear:a"           a (1 - t)
     "cosine:a"           a cos(pi t / 2)
@@ -203,6 +208,8 @@ def schedule_values(
     if isinstance(value, str):
         shape, _, amplitude = value.partition(":")
         values = [_amplitude(name, value, amplitude) * _shape(name, shape, t) for t in progress]
+    elif callable(value):
+        values = [number(name, value(k, num_inference_steps), VALUE_SCHEDULES) for k in range(num_inference_steps)]
     elif isinstance(value, Real):
         values = [number(name, value, VALUE_SCHEDULES)] * num_inference_steps
     else:
@@ -239,6 +246,41 @@ def checked_values(
     given = _floats(name, value, VALUE_SCHEDULES)
     schedule_values(given, len(given) or 1, name=name, minimum=minimum)
     return given
+
+
+def frozen_values(name: str, value: ValueSchedule, minimum: float | None = None) -> ValueSchedule:
+    """Check a schedule of values before the number of steps is known, and return it in a form that can't be changed."""
+    if callable(value):
+        return value
+    checked = checked_values(value, name=name, minimum=-math.inf if minimum is None else minimum)
+    return tuple(checked) if isinstance(checked, list) else checked
+
+
+def value_at(name: str, value: ValueSchedule, state: State) -> Any:
+    """What a schedule of `frozen_values` has for the next step of a generation."""
+    if isinstance(value, float):
+        return value
+    if callable(value):
+        return value(state.step, state.num_inference_steps)
+    return _values_of_steps(name, value, state.num_inference_steps)[state.step]  # type: ignore[arg-type]
+
+
+def ratio_at(schedule: MaskSchedule, state: State) -> float:
+    """The mask ratio after the next step of a generation."""
+    of_steps = _ratios_of_steps(schedule, state.num_inference_steps, state.tokens.shape[1])  # type: ignore[arg-type]
+    return of_steps[state.step]
+
+
+@lru_cache
+def _values_of_steps(name: str, value: str | tuple[float, ...], num_inference_steps: int) -> tuple[float, ...]:
+    return tuple(schedule_values(value, num_inference_steps, name=name))
+
+
+@lru_cache
+def _ratios_of_steps(
+    schedule: str | tuple[float, ...], num_inference_steps: int, num_positions: int
+) -> tuple[float, ...]:
+    return tuple(mask_ratios(schedule, num_inference_steps, num_positions))
 
 
 def check_num_inference_steps(num_inference_steps: int) -> int:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from mgt_kernels import DifferentialState, differential_sample, remask_tokens, sample_tokens
+from mgt_kernels import remask_tokens
 from mgt_kernels.cpu import DIFFERENTIAL_VARIANTS
 from mgt_kernels.ops import REMASK_VARIANTS
 
 from .arguments import integer, is_bool, kind, number
+from .state import State
 
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 
@@ -96,43 +96,37 @@ class ZSampling:
             return frozenset(range(num_inference_steps - 1))
         return check_steps("z_sampling.steps", self.steps, 0, num_inference_steps - 2)
 
-
-@dataclass
-class TokenSampler:
-    """Draws tokens step by step, by `sample_tokens` or, with `differential`, by `differential_sample`.
-
-    Holds the state of one generation; `reset` begins another.
-    """
-
-    mask_token_id: int
-    differential: Differential | None = None
-    backend: str = "auto"
-    state: DifferentialState | None = field(default=None, init=False)
-
-    def reset(self) -> None:
-        """Forget the generation so far."""
-        self.state = None
-
-    def draw(self, logits: Tensor, tokens: Tensor, **arguments: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return token_ids, logprob and, with `differential`, the divergence to the previous draw: each (B, N).
+    def __call__(
+        self, before: State, after: State, predict: Callable[[Tensor, float], tuple[Tensor, Tensor | None]]
+    ) -> Tensor | None:
+        """Mask known tokens again, so that one position less is masked than before the step.
 
         Args:
-            logits: as for `sample_tokens`, as are the other arguments; step is the number of the draw.
+            before: the state before the step's first forward pass.
+            after: and after it.
+            predict: the inverse pass: (tokens, guidance scale) -> (B, N, V) logits, and the unconditional ones where
+                they make a difference. Variant "random" does not call it.
+
+        Returns:
+            int64 (B, N); None at a step that is not taken so.
         """
-        arguments |= {"mask_token_id": self.mask_token_id, "backend": self.backend}
-        if self.differential is None:
-            drawn = sample_tokens(logits, tokens, **arguments)
-            return drawn.token_ids, drawn.logprob, None
-        token_ids, logprob, self.state = differential_sample(
+        if before.step not in self.steps_of(before.num_inference_steps):
+            return None
+        logits = uncond_logits = None
+        scale = self.inversion_guidance_scale
+        if self.variant != "random":
+            logits, uncond_logits = predict(after.tokens, scale)
+        remasked, _ = remask_tokens(
             logits,
-            tokens,
-            self.state,
-            share=self.differential.share,
-            variant=self.differential.variant,
-            aliased_history=self.differential.aliased_history,
-            **arguments,
+            after.tokens,
+            (before.num_masked() - 1 - after.num_masked()).clamp(min=0),
+            variant=self.variant,
+            uncond_logits=uncond_logits,
+            guidance_scale=1.0 if uncond_logits is None else scale,
+            keep=before.keep,
+            **after.draw_arguments,
         )
-        return token_ids, logprob, self.state.divergence
+        return remasked
 
 
 @dataclass
@@ -168,53 +162,13 @@ class Extrapolation:
         return torch.where(change.isfinite(), carried, self.last)
 
 
-def guided_logits(logits: Tensor, uncond_logits: Tensor | None, guidance_scale: float) -> Tensor:
+def guided_logits(logits: Tensor, uncond_logits: Tensor | None, guidance_scale: float | Tensor) -> Tensor:
     """Return u + s (c - u) in float32, a tensor of its own; -inf where either half forbids a token."""
     if uncond_logits is None:
         return logits.to(torch.float32, copy=True)
     conditional, unconditional = logits.float(), uncond_logits.float()
     guided = unconditional + guidance_scale * (conditional - unconditional)
     return guided.masked_fill_((conditional == -math.inf) | (unconditional == -math.inf), -math.inf)
-
-
-def remask(
-    z_sampling: ZSampling,
-    tokens: Tensor,
-    num_masked: Tensor,
-    keep: Tensor,
-    predict: Callable[[Tensor, float], tuple[Tensor, Tensor | None]],
-    **arguments: Any,
-) -> Tensor:
-    """Mask known tokens again, so that one position less is masked than before the step.
-
-    Args:
-        z_sampling: how they are chosen.
-        tokens: int64 (B, N), after the step's first forward pass.
-        num_masked: int64 (B,), M_k, the masked positions before the step.
-        keep: bool (B, N), the positions that were known when the generation began.
-        predict: the inverse pass: (tokens, guidance scale) -> (B, N, V) logits, and the unconditional ones where they
-            make a difference. Variant "random" does not call it.
-        arguments: further ones of `remask_tokens`.
-
-    Returns:
-        int64 (B, N).
-    """
-    logits = uncond_logits = None
-    scale = z_sampling.inversion_guidance_scale
-    if z_sampling.variant != "random":
-        logits, uncond_logits = predict(tokens, scale)
-    left = (tokens == arguments["mask_token_id"]).sum(-1)
-    remasked, _ = remask_tokens(
-        logits,
-        tokens,
-        (num_masked - 1 - left).clamp(min=0),
-        variant=z_sampling.variant,
-        uncond_logits=uncond_logits,
-        guidance_scale=1.0 if uncond_logits is None else scale,
-        keep=keep,
-        **arguments,
-    )
-    return remasked
 
 
 def check_steps(name: str, steps: Collection[int], first: int = 0, last: float = math.inf) -> frozenset[int]:

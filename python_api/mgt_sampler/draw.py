@@ -1,0 +1,104 @@
+"""The draw of a step: a token for every masked position."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+from mgt_kernels import differential_sample, sample_tokens
+from mgt_kernels.ops import Sampled
+
+from .arguments import kind
+from .schedules import ValueSchedule, frozen_values, value_at
+from .state import Logits, State
+from .techniques import Differential, Extrapolation, guided_logits
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A draw from softmax((u + s (c - u) + noise_scale eps) / temperature), in one read of the logits.
+
+    See `mgt_kernels.sample_tokens`, which computes it, and `mgt_kernels.differential_sample`.
+
+    Attributes:
+        temperature: of the draw, 0 for the likeliest token or at least 1e-30; a schedule, as for `generate`.
+        noise_scale: Gaussian noise on the logits in nats, at least 0; a schedule (arXiv 2411.10781).
+        top_k: keep the so many likeliest tokens; None: all.
+        top_p: keep the fewest tokens that have this much of the probability; 1: all.
+        min_p: keep the tokens that have this share of the likeliest one's probability; 0: all.
+        differential: draw what changed least since the previous draw from what did change; None: don't. It goes with
+            neither top_k, top_p nor min_p.
+        momentum: carry the guided logits on along their change since the previous model call, times this; a schedule.
+
+    Raises:
+        TypeError: an attribute of the wrong type.
+        ValueError: an attribute out of range.
+    """
+
+    temperature: ValueSchedule = 1.0
+    noise_scale: ValueSchedule = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    min_p: float = 0.0
+    differential: Differential | None = None
+    momentum: ValueSchedule = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the attributes."""
+        if not (self.differential is None or isinstance(self.differential, Differential)):
+            raise TypeError(f"differential: expected a Differential or None, got {kind(self.differential)}")
+        if self.differential is not None and not (self.top_k is None and self.top_p == 1 and self.min_p == 0):
+            raise ValueError("differential: expected None with top_k, top_p or min_p")
+        for name, minimum in (("temperature", 0.0), ("noise_scale", 0.0), ("momentum", None)):
+            object.__setattr__(self, name, frozen_values(name, getattr(self, name), minimum))
+        if isinstance(self.momentum, tuple) and not any(self.momentum):
+            # with any other, the logits are copied
+            object.__setattr__(self, "momentum", 0.0)
+
+    def __call__(self, logits: Logits | None, state: State, statistics: tuple[str, ...] = ()) -> Sampled:
+        """Draw; with momentum or differential sampling, remember the step in state.memory.
+
+        Args:
+            logits: of the model; None: those of its last call, carried on.
+            state: of the generation.
+            statistics: the names of those to return, see `mgt_kernels.Sampled`.
+        """
+        if self.momentum != 0.0 or "extrapolation" in state.memory:
+            # the one of a step that raises must not be kept
+            seen = copy.copy(state.memory.get("extrapolation") or Extrapolation())
+            if logits is not None:
+                seen.observe(guided_logits(*logits))
+            logits = Logits(seen.logits(value_at("momentum", self.momentum, state)))
+            state.memory["extrapolation"] = seen
+        if logits is None:
+            raise ValueError("logits: expected the model's, got None in a generation that remembers none")
+        arguments = {
+            "uncond_logits": logits.uncond_logits,
+            "guidance_scale": logits.guidance_scale,
+            "noise_scale": value_at("noise_scale", self.noise_scale, state),
+            "temperature": value_at("temperature", self.temperature, state),
+            "first_position": state.first_position,
+            **state.draw_arguments,
+        }
+        if self.differential is None:
+            return sample_tokens(
+                logits.logits,
+                state.tokens,
+                top_k=self.top_k,
+                top_p=self.top_p,
+                min_p=self.min_p,
+                statistics=statistics,
+                **arguments,
+            )
+        if statistics:
+            raise ValueError(f"score: differential sampling knows the logprob alone, not {', '.join(statistics)}")
+        token_ids, logprob, state.memory["differential"] = differential_sample(
+            logits.logits,
+            state.tokens,
+            state.memory.get("differential"),
+            share=self.differential.share,
+            variant=self.differential.variant,
+            aliased_history=self.differential.aliased_history,
+            **arguments,
+        )
+        return Sampled(token_ids, logprob)
