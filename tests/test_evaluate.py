@@ -347,7 +347,12 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             for shown in (torch.zeros_like(tokens), tokens):
                 callback(SimpleNamespace(step=k, tokens=shown, divergence=recorded))
         images = (tokens / 127).view(-1, 1, 14, 14).repeat_interleave(2, 2).repeat_interleave(2, 3)
-        return SimpleNamespace(tokens=tokens, images=images, model_calls=2 * num_steps)
+        return SimpleNamespace(
+            tokens=tokens,
+            images=images,
+            model_calls=2 * num_steps,
+            sample_calls=torch.full((len(images),), 2 * num_steps),
+        )
 
     monkeypatch.setattr(sampling, "generate", generate)
     return calls

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
 
 from mgt_kernels import differential_sample, sample_tokens
 from mgt_kernels.ops import Sampled
@@ -29,6 +31,7 @@ class Draw:
         differential: draw what changed least since the previous draw from what did change; None: don't. It goes with
             neither top_k, top_p nor min_p.
         momentum: carry the guided logits on along their change since the previous model call, times this; a schedule.
+        rows: which positions' statistics are worked out, "masked" or "all"; the masked ones alone are drawn.
 
     Raises:
         TypeError: an attribute of the wrong type.
@@ -42,6 +45,7 @@ class Draw:
     min_p: float = 0.0
     differential: Differential | None = None
     momentum: ValueSchedule = 0.0
+    rows: str = "masked"
 
     def __post_init__(self) -> None:
         """Check the attributes."""
@@ -87,6 +91,7 @@ class Draw:
                 top_k=self.top_k,
                 top_p=self.top_p,
                 min_p=self.min_p,
+                rows=self.rows,
                 statistics=statistics,
                 **arguments,
             )
@@ -102,3 +107,27 @@ class Draw:
             **arguments,
         )
         return Sampled(token_ids, logprob)
+
+
+@dataclass(frozen=True)
+class ScoredAt:
+    """A draw whose logprob is that of another law than the one drawn from, at one more read of the logits.
+
+    Muse and LLaDA draw at a temperature, of the likeliest tokens alone, and rank by softmax(l / score_temperature).
+
+    Attributes:
+        draw: what is drawn from.
+        score_temperature: of the law that logprob belongs to, all tokens kept.
+    """
+
+    draw: Draw
+    score_temperature: float = 1.0
+
+    def __call__(self, logits: Logits | None, state: State, statistics: tuple[str, ...] = ()) -> Sampled:
+        """Draw, as `Draw` does."""
+        sampled = self.draw(logits, state, tuple(dict.fromkeys((*statistics, "logit"))))
+        whole = replace(self.draw, temperature=self.score_temperature, top_k=None, top_p=1.0, min_p=0.0)
+        logsumexp = whole(logits, state, ("logsumexp",)).logsumexp
+        assert sampled.logit is not None and logsumexp is not None
+        logprob = sampled.logit / self.score_temperature - logsumexp
+        return sampled._replace(logprob=torch.where(state.masked, logprob, torch.inf))

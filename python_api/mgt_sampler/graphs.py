@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .counts import Ratio
 from .draw import Draw
-from .schedules import mask_len, mask_ratios, schedule_values
+from .schedules import mask_ratios, schedule_values
 from .selection import MaskLowest
 from .state import Logits, State
 from .step import Drawn, Rule, take_step
@@ -44,8 +44,13 @@ class GraphedSteps:
     def __init__(self, rule: Rule, predict: Predictor, state: State) -> None:
         """Take what the steps work on; the tokens of `state` are updated in place."""
         draw, select = rule.draw, rule.select
-        if not (isinstance(draw, Draw) and isinstance(select, MaskLowest) and isinstance(select.count, Ratio)):
-            raise ValueError("cuda_graph: expected a rule of Draw and of MaskLowest with Ratio, got another")
+        if (
+            not isinstance(draw, Draw)
+            or not isinstance(select, MaskLowest)
+            or not isinstance(select.count, Ratio)
+            or callable(select.count.schedule)
+        ):
+            raise ValueError("cuda_graph: expected a rule of Draw and of MaskLowest with a named Ratio, got another")
         self._predict, self._state = predict, state
         steps = state.num_inference_steps
         scheduled = rule.guidance_scale, draw.noise_scale, draw.temperature, select.temperature
@@ -61,7 +66,7 @@ class GraphedSteps:
         }
         masked, counts = state.num_masked(), [torch.zeros_like(state.num_masked())] * state.step
         for ratio in schedules.mask_ratio[state.step : -1]:
-            masked = mask_len(masked, ratio, state.num_masked_at_start)
+            masked = select.count.left(masked, ratio, state.num_masked_at_start)
             counts.append(masked)
         # the last row is 0: nothing is masked again
         self._mask_lens = torch.stack([*counts, torch.zeros_like(masked)])

@@ -24,8 +24,8 @@ MASK_SCHEDULES = (
     "cosine, linear, powP (such as pow0.6), square, cubic, root, arccos, log, exp, sigmoid, or one ratio per step"
 )
 VALUE_SCHEDULES = (
-    "a number, (start, end), one value per step, a function of (k, T), or SHAPE:AMPLITUDE with the shapes constant, "
-    "linear, cosine, abs_cos and powP (such as abs_cos:2)"
+    "a number, (start, end), one value per step, a function of (k, T), SHAPE:AMPLITUDE with the shapes constant, "
+    "linear, cosine, abs_cos and powP (such as abs_cos:2), interval:SCALE:START:END or power_cosine:SCALE:POWER"
 )
 
 # the kernels compute in float32
@@ -186,6 +186,10 @@ def schedule_values(
     "powP:a"             a (1 - t^P)
     "abs_cos:a"          a |cos(pi t)|, the noise of arXiv 2411.10781 with a = 2:
                          a at both ends, 0 in the middle
+    "interval:a:x:y"     a where x <= k / T < y, 1 elsewhere: guidance for a part of
+                         the steps (arXiv 2404.07724)
+    "power_cosine:a:P"   1 + (a - 1) (1 - cos(pi (k / T)^P)) / 2, guidance that grows
+                         from 1 (TiTok, arXiv 2406.07550)
     ===================  ==============================================================
 
     Args:
@@ -206,8 +210,19 @@ def schedule_values(
         value = value.tolist()
     progress = [k / max(num_inference_steps - 1, 1) for k in range(num_inference_steps)]
     if isinstance(value, str):
-        shape, _, amplitude = value.partition(":")
-        values = [_amplitude(name, value, amplitude) * _shape(name, shape, t) for t in progress]
+        shape, _, numbers = value.partition(":")
+        of_shape = [_number_in(name, value, text) for text in numbers.split(":")]
+        shares = [k / num_inference_steps for k in range(num_inference_steps)]
+        if shape == "interval" and len(of_shape) == 3:
+            amplitude, start, end = of_shape
+            values = [amplitude if start <= share < end else 1.0 for share in shares]
+        elif shape == "power_cosine" and len(of_shape) == 2:
+            amplitude, power = of_shape
+            values = [1 + (amplitude - 1) * (1 - math.cos(math.pi * share**power)) / 2 for share in shares]
+        elif len(of_shape) == 1:
+            values = [of_shape[0] * _shape(name, shape, t) for t in progress]
+        else:
+            raise ValueError(f"{name}: expected {VALUE_SCHEDULES}, got {value!r}")
     elif callable(value):
         values = [number(name, value(k, num_inference_steps), VALUE_SCHEDULES) for k in range(num_inference_steps)]
     elif isinstance(value, Real):
@@ -265,8 +280,10 @@ def value_at(name: str, value: ValueSchedule, state: State) -> Any:
     return _values_of_steps(name, value, state.num_inference_steps)[state.step]  # type: ignore[arg-type]
 
 
-def ratio_at(schedule: MaskSchedule, state: State) -> float:
+def ratio_at(schedule: MaskSchedule | Callable[[int, int], float], state: State) -> float:
     """The mask ratio after the next step of a generation."""
+    if callable(schedule):
+        return schedule(state.step, state.num_inference_steps)
     of_steps = _ratios_of_steps(schedule, state.num_inference_steps, state.tokens.shape[1])  # type: ignore[arg-type]
     return of_steps[state.step]
 
@@ -318,9 +335,9 @@ def _shape(name: str, shape: str, t: float) -> float:
     raise ValueError(f"{name}: expected {VALUE_SCHEDULES}, got the shape {shape!r}")
 
 
-def _amplitude(name: str, value: str, amplitude: str) -> float:
+def _number_in(name: str, value: str, text: str) -> float:
     try:
-        return float(amplitude)
+        return float(text)
     except ValueError:
         raise ValueError(f"{name}: expected {VALUE_SCHEDULES}, got {value!r}") from None
 

@@ -32,10 +32,9 @@ class Rule:
         draw: (logits, state, names of statistics) -> `Sampled`: a token for every masked position. It may write to
             state.memory. See `Draw`.
         score: what orders the positions, higher is sooner: a name of SCORES, or (sampled, state) -> (B, N) float32;
-            a function may have an attribute `statistics`, the names that it reads of `Sampled`. What it says of known
-            positions is not looked at. See `order`.
+            what it says of known positions is not looked at. See `order`.
         select: (sampled, score, state) -> tokens (B, N): which drawn tokens stay. Known positions have score +inf. See
-            `selection`.
+            `selection`. Score and select may have an attribute `statistics`, the names that they read of `Sampled`.
         revisit: (state before, state after, predict) -> tokens (B, N) with known ones masked again, from which the step
             is then taken once more; or None, which leaves the step at that. See `ZSampling` and `Correction`.
         guidance_scale: s of u + s (c - u), as for `generate`.
@@ -67,9 +66,9 @@ class Rule:
     @property
     def statistics(self) -> tuple[str, ...]:
         """What the draw must return beside logprob."""
-        if isinstance(self.score, str):
-            return () if self.score == "logprob" else (self.score,)
-        return tuple(getattr(self.score, "statistics", ()))
+        by_name = isinstance(self.score, str) and self.score != "logprob"
+        of_score = (self.score,) if by_name else getattr(self.score, "statistics", ())
+        return tuple(dict.fromkeys((*of_score, *getattr(self.select, "statistics", ()))))
 
     @property
     def ends_early(self) -> bool:

@@ -129,6 +129,56 @@ class ZSampling:
         return remasked
 
 
+@dataclass(frozen=True)
+class Correction:
+    """At some steps known tokens are masked again and the step is taken once more: informed correction.
+
+    Which are masked is asked of the model, at one more call without guidance: those with the lowest log-probability of
+    their own token (arXiv 2407.21243). Tokens that were known when the generation began stay.
+
+    Attributes:
+        num_tokens: how many of each sample, fewer where fewer are known.
+        steps: the steps that are taken so; None: every step but the last.
+        variant: "paper", as above; "random", which spares the model call.
+
+    Raises:
+        TypeError: an attribute of the wrong type.
+        ValueError: num_tokens below 1, an unknown variant, or a step below 0.
+    """
+
+    num_tokens: int
+    steps: Collection[int] | None = None
+    variant: str = "paper"
+
+    def __post_init__(self) -> None:
+        """Check the attributes."""
+        object.__setattr__(self, "num_tokens", integer("num_tokens", self.num_tokens))
+        if self.num_tokens < 1:
+            raise ValueError(f"num_tokens: expected at least 1, got {self.num_tokens}")
+        _check_variant("variant", self.variant, ("paper", "random"))
+        if self.steps is not None:
+            object.__setattr__(self, "steps", check_steps("steps", self.steps))
+
+    def __call__(
+        self, before: State, after: State, predict: Callable[[Tensor, float], tuple[Tensor, Tensor | None]]
+    ) -> Tensor | None:
+        """Mask known tokens again; None at a step that is not taken so."""
+        steps = range(before.num_inference_steps - 1) if self.steps is None else self.steps
+        if before.step not in steps:
+            return None
+        logits = None if self.variant == "random" else predict(after.tokens, 1.0)[0]
+        free = (~after.masked & ~after.keep).sum(-1)
+        remasked, _ = remask_tokens(
+            logits,
+            after.tokens,
+            free.clamp(max=self.num_tokens),
+            variant=self.variant,
+            keep=before.keep,
+            **after.draw_arguments,
+        )
+        return remasked
+
+
 @dataclass
 class Extrapolation:
     """Momentum: guided logits carried on along their last change.

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from ..samplers import SAMPLERS
 from ..techniques import Differential, ZSampling
 
 if sys.version_info >= (3, 11):
@@ -27,6 +28,8 @@ ARGUMENTS = (
     "differential",
     "z_sampling",
 )
+# those of a sampler's rule are its function's, so that these are left for the loop
+LOOP_ARGUMENTS = ("num_inference_steps", "skip")
 # the arguments of `quantize`; its calibration set is drawn with the configuration's other arguments
 QUANTIZATION = (
     "share",
@@ -45,12 +48,13 @@ QUANTIZATION = (
 class Configuration:
     """Arguments of `generate` under a name, whose first word is the family that plots show together.
 
-    Beside them a table `quantization` of arguments of `quantize`, for the model's transformer.
+    With `sampler`, the name of a function of `samplers`, all but LOOP_ARGUMENTS are that function's. Beside them a
+    table `quantization` of arguments of `quantize`, for the model's transformer.
 
     Raises:
-        TypeError: an argument of the wrong type.
-        ValueError: an argument that is not in ARGUMENTS, or a key that Differential, ZSampling or QUANTIZATION does not
-            have.
+        TypeError: an argument of the wrong type, or one that the sampler's function does not take.
+        ValueError: an argument that is not in ARGUMENTS, an unknown sampler, or a key that Differential, ZSampling or
+            QUANTIZATION does not have.
     """
 
     name: str
@@ -63,7 +67,10 @@ class Configuration:
             raise ValueError(f"name: expected a word at least, got {self.name!r}")
         if not isinstance(self.arguments, Mapping):
             raise TypeError(f"{self.name}: expected arguments by name, got {self.arguments!r}")
-        _check_keys(self.name, self.arguments, (*ARGUMENTS, "quantization"))
+        if self.sampler is None:
+            _check_keys(self.name, self.arguments, (*ARGUMENTS, "quantization"))
+        elif self.sampler not in SAMPLERS:
+            raise ValueError(f"{self.name}: sampler: expected one of {', '.join(SAMPLERS)}, got {self.sampler!r}")
         self.generate_arguments()
         if self.quantization is not None:
             self._check_table("quantization", QUANTIZATION)
@@ -78,9 +85,28 @@ class Configuration:
         """The keyword arguments of `quantize`; None: the model stays as it is."""
         return self.arguments.get("quantization")
 
-    def generate_arguments(self) -> dict[str, Any]:
-        """The keyword arguments of `generate`."""
-        arguments = {name: value for name, value in self.arguments.items() if name != "quantization"}
+    @property
+    def sampler(self) -> str | None:
+        """The name of a function of `samplers`; None: the arguments are those of `generate`."""
+        return self.arguments.get("sampler")
+
+    def generate_arguments(self, **others: Any) -> dict[str, Any]:
+        """The keyword arguments of `generate`.
+
+        Args:
+            others: further arguments of the configuration.
+
+        Raises:
+            TypeError, ValueError: an argument that the sampler's function does not take.
+        """
+        given = {**self.arguments, **others}
+        arguments = {name: value for name, value in given.items() if name not in ("quantization", "sampler")}
+        if self.sampler is not None:
+            of_loop = {name: arguments.pop(name) for name in LOOP_ARGUMENTS if name in arguments}
+            try:
+                return {**of_loop, "rule": SAMPLERS[self.sampler](**arguments)}
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{self.name}: {error}") from error
         if "differential" in arguments:
             arguments["differential"] = self._of_table("differential", Differential)
         if "z_sampling" in arguments:
@@ -105,7 +131,7 @@ def load_configurations(path: str | Path) -> list[Configuration]:
     `[defaults]` of arguments for all of them. The first is the baseline of the winning rates.
 
     Args:
-        path: a TOML file, or the name of a shipped list: "techniques" or "quantization".
+        path: a TOML file, or the name of a shipped list: "techniques", "samplers", "quantization" or "exact".
 
     Returns:
         The configurations in the order of the file.

@@ -83,12 +83,13 @@ def judge_exactly(
                     output = sampling.generate(
                         model,
                         num_samples=num_samples,
-                        num_inference_steps=num_steps,
-                        # "linear" falls short of whole tokens in float32
-                        mask_schedule=[1 - (k + 1) / num_steps for k in range(num_steps)],
                         seed=s,
                         progress=False,
-                        **technique.generate_arguments(),
+                        **technique.generate_arguments(
+                            num_inference_steps=num_steps,
+                            # "linear" falls short of whole tokens in float32
+                            mask_schedule=[1 - (k + 1) / num_steps for k in range(num_steps)],
+                        ),
                     )
                     distance, noise = total_variation(model, output.tokens)
                     found.append(distance)

@@ -117,7 +117,7 @@ class Group:
     """(n, T) float32, KL(p_k || p_{k-1}) of a position on average, in nats; NaN where there is none."""
 
     model_calls: Tensor
-    """An int64 scalar, for each image."""
+    """A float64 scalar, for each image on average."""
 
     seconds: Tensor
     """A float64 scalar, for each image."""
@@ -403,7 +403,7 @@ def _draw(
     classifier: FashionClassifier,
 ) -> Group:
     arguments = _arguments(configuration, backend)
-    images, curves, model_calls, seconds = [], [], 0, 0.0
+    images, curves, model_calls, seconds = [], [], [], 0.0
     for batch_labels, batch_seeds in zip(labels.split(batch_size), seeds.split(batch_size), strict=True):
         steps: dict[int, Tensor] = {}
 
@@ -416,7 +416,7 @@ def _draw(
         images.append(output.images.cpu())
         seconds += time.perf_counter() - start
         curves.append(torch.stack([steps[k] for k in sorted(steps)], dim=-1))
-        model_calls = output.model_calls
+        model_calls.append(output.sample_calls)
     drawn = torch.cat(images)
     log_prob, features = judge(drawn, classifier)
     entropy, unique, divergence = torch.cat(curves, dim=1)
@@ -428,7 +428,7 @@ def _draw(
         step_entropy=entropy,
         step_unique=unique,
         step_divergence=divergence,
-        model_calls=torch.tensor(model_calls, device="cpu"),
+        model_calls=torch.cat(model_calls).double().mean(),
         seconds=torch.tensor(seconds / len(labels), dtype=torch.float64, device="cpu"),
         weight_bytes=torch.tensor(
             sum(tensor.numel() * tensor.element_size() for tensor in model.transformer.state_dict().values()),
@@ -473,8 +473,9 @@ def _curves(step: SamplerStep, codebook_size: int) -> Tensor:
 
 def _arguments(configuration: Configuration, backend: str) -> dict[str, Any]:
     arguments = configuration.generate_arguments()
-    # a share of 0 draws what no differential sampling draws, and tells the divergence
-    arguments.setdefault("differential", Differential(share=0.0))
+    if configuration.sampler is None:
+        # a share of 0 draws what no differential sampling draws, and tells the divergence
+        arguments.setdefault("differential", Differential(share=0.0))
     return {**arguments, "backend": backend, "progress": False}
 
 

@@ -1,0 +1,194 @@
+"""Samplers as rules: each function is named after its paper and gives what `generate(model, rule)` takes.
+
+    images = generate(model, samplers.halton(token_temperature=0.75, guidance_scale=(1, 3)), labels=[7]).images
+
+Arguments that they share:
+
+    guidance_scale       s of u + s (c - u); a schedule
+    token_temperature    of the draw of a token; a schedule
+    noise_scale          Gaussian noise on the logits, in nats; a schedule
+    mask_schedule        gamma, the share that is masked after a step: a name, or T ratios
+    temperature          of Gumbel noise on the score; a schedule
+    repulsion            penalty in nats for a neighbour that became known in the same step (`Repulsion`); 0: none
+
+Orders that are chosen before the draw (random, Halton, checkerboard, margin, entropy, max_probability) draw from the
+model's distribution; the order by confidence prefers what was drawn likely, and draws from another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from mgt_kernels.ops import Sampled
+
+from .counts import Ratio
+from .draw import Draw
+from .order import CheckerboardOrder, HaltonOrder, random_order
+from .schedules import MaskSchedule, ValueSchedule, value_at
+from .selection import Commit, MaskLowest, PathPlanning, ReMDM, Repulsion, Stable
+from .state import Logits, State
+from .step import Rule
+from .techniques import Correction, Differential
+
+
+def by_order(
+    score: str | Callable[[Sampled, State], Tensor] = "logprob",
+    *,
+    guidance_scale: ValueSchedule = 1.0,
+    token_temperature: ValueSchedule = 1.0,
+    noise_scale: ValueSchedule = 0.0,
+    mask_schedule: MaskSchedule = "cosine",
+    temperature: ValueSchedule = 0.0,
+    repulsion: float = 0.0,
+    **others: Any,
+) -> Rule:
+    """The rule that draws all masked positions and keeps those that an order puts first.
+
+    Args:
+        score: the order; see `Rule`.
+        guidance_scale, token_temperature, noise_scale, mask_schedule, temperature, repulsion: as above.
+        others: further fields of `Rule`.
+    """
+    count = Ratio(mask_schedule)
+    select = Repulsion(count, temperature, repulsion) if repulsion else MaskLowest(count, temperature)
+    return Rule(Draw(token_temperature, noise_scale), score, select, guidance_scale=guidance_scale, **others)
+
+
+def maskgit(*, temperature: ValueSchedule = (2.0, 0.0), **shared: Any) -> Rule:
+    """Confidence: the log-probability of what was drawn, with noise (MaskGIT, arXiv 2202.04200)."""
+    return by_order("logprob", temperature=temperature, **shared)
+
+
+def random(**shared: Any) -> Rule:
+    """Random order, which alone is exact where one token is drawn a step."""
+    return by_order(random_order, temperature=1.0, **shared)
+
+
+def halton(*, mask_schedule: MaskSchedule = "arccos", roll: bool = True, **shared: Any) -> Rule:
+    """The order of the Halton sequence, which spreads over the grid (arXiv 2503.17076)."""
+    return by_order(HaltonOrder(roll=roll), mask_schedule=mask_schedule, **shared)
+
+
+def checkerboard(**shared: Any) -> Rule:
+    """One colour of the checkerboard, then the other (generation, then reconstruction, arXiv 2510.17171)."""
+    return by_order(CheckerboardOrder(), temperature=1.0, **shared)
+
+
+def margin(**shared: Any) -> Rule:
+    """The largest difference between the two largest probabilities first (arXiv 2502.06768)."""
+    return by_order("margin", **shared)
+
+
+def entropy(**shared: Any) -> Rule:
+    """The smallest entropy first (Dream, arXiv 2508.15487)."""
+    return by_order("entropy", **shared)
+
+
+def max_probability(**shared: Any) -> Rule:
+    """The largest probability of any token first, whichever was drawn."""
+    return by_order("max_logprob", **shared)
+
+
+@dataclass(frozen=True)
+class _MomentDraw:
+    """Draws from softmax(beta l / t) and leaves log sum_j p_j^beta of p = softmax(l / t) in memory."""
+
+    draw: Draw
+    alpha: ValueSchedule
+
+    def __call__(self, logits: Logits | None, state: State, statistics: tuple[str, ...] = ()) -> Sampled:
+        if state.is_last:
+            return self.draw(logits, state, statistics)
+        t = value_at("temperature", self.draw.temperature, state)
+        beta = 1 + 1 / max(value_at("temperature", self.alpha, state), 1e-3)
+        whole = self.draw(logits, state, ("logsumexp",)).logsumexp
+        sharp = replace(self.draw, temperature=t / beta)(logits, state, (*statistics, "logsumexp"))
+        assert whole is not None and sharp.logsumexp is not None
+        state.memory["moment"] = sharp.logsumexp - beta * whole
+        return sharp
+
+
+def _moment(sampled: Sampled, state: State) -> Tensor:
+    return sampled.logprob if state.is_last else state.memory["moment"]
+
+
+def moment(*, temperature: ValueSchedule = (2.0, 0.0), **shared: Any) -> Rule:
+    """Positions first, tokens then, with the law of confidence in the limit of few positions (arXiv 2510.04525).
+
+    beta  = 1 + 1 / temperature
+    score = log sum_j p_j^beta + Gumbel noise
+    token ~ p^beta / sum_j p_j^beta
+    """
+    rule = by_order(_moment, temperature=1.0, **shared)
+    assert isinstance(rule.draw, Draw)
+    return rule.but(draw=_MomentDraw(rule.draw, temperature))
+
+
+def entropy_bound(gamma: float = 0.1, *, max_steps: int = 64, **shared: Any) -> Rule:
+    """As many of the smallest entropy as sum to no more than gamma nats without the largest: EB (arXiv 2505.24857)."""
+    rule = by_order("entropy", **shared)
+    return rule.but(select=Commit(entropy_bound=gamma), num_inference_steps=max_steps)
+
+
+def threshold(probability: float = 0.9, *, max_steps: int = 64, **shared: Any) -> Rule:
+    """All that were drawn with this probability, one at least (Fast-dLLM, arXiv 2505.22618)."""
+    return by_order("logprob", **shared).but(select=Commit(threshold=probability), num_inference_steps=max_steps)
+
+
+def factor(f: float = 1.0, *, max_steps: int = 64, **shared: Any) -> Rule:
+    """The largest n with (n + 1) (1 - p_n) <= f, best first (Fast-dLLM, arXiv 2505.22618)."""
+    return by_order("logprob", **shared).but(select=Commit(factor=f), num_inference_steps=max_steps)
+
+
+def klass(probability: float = 0.9, divergence: float = 0.01, *, max_steps: int = 256, **shared: Any) -> Rule:
+    """All likeliest tokens that are probable and have been stable for two steps (KLASS, arXiv 2511.05664)."""
+    rule = by_order("logprob", **{"token_temperature": 0.0, **shared})
+    draw = replace(rule.draw, differential=Differential(0.0))  # type: ignore[type-var]
+    return rule.but(draw=draw, select=Stable(probability, divergence), num_inference_steps=max_steps)
+
+
+def remdm(
+    strategy: str = "cap",
+    eta: float = 0.02,
+    interval: tuple[float, float] = (0.0, 1.0),
+    *,
+    mask_schedule: MaskSchedule = "cosine",
+    temperature: ValueSchedule = (2.0, 0.0),
+    **shared: Any,
+) -> Rule:
+    """Known tokens are masked again at random, or the improbable ones (ReMDM, arXiv 2503.00307)."""
+    select = ReMDM(Ratio(mask_schedule), temperature, strategy, eta, interval)
+    return by_order("logprob", **shared).but(select=select)
+
+
+def path_planning(
+    eta: float = 1.0,
+    *,
+    mask_schedule: MaskSchedule = "cosine",
+    temperature: ValueSchedule = (2.0, 0.0),
+    **shared: Any,
+) -> Rule:
+    """Known tokens compete with drawn ones by the probability they have now (P2, arXiv 2502.03540)."""
+    rule = by_order("logprob", **shared)
+    draw = replace(rule.draw, rows="all")  # type: ignore[type-var]
+    return rule.but(draw=draw, select=PathPlanning(Ratio(mask_schedule), temperature, eta))
+
+
+def informed_correction(
+    num_tokens: int = 8, steps: Collection[int] | None = None, variant: str = "paper", **shared: Any
+) -> Rule:
+    """MaskGIT, with the least likely known tokens drawn anew at some steps (arXiv 2407.21243)."""
+    return maskgit(**shared).but(revisit=Correction(num_tokens, steps, variant))
+
+
+SAMPLERS: dict[str, Callable[..., Rule]] = {
+    function.__name__: function
+    for function in (
+        maskgit, random, halton, checkerboard, margin, entropy, max_probability, moment, entropy_bound, threshold,
+        factor, klass, remdm, path_planning, informed_correction,
+    )
+}  # fmt: skip
