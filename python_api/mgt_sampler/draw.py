@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 from mgt_kernels import differential_sample, sample_tokens
 from mgt_kernels.ops import Sampled
@@ -31,6 +33,7 @@ class Draw:
         differential: draw what changed least since the previous draw from what did change; None: don't. It goes with
             neither top_k, top_p nor min_p.
         momentum: carry the guided logits on along their change since the previous model call, times this; a schedule.
+        forbidden: tokens that are never drawn, such as the end of a text.
         rows: which positions' statistics are worked out, "masked" or "all"; the masked ones alone are drawn.
 
     Raises:
@@ -45,6 +48,7 @@ class Draw:
     min_p: float = 0.0
     differential: Differential | None = None
     momentum: ValueSchedule = 0.0
+    forbidden: tuple[int, ...] = ()
     rows: str = "masked"
 
     def __post_init__(self) -> None:
@@ -55,6 +59,7 @@ class Draw:
             raise ValueError("differential: expected None with top_k, top_p or min_p")
         for name, minimum in (("temperature", 0.0), ("noise_scale", 0.0), ("momentum", None)):
             object.__setattr__(self, name, frozen_values(name, getattr(self, name), minimum))
+        object.__setattr__(self, "forbidden", tuple(map(int, self.forbidden)))
         if isinstance(self.momentum, tuple) and not any(self.momentum):
             # with any other, the logits are copied
             object.__setattr__(self, "momentum", 0.0)
@@ -82,6 +87,9 @@ class Draw:
             "noise_scale": value_at("noise_scale", self.noise_scale, state),
             "temperature": value_at("temperature", self.temperature, state),
             "first_position": state.first_position,
+            "allowed": _allowed(self.forbidden, logits.logits.shape[-1], logits.logits.device)
+            if self.forbidden
+            else None,
             **state.draw_arguments,
         }
         if self.differential is None:
@@ -107,6 +115,13 @@ class Draw:
             **arguments,
         )
         return Sampled(token_ids, logprob)
+
+
+@lru_cache
+def _allowed(forbidden: tuple[int, ...], vocabulary: int, device: torch.device) -> Tensor:
+    allowed = torch.ones(vocabulary, dtype=torch.bool, device=device)
+    allowed[list(forbidden)] = False
+    return allowed
 
 
 @dataclass(frozen=True)

@@ -216,7 +216,7 @@ def generate(
     device = _device(model, tokens, labels)
     batch_size = _batch_size(num_samples, tokens, labels, seed)
     condition = _condition(labels, batch_size, device)
-    seeds = _seeds(seed, batch_size, device)
+    seeds = seeds_of(seed, batch_size, device)
     check_backend(backend, device)
     if rule is None:
         rule = _maskgit(num_inference_steps, num_tokens, **settings)
@@ -490,7 +490,7 @@ def _condition(labels: object, batch_size: int, device: torch.device) -> Tensor 
     return labels.expand(batch_size) if labels.ndim == 0 else labels
 
 
-def _seeds(seed: object, batch_size: int, device: torch.device) -> Tensor:
+def seeds_of(seed: object, batch_size: int, device: torch.device) -> Tensor:
     """A tensor of its own for the seeds, int64 (B,)."""
     if isinstance(seed, Tensor):
         if seed.is_floating_point() or seed.is_complex() or seed.dtype == torch.bool or seed.ndim != 1:

@@ -140,18 +140,19 @@ def take_steps(
             draws: tuple[Drawn, ...] = (drawn,)
         else:
             scale = value_at("guidance_scale", rule.guidance_scale, state)
-            state, drawn = take_step(rule, _look(predict, state.tokens, scale), before)
+            state, drawn = take_step(rule, look(predict, state.tokens, scale), before)
             draws = (drawn,)
             tokens = None if rule.revisit is None else rule.revisit(before, state, predict)
             if tokens is not None:
                 again = replace(state, tokens=tokens)
-                state, drawn = take_step(rule, _look(predict, tokens, scale), again)
+                state, drawn = take_step(rule, look(predict, tokens, scale), again)
                 draws = (*draws, drawn)
         state.step = k + 1
         yield state, draws
 
 
-def _look(predict: Predict, tokens: Tensor, scale: float) -> Logits:
+def look(predict: Predict, tokens: Tensor, scale: float) -> Logits:
+    """One look at the model."""
     logits, uncond_logits = predict(tokens, scale)
     return Logits(logits, uncond_logits, 1.0 if uncond_logits is None else scale)
 
