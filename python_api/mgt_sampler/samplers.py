@@ -28,7 +28,7 @@ from mgt_kernels.ops import Sampled
 from .counts import Ratio
 from .draw import Draw
 from .order import CheckerboardOrder, HaltonOrder, random_order
-from .schedules import MaskSchedule, ValueSchedule, value_at
+from .schedules import MaskSchedule, ValueSchedule, frozen_values, value_at
 from .selection import Commit, MaskLowest, PathPlanning, ReMDM, Repulsion, Stable
 from .state import Logits, State
 from .step import Rule
@@ -99,6 +99,9 @@ class _MomentDraw:
 
     draw: Draw
     alpha: ValueSchedule
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "alpha", frozen_values("temperature", self.alpha, 0.0))
 
     def __call__(self, logits: Logits | None, state: State, statistics: tuple[str, ...] = ()) -> Sampled:
         if state.is_last:
