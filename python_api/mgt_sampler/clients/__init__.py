@@ -57,6 +57,13 @@ CLIENTS = (
         "github.com/valeoai/Halton-MaskGIT, arXiv 2503.17076",
         "halton",
     ),
+    Client(
+        "LLaDA",
+        ("modeling_llada.LLaDAModelLM",),
+        "generate: that of its generate.py, as a method; the inherited one is autoregressive",
+        "github.com/ML-GSAI/LLaDA, arXiv 2502.09992",
+        "llada",
+    ),
     Client("LLaDA2", ("pipeline_llada2.LLaDA2Pipeline",), "scheduler", "diffusers, arXiv 2512.15745", "llada2"),
     Client(
         "muse-maskgit-pytorch",

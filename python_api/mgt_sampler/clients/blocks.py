@@ -1,0 +1,91 @@
+"""LLaDA's loop, block after block, which MMaDA has too; and positions that become known at random."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mgt_kernels import commit_tokens, sample_tokens
+
+from ..scheduler import draw_seeds
+
+
+@torch.no_grad()
+def fill_blocks(
+    logits_of: Callable[[Tensor], Any], ids: Tensor, start: int, steps: int, length: int, block_length: int,
+    temperature: float, cfg_scale: float, remasking: str, mask_id: int, *, never: Sequence[int] = (),
+    last: Sequence[int] = (), eot_token: int | None = None,
+) -> Tensor:  # fmt: skip
+    """Fill the masked positions of ids (B, N), in blocks from `start` on, with S = steps / blocks steps for each.
+
+    Of a block with m masked positions at its begin, step i makes m // S + (i < m mod S) positions known, the most
+    confident of all that are masked up to the block's end; t the temperature, s = cfg_scale::
+
+        l           = u + (s + 1) (c - u),      u with all masked that is known at first;  c where s = 0
+        token       ~ softmax(l / t),           argmax l where t = 0;  of all tokens but the mask and `never`
+        confidence  = softmax(l)[token],        of all tokens but these and `last`, which are kept back
+
+    or, with remasking "random", they are chosen at random. A sample ends with the block whose last token is eot_token,
+    and what is left stays masked. Its seed is taken from PyTorch's generator.
+    """
+    if not 0 < block_length <= length or length % block_length:
+        raise ValueError(f"block_length: expected a divisor of the {length} new tokens, got {block_length}")
+    blocks = length // block_length
+    if steps < 1 or steps % blocks:
+        raise ValueError(f"steps: expected a multiple of the {blocks} blocks, got {steps}")
+    if remasking not in ("low_confidence", "random"):
+        raise ValueError(f"remasking: expected low_confidence or random, got {remasking!r}")
+    ids, known, per_block, guided = ids.clone(), ids != mask_id, steps // blocks, cfg_scale > 0
+    runs = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+    common: dict[str, Any] = {"mask_token_id": mask_id, "seed": draw_seeds(len(ids), None, ids.device)}
+    for step in range(steps):
+        end, i = start + (step // per_block + 1) * block_length, step % per_block
+        if i == 0:
+            if step > 0 and eot_token is not None:
+                runs &= ids[:, end - block_length - 1] != eot_token
+                if not runs.any():
+                    break
+            masked = (ids[:, end - block_length : end] == mask_id).sum(1) * runs
+        logits = logits_of(torch.cat([ids, ids.masked_fill(known, mask_id)]) if guided else ids)[:, :end]
+        count, here = masked // per_block + (masked % per_block > i), ids[:, :end]
+        common["step"] = step
+        asked = at_random(here, count=count, **common) if remasking == "random" else here
+        draw: dict[str, Any] = {"uncond_logits": logits[len(ids) :] if guided else None, **common}
+        draw |= {"guidance_scale": cfg_scale + 1.0, "allowed": _allowed(logits, never)}
+        drawn = sample_tokens(logits[: len(ids)], asked, temperature=temperature, statistics=("logit",), **draw)
+        if remasking == "random":
+            ids[:, :end] = torch.where(asked == mask_id, drawn.token_ids, here)
+            continue
+        score = drawn.logprob
+        if last or temperature not in (0, 1):
+            draw |= {"temperature": 0.0, "allowed": _allowed(logits, [*never, *last]), "statistics": ("logsumexp",)}
+            whole = sample_tokens(logits[: len(ids)], asked, **draw)
+            assert drawn.logit is not None and whole.logsumexp is not None
+            kept_back = torch.isin(drawn.token_ids, torch.tensor(last, dtype=torch.int64, device=ids.device))
+            score = (drawn.logit - whole.logsumexp).masked_fill(kept_back, -math.inf)
+        ids[:, :end], _ = commit_tokens(drawn.token_ids, score, here, count=count, **common)
+    return ids
+
+
+def _allowed(logits: Tensor, without: Sequence[int]) -> Tensor | None:
+    if not without:
+        return None
+    allowed = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device)
+    allowed[list(without)] = False
+    return allowed
+
+
+def at_random(ids: Tensor, *, mask_token_id: int, **rule: Any) -> Tensor:
+    """The mask where a masked position becomes known, and another number everywhere else, which nothing reads.
+
+    By a rule of `commit_tokens` on scores that are all 0, with noise of temperature 1.
+    """
+    other = torch.full_like(ids, mask_token_id + 1)
+    after, _ = commit_tokens(
+        other, torch.zeros(ids.shape, device=ids.device), ids, temperature=1.0, mask_token_id=mask_token_id, **rule
+    )
+    return torch.where((ids == mask_token_id) & (after != mask_token_id), mask_token_id, other)

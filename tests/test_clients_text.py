@@ -1,0 +1,241 @@
+"""`accelerate` on language models and their relatives: stand-ins of our own, and loops in plain PyTorch beside them.
+
+Where MGT_LLADA, MGT_DREAM, MGT_SHOWO, MGT_MMADA or MGT_LUMINA names a checkout of the client's repository, its own loop
+takes the place of the plain one.
+"""
+
+import copy
+import os
+import pickle
+from contextlib import contextmanager
+
+import pytest
+import tiny_text
+import torch
+from scipy import stats
+from tiny import seeded
+
+from mgt_sampler import accelerate, restore
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def same_distribution(one, other, num_tokens):
+    """The p-value of two samples of tokens, of any shape, whose first dimension counts samples."""
+    table = torch.stack([tokens.flatten().bincount(minlength=num_tokens) for tokens in (one, other)])
+    return stats.chi2_contingency(table[:, table.sum(0) > 10].numpy()).pvalue
+
+
+def marginals(one, other, num_tokens):
+    """The least p-value over the positions of (B, N) tokens, times how many there are."""
+    columns = zip(one.T, other.T, strict=True)
+    pvalues = [same_distribution(a, b, num_tokens) for a, b in columns if len(torch.cat([a, b]).unique()) > 1]
+    return min(pvalues) * len(pvalues)
+
+
+def check_that_it_goes_and_comes(model, name, method, call):
+    """Attributes of the object alone, copies, pickles, and the original again; call(model) gives ids."""
+    before = dict(vars(model))
+    done = accelerate(model)
+    assert accelerate(model) is done and done.client.name == name and method in done.replaced
+    assert method not in vars(type(model)) or getattr(type(model), method) is not getattr(model, method)
+    expected = call(model)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert getattr(twin, method).args[0] is twin
+        assert torch.equal(call(twin), expected)
+        assert method not in vars(restore(twin))
+    assert restore(model) is model and vars(model).keys() == before.keys()
+
+
+@contextmanager
+def second_seed(monkeypatch, module):
+    """Give a lone sample the seed that the second of three has after torch.manual_seed(0)."""
+    seeds = torch.randint(2**63 - 1, (3,), generator=seeded(0))[1:2]
+    with monkeypatch.context() as patch:
+        patch.setattr(f"mgt_sampler.clients.{module}.draw_seeds", lambda *_: seeds)
+        yield
+
+
+def softmax_draw(logits, temperature):
+    """Tokens (B, N) of logits (B, N, V), by PyTorch."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    return torch.multinomial((logits / temperature).softmax(-1).flatten(0, 1), 1).view(logits.shape[:2])
+
+
+def plain_blocks(
+    logits_of, ids, start, steps, length, block_length, temperature, cfg_scale, remasking, mask_id, never=(), last=()
+):
+    """LLaDA's loop."""
+    ids, known = ids.clone(), ids != mask_id
+    steps //= length // block_length
+    for begin in range(start, start + length, block_length):
+        masked = (ids[:, begin : begin + block_length] == mask_id).sum(1).tolist()
+        for i in range(steps):
+            logits = logits_of(ids)
+            if cfg_scale > 0:
+                uncond = logits_of(ids.masked_fill(known, mask_id))
+                logits = uncond + (cfg_scale + 1) * (logits - uncond)
+            logits[..., list(never)] = -torch.inf
+            tokens = softmax_draw(logits, temperature)
+            logits[..., list(last)] = -torch.inf
+            score = logits.double().softmax(-1).gather(-1, tokens[..., None])[..., 0]
+            if remasking == "random":
+                score = torch.rand(score.shape)
+            score[:, begin + block_length :] = -1
+            score[ids != mask_id] = -1
+            for b, count in enumerate(masked):
+                best = score[b].topk(count // steps + (i < count % steps)).indices
+                ids[b, best] = tokens[b, best]
+    return ids
+
+
+class TestLLaDA:
+    """LLaDA's model, and the loop of its generate.py."""
+
+    mask_id = 31
+    prompt = torch.randint(0, 30, (3, 4), generator=seeded(1))
+    options = {"steps": 8, "gen_length": 16, "block_length": 8, "mask_id": 31}  # noqa: RUF012
+
+    @classmethod
+    def generate(cls, model, prompt=None, seed=0, **options):
+        """The ids, and the numbers of masks that the network was given."""
+        model.given.clear()
+        torch.manual_seed(seed)
+        prompt = cls.prompt if prompt is None else prompt
+        found = model.generate(prompt, **{**cls.options, **options})
+        return found, [(ids[: len(prompt)] == model.head.out_features - 1).sum(1).tolist() for ids in model.given]
+
+    @classmethod
+    def plain(cls, model, prompt=None, seed=0, attention_mask=None, **options):
+        torch.manual_seed(seed)
+        prompt = cls.prompt if prompt is None else prompt
+        settings = {"temperature": 0.0, "cfg_scale": 0.0, "remasking": "low_confidence", **cls.options, **options}
+        if os.environ.get("MGT_LLADA"):
+            names = ("add_gumbel_noise", "get_num_transfer_tokens", "generate")
+            return tiny_text.source("MGT_LLADA", "generate.py", *names).generate(
+                model, prompt, attention_mask, **settings
+            )
+        length = settings.pop("gen_length")
+        never = [126081] * settings.pop("logits_eos_inf", False)
+        last = [126081, 126348] * settings.pop("confidence_eos_eot_inf", False)
+        ids = torch.cat([prompt, torch.full((len(prompt), length), settings["mask_id"])], 1)
+        if attention_mask is not None:
+            attention_mask = torch.cat([attention_mask, torch.ones(len(prompt), length)], 1)
+        return plain_blocks(
+            lambda ids: model.logits(ids, attention_mask), ids, prompt.shape[1], length=length, never=never, last=last,
+            **settings,
+        )  # fmt: skip
+
+    def test_as_many_become_known_in_each_step(self):
+        model = tiny_text.llada_model()
+        accelerate(model)
+        found, masked = self.generate(model, temperature=1.0)
+        assert masked == [[n] * 3 for n in (16, 14, 12, 10, 8, 6, 4, 2)]
+        assert found.shape == (3, 20) and found.dtype == torch.int64 and found.max() < self.mask_id
+        assert torch.equal(found[:, :4], self.prompt)
+        # what is left over comes first
+        _, masked = self.generate(model, steps=6, remasking="random")
+        assert [n for n, *_ in masked] == [16, 13, 10, 8, 5, 2]
+        # guidance masks the prompt in the other half
+        self.generate(model, cfg_scale=1.0, attention_mask=torch.ones(3, 4))
+        assert all(ids.shape == (6, 20) and (ids[3:, :4] == self.mask_id).all() for ids in model.given)
+
+    @pytest.mark.parametrize("cfg_scale", [0.0, 1.5])
+    @pytest.mark.parametrize("block_length, steps", [(16, 5), (4, 8), (8, 16)])
+    def test_greedy_ids_are_equal(self, cfg_scale, block_length, steps):
+        model = tiny_text.llada_model()
+        attention_mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]])
+        options = {"cfg_scale": cfg_scale, "attention_mask": attention_mask}
+        options |= {"block_length": block_length, "steps": steps}
+        expected = self.plain(model, **options)
+        accelerate(model)
+        found, _ = self.generate(model, **options)
+        assert torch.equal(found, expected) and len(found.unique()) > 8
+
+    def test_masks_within_the_prompt_compete_as_in_the_original(self):
+        model = tiny_text.llada_model()
+        prompt = self.prompt.clone()
+        prompt[1, 1:3] = self.mask_id
+        expected = self.plain(model, prompt)
+        accelerate(model)
+        found, _ = self.generate(model, prompt)
+        assert torch.equal(found, expected)
+        assert (prompt == self.mask_id).sum() == 2
+
+    @pytest.mark.parametrize("never", [True, False])
+    def test_the_ends_of_a_text_and_of_a_turn_are_kept_back(self, never):
+        model = tiny_text.llada_model(126464, 126336)
+        model.head.bias.data[[126081, 126348]] = torch.tensor([3.0, 2.5])
+        options = {"gen_length": 8, "steps": 8, "mask_id": 126336, "logits_eos_inf": never}
+        options["confidence_eos_eot_inf"] = not never
+        expected = self.plain(model, self.prompt[:1], **options)
+        plain = list(model.given)
+        accelerate(model)
+        found, _ = self.generate(model, self.prompt[:1], **options)
+        ended = [bool(torch.isin(ids, torch.tensor([126081, 126348])).any()) for ids in (*model.given, found)]
+        if never:
+            assert torch.equal(found, expected) and (found != 126081).all()
+        else:
+            # those that are kept back are in no order
+            assert ended == sorted(ended) and ended.index(True) > 3 and ended[-1]
+            count = ended.index(True)
+            assert all(map(torch.equal, model.given[:count], plain[:count]))
+
+    @pytest.mark.parametrize("options", [{"temperature": 1.0}, {"temperature": 0.6, "cfg_scale": 0.5}])
+    def test_what_is_certain_is_equal(self, options):
+        model = tiny_text.llada_model()
+        options = {**options, "attention_mask": torch.ones(3, 4)}
+        model.certain = torch.randint(0, 31, (20,), generator=seeded(2))
+        expected = self.plain(model, **options)
+        accelerate(model)
+        assert torch.equal(expected[:, 4:], model.certain[4:].expand(3, -1))
+        assert torch.equal(self.generate(model, **options)[0], expected)
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"temperature": 1.0},
+            {"temperature": 2.0},
+            {"temperature": 0.5, "cfg_scale": 0.5},
+            {"temperature": 1.0, "remasking": "random"},
+        ],
+    )
+    def test_draws_have_the_originals_distribution(self, options):
+        model = tiny_text.llada_model()
+        model.head.weight.data /= 3
+        prompt = self.prompt[:1].expand(3000, -1)
+        options = {"gen_length": 4, "block_length": 4, "steps": 2, "attention_mask": torch.ones(3000, 4), **options}
+        expected = self.plain(model, prompt, 1, **options)[:, 4:]
+        accelerate(model)
+        found = self.generate(model, prompt, **options)[0][:, 4:]
+        assert marginals(found, expected, 32) > 1e-3
+        other = self.generate(model, prompt, **{**options, "temperature": options["temperature"] * 1.5})[0][:, 4:]
+        assert marginals(other, expected, 32) < 1e-3
+
+    def test_a_sample_is_a_function_of_its_seed(self, monkeypatch):
+        model = tiny_text.llada_model()
+        accelerate(model)
+        for options in ({"temperature": 1.0}, {"temperature": 0.7, "cfg_scale": 1.0}, {"remasking": "random"}):
+            together, _ = self.generate(model, **options)
+            assert torch.equal(self.generate(model, **options)[0], together)
+            assert not torch.equal(self.generate(model, seed=1, **options)[0], together)
+            with second_seed(monkeypatch, "blocks"):
+                assert torch.equal(self.generate(model, self.prompt[1:2], **options)[0], together[1:2])
+            # blocks and steps differ
+            same = self.generate(model, self.prompt[:1], temperature=1e4)[0][0, 4:]
+            assert len(same.unique()) > 5
+
+    def test_copies_and_the_original(self):
+        model = tiny_text.llada_model()
+        check_that_it_goes_and_comes(model, "LLaDA", "generate", lambda model: self.generate(model, temperature=1.0)[0])
+        assert model.generate() == "autoregressive"
+
+    @pytest.mark.parametrize("name, value", [("block_length", 5), ("block_length", 0), ("steps", 3), ("steps", 0)])
+    def test_bad_arguments_are_named(self, name, value):
+        model = tiny_text.llada_model()
+        accelerate(model)
+        with pytest.raises(ValueError, match=f"^{name}: expected"):
+            self.generate(model, **{name: value})
+        with pytest.raises(ValueError, match=r"^remasking: expected"):
+            self.generate(model, remasking="best")
