@@ -239,3 +239,258 @@ class TestLLaDA:
             self.generate(model, **{name: value})
         with pytest.raises(ValueError, match=r"^remasking: expected"):
             self.generate(model, remasking="best")
+
+
+def plain_filter(logits, top_p, top_k):
+    """-inf for what top_p and top_k leave out, each of all tokens."""
+    ordered, order = logits.sort(-1, descending=True)
+    probs = ordered.softmax(-1)
+    out = torch.zeros_like(logits, dtype=torch.bool)
+    if top_p is not None:
+        out |= probs.cumsum(-1) - probs >= top_p
+    if top_k is not None:
+        out |= torch.arange(logits.shape[-1]) >= top_k
+    return logits.masked_fill(out.gather(-1, order.argsort(-1)), -torch.inf)
+
+
+def plain_dream(
+    model, prompt, attention_mask=None, *, max_new_tokens, steps, alg="origin", alg_temp=None, temperature=0.0,
+    top_p=None, top_k=None, eps=1e-3, threshold=0.9,
+):  # fmt: skip
+    """Dream's loop, on equally many masks in each sample."""
+    mask_id = model.head.out_features - 1
+    ids = torch.cat([prompt, torch.full((len(prompt), max_new_tokens), mask_id)], 1)
+    times, owed, step = torch.linspace(1, eps, steps + 1), torch.zeros(len(ids)), 0
+    share = (ids == mask_id).sum(1) // steps
+    if attention_mask is not None:
+        attention_mask = torch.cat([attention_mask, torch.ones(len(ids), max_new_tokens)], 1)
+    while step < steps or owed.any():
+        logits = model.logits(ids, attention_mask)
+        logits = torch.cat([logits[:, :1], logits[:, :-1]], 1)
+        logits = plain_filter(logits / temperature if temperature else logits, top_p, top_k)
+        tokens = softmax_draw(logits, 1.0 if temperature else 0.0)
+        probs = logits.softmax(-1)
+        best = probs.sort(-1, descending=True).values
+        score = {
+            "topk_margin": best[..., 0] - best[..., 1],
+            "entropy": (probs * (probs + 1e-10).log()).sum(-1),
+        }.get(alg, probs.gather(-1, tokens[..., None])[..., 0])
+        masked = ids == mask_id
+        share_now = 1 - times[step + 1] / times[step] if step < steps - 1 else 1.0
+        for b in range(len(ids)):
+            where = masked[b].nonzero()[:, 0]
+            count = int(len(where) * share_now)
+            if alg == "origin":
+                chosen = where[torch.rand(len(where)) < share_now]
+            elif alg == "confidence_threshold":
+                owed[b] += share[b] if step < steps else 0
+                chosen = where[score[b, where].topk(int(owed[b])).indices]
+                chosen = torch.cat([chosen[:1], chosen[1:][score[b, chosen[1:]] >= threshold]])
+                owed[b] -= len(chosen)
+            elif alg_temp:
+                chosen = where[torch.multinomial((score[b, where] / alg_temp).softmax(0), max(count, 1))[:count]]
+            else:
+                chosen = where[score[b, where].topk(count).indices]
+            ids[b, chosen] = tokens[b, chosen]
+        step += 1
+    return ids
+
+
+class TestDream:
+    """Dream's model, and the loop in its `_sample`."""
+
+    real = bool(os.environ.get("MGT_DREAM"))
+    prompt = torch.randint(0, 30, (3, 4), generator=seeded(1))
+
+    @classmethod
+    def generate(cls, model, prompt=None, seed=0, **options):
+        """The ids, and the numbers of masks that the network was given."""
+        model.given.clear()
+        torch.manual_seed(seed)
+        settings = {"max_new_tokens": 16, "steps": 8, "alg": "maskgit_plus", **options}
+        found = model.diffusion_generate(cls.prompt if prompt is None else prompt, **settings)
+        return found, [(ids == 31).sum(1).tolist() for ids in model.given]
+
+    @classmethod
+    def plain(cls, model, prompt=None, seed=0, **options):
+        torch.manual_seed(seed)
+        prompt = cls.prompt if prompt is None else prompt
+        settings = {"max_new_tokens": 16, "steps": 8, "alg": "maskgit_plus", **options}
+        if cls.real and (settings["alg"] != "confidence_threshold" or len(prompt) == 1):
+            return model.diffusion_generate(prompt, **settings)
+        return plain_dream(model, prompt, **settings)
+
+    @pytest.mark.parametrize("alg", ["maskgit_plus", "topk_margin", "entropy"])
+    def test_as_many_become_known_in_each_step(self, alg):
+        model = tiny_text.dream_model()
+        accelerate(model)
+        options = {"temperature": 1.0, "alg": alg, "return_dict_in_generate": True}
+        found, masked = self.generate(model, output_history=True, **options)
+        assert masked == [[n] * 3 for n in (16, 15, 13, 11, 9, 7, 5, 3)]
+        assert type(found).__name__ == "DreamModelOutput" and len(found.history) == 8
+        assert [int((ids[0] == 31).sum()) for ids in found.history] == [15, 13, 11, 9, 7, 5, 3, 0]
+        assert torch.equal(found.sequences, found.history[-1]) and torch.equal(found.sequences[:, :4], self.prompt)
+        assert self.generate(model, **options)[0].history is None
+        # the first of sixteen steps has no whole position
+        assert [n for n, *_ in self.generate(model, steps=16, alg=alg)[1]][:4] == [16, 16, 15, 14]
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"alg": "maskgit_plus", "steps": 5},
+            {"alg": "topk_margin", "top_k": 4},
+            {"alg": "entropy", "top_p": 0.9},
+            {"alg": "entropy", "top_p": 0.9, "top_k": 3},
+            {"alg": "maskgit_plus", "top_p": 0.5, "top_k": 9, "eps": 1e-2},
+        ],
+    )
+    def test_greedy_ids_are_equal(self, options):
+        model = tiny_text.dream_model()
+        # so flat that more than one token is kept: else confidences are equal, and their order is anyone's
+        model.head.weight.data /= 5
+        for attention_mask in (None, torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]])):
+            restore(model)
+            expected = self.plain(model, attention_mask=attention_mask, **options)
+            accelerate(model)
+            found, _ = self.generate(model, attention_mask=attention_mask, **options)
+            assert torch.equal(found, expected) and len(found[:, 4:].unique()) > 2
+        mask, places = model.asked_with
+        assert mask.shape == (3, 1, 20, 20) and places[0].tolist() == [1, 1, *range(18)]
+        there = torch.arange(20) > 1
+        assert torch.equal(mask[0, 0], there[:, None] & there)
+
+    @pytest.mark.parametrize("threshold", [0.0, 0.4, 0.9, 2.0])
+    def test_the_threshold_of_fast_dllm(self, threshold):
+        model = tiny_text.dream_model()
+        options = {"alg": "confidence_threshold", "threshold": threshold, "steps": 4}
+        expected = torch.cat([self.plain(model, prompt[None], **options) for prompt in self.prompt])
+        accelerate(model)
+        found, masked = self.generate(model, **options)
+        assert torch.equal(found, expected)
+        assert masked[1][0] == {0.0: 12, 2.0: 15}.get(threshold, masked[1][0])
+        assert len(masked) == {0.0: 4, 2.0: 16}.get(threshold, len(masked))
+
+    @pytest.mark.parametrize("temperature", [0.0, 1.0])
+    def test_what_is_certain_is_equal(self, temperature):
+        model = tiny_text.dream_model()
+        model.certain = torch.randint(0, 31, (20,), generator=seeded(2))
+        for alg in ("origin", "maskgit_plus", "topk_margin", "entropy"):
+            restore(model)
+            expected = self.plain(model, alg=alg, temperature=temperature)
+            # of the position before
+            assert torch.equal(expected[:, 4:], model.certain[3:-1].expand(3, -1))
+            accelerate(model)
+            assert torch.equal(self.generate(model, alg=alg, temperature=temperature)[0], expected)
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"alg": "origin", "temperature": 1.0},
+            {"alg": "origin", "temperature": 0.6, "top_p": 0.8},
+            {"alg": "maskgit_plus", "temperature": 1.0, "top_k": 5, "top_p": 0.7},
+            {"alg": "topk_margin", "temperature": 1.0, "top_k": 3, "top_p": 0.95},
+            {"alg": "maskgit_plus", "temperature": 0.0, "alg_temp": 0.3},
+            {"alg": "entropy", "temperature": 1.0, "alg_temp": 0.5},
+        ],
+    )
+    def test_draws_have_the_originals_distribution(self, options):
+        model = tiny_text.dream_model()
+        model.head.weight.data /= 3
+        prompt = self.prompt[:1].expand(3000, -1)
+        options = {"max_new_tokens": 4, "steps": 3, **options}
+        expected = self.plain(model, prompt, 1, **options)[:, 4:]
+        accelerate(model)
+        found = self.generate(model, prompt, **options)[0][:, 4:]
+        assert marginals(found, expected, 32) > 1e-3
+        for name, factor in (("temperature", 1.5), ("alg_temp", 100.0)):
+            if options.get(name):
+                other = self.generate(model, prompt, **{**options, name: options[name] * factor})[0][:, 4:]
+                assert marginals(other, expected, 32) < 1e-3
+                break
+
+    def test_positions_are_revealed_one_by_one(self):
+        # with "origin" their number is binomial
+        model = tiny_text.dream_model()
+        accelerate(model)
+        prompt = self.prompt[:1].expand(3000, -1)
+        _, masked = self.generate(model, prompt, alg="origin", temperature=1.0, steps=4)
+        left = torch.tensor(masked[1])
+        probs = torch.tensor(stats.binom.pmf(range(17), 16, float(1 - 0.25 * (1 - 1e-3))))
+        counts = left.bincount(minlength=17)
+        keep = probs * 3000 > 5
+        assert stats.chisquare(counts[keep], probs[keep] / probs[keep].sum() * counts[keep].sum()).pvalue > 1e-3
+
+    def test_each_sample_counts_its_own_masks(self):
+        model = tiny_text.dream_model()
+        accelerate(model)
+        prompt = self.prompt.clone()
+        prompt[0, 1:] = 31
+        found, masked = self.generate(model, prompt)
+        assert masked[0] == [19, 16, 16] and masked[-1] == [4, 3, 3] and (found < 31).all()
+        assert torch.equal(
+            found[prompt.new_ones(3, 20).bool() & (torch.nn.functional.pad(prompt, (0, 16), value=31) != 31)],
+            prompt[prompt != 31],
+        )
+        assert torch.equal(found[1:], self.generate(model, prompt[1:])[0])
+
+    def test_a_sample_is_a_function_of_its_seed(self, monkeypatch):
+        model = tiny_text.dream_model()
+        accelerate(model)
+        for alg in ("origin", "entropy", "confidence_threshold"):
+            options = {"alg": alg, "temperature": 1.0, "alg_temp": 0.2}
+            together, _ = self.generate(model, **options)
+            assert torch.equal(self.generate(model, **options)[0], together)
+            assert not torch.equal(self.generate(model, seed=1, **options)[0], together)
+            with second_seed(monkeypatch, "dream"):
+                assert torch.equal(self.generate(model, self.prompt[1:2], **options)[0], together[1:2])
+
+    def test_hooks(self):
+        model = tiny_text.dream_model()
+        accelerate(model)
+        seen = []
+
+        def tokens_hook(step, ids, logits):
+            seen.append((step, None if logits is None else logits.argmax(-1)))
+            return ids.masked_fill(torch.arange(ids.shape[1]) == 7, 3)
+
+        def logits_hook(step, ids, logits):
+            logits[..., 5] = 1e3
+            return logits
+
+        found, masked = self.generate(
+            model, generation_tokens_hook_func=tokens_hook, generation_logits_hook_func=logits_hook
+        )
+        assert [step for step, _ in seen] == [None, *range(8)] and (seen[1][1] == 5).all()
+        assert masked[0] == [15] * 3 and (found[:, 7] == 3).all() and (found[:, 8:] == 5).all()
+
+    def test_copies_and_the_original(self):
+        model = tiny_text.dream_model()
+        check_that_it_goes_and_comes(
+            model, "Dream", "_sample", lambda model: self.generate(model, temperature=1.0, alg="origin")[0]
+        )
+        if not self.real:
+            assert self.generate(model)[0] == "the original"
+
+    @pytest.mark.parametrize(
+        "options, name",
+        [
+            ({"alg": "best"}, "alg"),
+            ({"steps": 0}, "steps"),
+            ({"steps": 3, "alg": "confidence_threshold"}, "steps"),
+            ({"mask_token_id": None}, "mask_token_id"),
+            ({"temperature": -1.0}, "temperature"),
+            ({"top_p": 0.0}, "top_p"),
+        ],
+    )
+    def test_bad_arguments_are_named(self, options, name):
+        model = tiny_text.dream_model()
+        accelerate(model)
+        with pytest.raises(ValueError, match=f"^{name}: expected"):
+            self.generate(model, **options)
+
+    def test_a_loop_that_was_replaced_is_left_alone(self):
+        model = tiny_text.dream_model()
+        model._sample = print
+        with pytest.raises(TypeError, match=r"obj\._sample"):
+            accelerate(model)
+        assert model._sample is print

@@ -91,3 +91,59 @@ class LLaDAModelLM(Network):
 
 def llada_model(vocab_size=32, mask_id=31):
     return place(LLaDAModelLM, "transformers_modules.llada.modeling_llada")(vocab_size, mask_id).eval()
+
+
+class DreamModelOutput(dict):
+    """What `diffusion_generate` returns with return_dict_in_generate."""
+
+    sequences = property(lambda self: self["sequences"])
+    history = property(lambda self: self["history"])
+
+
+class DreamModel(Network):
+    """A stand-in for Dream's remote code: logits of a position are those of the one before."""
+
+    asked_with = None
+
+    def forward(self, input_ids, attention_mask="full", position_ids=None):
+        attended = None if isinstance(attention_mask, str) else attention_mask[:, 0].any(1)
+        type(self).asked_with = attention_mask, position_ids
+        return types.SimpleNamespace(logits=self.logits(input_ids, attended))
+
+    def diffusion_generate(self, inputs, attention_mask=None, **config):
+        hooks = {
+            "generation_tokens_hook_func": config.pop("generation_tokens_hook_func", lambda step, x, logits: x),
+            "generation_logits_hook_func": config.pop("generation_logits_hook_func", lambda step, x, logits: logits),
+        }
+        threshold = {"threshold": config.pop("threshold")} if "threshold" in config else {}
+        settings = dict(
+            temperature=0.0, top_p=None, top_k=None, eps=1e-3, steps=512, alg="origin", alg_temp=None,
+            return_dict_in_generate=False, output_history=False, mask_token_id=self.head.out_features - 1,
+        )  # fmt: skip
+        settings |= {"max_length": inputs.shape[1] + config.pop("max_new_tokens"), **config}
+        return self._sample(
+            inputs,
+            attention_mask=attention_mask,
+            generation_config=types.SimpleNamespace(**settings),
+            **hooks,
+            **threshold,
+        )
+
+    def _sample(self, input_ids, **options):
+        return "the original"
+
+
+def dream_model(vocab_size=32):
+    """With MGT_DREAM, a checkout of NVlabs/Fast-dLLM, its `_sample` is the one there."""
+    module = "transformers_modules.dream.modeling_dream"
+    place(DreamModelOutput, module)
+    if os.environ.get("MGT_DREAM"):
+        names = ("top_p_logits", "top_k_logits", "sample_tokens", "DreamGenerationMixin")
+        stubs = dict.fromkeys(("DreamGenerationConfig", "is_torchdynamo_compiling", "logger", "warnings", "copy"))
+        stubs["DreamModelOutput"] = DreamModelOutput
+        original = source("MGT_DREAM", "dream/model/generation_utils.py", *names, stubs=stubs).DreamGenerationMixin
+        original._sample.__module__ = module
+        DreamModel._sample = original._sample
+    else:
+        DreamModel._sample.__module__ = module
+    return place(DreamModel, module)(vocab_size, vocab_size - 1).eval()

@@ -64,6 +64,13 @@ CLIENTS = (
         "github.com/ML-GSAI/LLaDA, arXiv 2502.09992",
         "llada",
     ),
+    Client(
+        "Dream",
+        ("modeling_dream.DreamModel",),
+        "the loop of diffusion_generate",
+        "github.com/DreamLM/Dream, arXiv 2508.15487",
+        "dream",
+    ),
     Client("LLaDA2", ("pipeline_llada2.LLaDA2Pipeline",), "scheduler", "diffusers, arXiv 2512.15745", "llada2"),
     Client(
         "muse-maskgit-pytorch",

@@ -1,4 +1,4 @@
-"""LLaDA's loop, block after block, which MMaDA has too; and positions that become known at random."""
+"""LLaDA's loop, block after block, which MMaDA has too."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from mgt_kernels import commit_tokens, sample_tokens
 
 from ..scheduler import draw_seeds
+from .draws import at_random
 
 
 @torch.no_grad()
@@ -77,15 +78,3 @@ def _allowed(logits: Tensor, without: Sequence[int]) -> Tensor | None:
     allowed = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device)
     allowed[list(without)] = False
     return allowed
-
-
-def at_random(ids: Tensor, *, mask_token_id: int, **rule: Any) -> Tensor:
-    """The mask where a masked position becomes known, and another number everywhere else, which nothing reads.
-
-    By a rule of `commit_tokens` on scores that are all 0, with noise of temperature 1.
-    """
-    other = torch.full_like(ids, mask_token_id + 1)
-    after, _ = commit_tokens(
-        other, torch.zeros(ids.shape, device=ids.device), ids, temperature=1.0, mask_token_id=mask_token_id, **rule
-    )
-    return torch.where((ids == mask_token_id) & (after != mask_token_id), mask_token_id, other)
