@@ -5,8 +5,10 @@ takes the place of the plain one.
 """
 
 import copy
+import math
 import os
 import pickle
+import types
 from contextlib import contextmanager
 
 import pytest
@@ -16,6 +18,7 @@ from scipy import stats
 from tiny import seeded
 
 from mgt_sampler import accelerate, restore
+from mgt_sampler.schedules import mask_lens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -341,7 +344,7 @@ class TestDream:
             {"alg": "topk_margin", "top_k": 4},
             {"alg": "entropy", "top_p": 0.9},
             {"alg": "entropy", "top_p": 0.9, "top_k": 3},
-            {"alg": "maskgit_plus", "top_p": 0.5, "top_k": 9, "eps": 1e-2},
+            {"alg": "maskgit_plus", "top_p": 0.8, "top_k": 2, "eps": 1e-2},
         ],
     )
     def test_greedy_ids_are_equal(self, options):
@@ -494,3 +497,258 @@ class TestDream:
         with pytest.raises(TypeError, match=r"obj\._sample"):
             accelerate(model)
         assert model._sample is print
+
+
+def plain_image(
+    logits_of, ids, uncond, mask_id, first_id, prefix, *, temperature=1.0, timesteps=18, guidance_scale=0,
+    noise_schedule=lambda r: torch.cos(r * math.pi / 2),
+):  # fmt: skip
+    """Show-o's loop, on equally many masks in each sample; the codebook has 24 ids."""
+    ids = ids.clone()
+    image = ids[:, prefix:-1]
+    num_tokens = image.shape[1]
+    for step in range(timesteps):
+        logits = logits_of(ids)
+        if uncond is not None and guidance_scale > 0:
+            other = logits_of(torch.cat([uncond[:, :prefix], ids[:, prefix:]], 1))
+            logits = (1 + guidance_scale) * logits - guidance_scale * other
+        logits = logits[:, prefix:-1, first_id : first_id + 24]
+        masked = image == mask_id
+        code = torch.where(masked, softmax_draw(logits, 1.0), image - first_id)
+        if step == timesteps - 1:
+            return code
+        ratio = (step + 1) / timesteps
+        temperature *= 1 - ratio
+        score = logits.log_softmax(-1).gather(-1, code.clamp(0, 23)[..., None])[..., 0]
+        score = score - temperature * torch.empty(score.shape).exponential_().log()
+        score[~masked] = torch.inf
+        count = min(int(masked[0].sum()) - 1, int((num_tokens * noise_schedule(torch.tensor(ratio))).floor()))
+        image.copy_((code + first_id).scatter(1, score.topk(max(count, 1), largest=False).indices, mask_id))
+
+
+class Showo:
+    """What the tests of `TestImages` ask of Show-o."""
+
+    name, mask_id, first_id, model, real = "Show-o", 46, 22, staticmethod(tiny_text.showo_model), "MGT_SHOWO"
+
+    @staticmethod
+    def call(model, ids, uncond, guided, **options):
+        config = copy.deepcopy(tiny_text.SHOWO_CONFIG)
+        config.model.showo.num_vq_tokens = ids.shape[1] - 5
+        attended = torch.ones(len(ids) * (2 if guided else 1), ids.shape[1])
+        return model.t2i_generate(ids, uncond, attended, config=config, **options)
+
+
+class MMaDA:
+    """What they ask of MMaDA."""
+
+    name, mask_id, first_id, model, real = "MMaDA", 44, 20, staticmethod(tiny_text.mmada_model), "MGT_MMADA"
+
+    @staticmethod
+    def call(model, ids, uncond, guided, **options):
+        attended = torch.ones(ids.shape, dtype=torch.int64)
+        return model.t2i_generate(
+            ids, uncond, attended, attended, seq_len=ids.shape[1] - 5, mask_token_id=44, resolution=3,
+            codebook_size=24, uni_prompting=types.SimpleNamespace(text_tokenizer=range(20)), **options,
+        )  # fmt: skip
+
+
+@pytest.fixture(params=[Showo, MMaDA])
+def client(request):
+    return request.param
+
+
+class TestImages:
+    """`t2i_generate` of Show-o and of MMaDA: three text tokens and one more, the image, one more."""
+
+    @staticmethod
+    def inputs(client, num_samples=3, num_tokens=16):
+        image = torch.full((num_samples, num_tokens), client.mask_id)
+        text = torch.randint(0, 20, (num_samples, 5), generator=seeded(1))
+        uncond = torch.randint(0, 20, (num_samples, 5), generator=seeded(2))
+        return tuple(torch.cat([ids[:, :4], image, ids[:, 4:]], 1) for ids in (text, uncond))
+
+    @classmethod
+    def call(cls, client, model, ids=None, uncond=None, seed=0, **options):
+        """The code, and the numbers of masks that the network was given."""
+        model.given.clear()
+        torch.manual_seed(seed)
+        ids = cls.inputs(client)[0] if ids is None else ids
+        guided = uncond is not None and options.get("guidance_scale", 0) > 0
+        found = client.call(model, ids.clone(), uncond, guided, **options)
+        return found, [(ids[: len(found)] == client.mask_id).sum(1).tolist() for ids in model.given]
+
+    @classmethod
+    def plain(cls, client, model, ids, uncond=None, seed=0, **options):
+        if os.environ.get(client.real):
+            with torch.no_grad():
+                return cls.call(client, restore(model), ids, uncond, seed, **options)[0]
+        torch.manual_seed(seed)
+        return plain_image(model.logits, ids, uncond, client.mask_id, client.first_id, 4, **options)
+
+    def test_as_many_are_masked(self, client):
+        model = client.model()
+        ids, uncond = self.inputs(client, 2, 256)
+        accelerate(model)
+        before = ids.clone()
+        found, masked = self.call(client, model, ids, uncond, timesteps=12, guidance_scale=2)
+        assert [n for n, _ in masked] == [256, 253, 247, 236, 221, 203, 181, 155, 127, 97, 66, 33]
+        assert masked == [[n, n] for n in [256, *mask_lens("cosine", 12, 256)[:-1]]]
+        assert found.shape == (2, 256) and 0 <= found.min() and found.max() < 24
+        # the other half has its own text, and the same image
+        assert torch.equal(ids, before) and torch.equal(model.given[3][2:, :4], uncond[:, :4])
+        assert torch.equal(model.given[3][2:, 4:], model.given[3][:2, 4:])
+        # more steps than tokens: one is masked until the end
+        _, masked = self.call(client, model, timesteps=20, noise_schedule=lambda r: 1 - r)
+        assert [n for n, *_ in masked] == [16, 15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 1, 1, 1, 1]
+        # without guidance, the other half is not asked for
+        self.call(client, model, uncond=self.inputs(client)[1])
+        assert len(model.given[0]) == 3
+
+    def test_what_is_known_stays(self, client):
+        model = client.model()
+        ids, _ = self.inputs(client)
+        ids[0, 5:20] = client.first_id + 7
+        ids[1, 4:20] = client.first_id + 3
+        accelerate(model)
+        found, masked = self.call(client, model, ids)
+        assert masked[0] == [1, 0, 16] and masked[-1] == [1, 0, 1]
+        assert (found[0, 1:] == 7).all() and (found[1] == 3).all()
+
+    @pytest.mark.parametrize("guidance_scale", [0, 1.5])
+    def test_what_is_certain_is_equal(self, client, guidance_scale):
+        model = client.model()
+        model.certain = client.first_id + torch.randint(0, 24, (21,), generator=seeded(3))
+        ids, uncond = self.inputs(client)
+        expected = self.plain(client, model, ids, uncond, guidance_scale=guidance_scale)
+        accelerate(model)
+        found, _ = self.call(client, model, ids, uncond, guidance_scale=guidance_scale)
+        assert torch.equal(found, expected)
+        assert torch.equal(found[0], model.certain[4:20] - client.first_id)
+
+    @pytest.mark.parametrize("options", [{"temperature": 0.0}, {"temperature": 4.0}, {"guidance_scale": 0.5}])
+    def test_draws_have_the_originals_distribution(self, client, options):
+        model = client.model()
+        model.head.weight.data /= 3
+        ids, uncond = (ids[:1].expand(3000, -1) for ids in self.inputs(client, 1, 6))
+        expected = self.plain(client, model, ids, uncond, 1, timesteps=3, **options)
+        accelerate(model)
+        found, _ = self.call(client, model, ids, uncond, timesteps=3, **options)
+        assert marginals(found, expected, 24) > 1e-3
+        other = {"guidance_scale": 3.0} if "guidance_scale" in options else {"temperature": 4 - options["temperature"]}
+        assert marginals(self.call(client, model, ids, uncond, timesteps=3, **other)[0], expected, 24) < 1e-3
+
+    def test_a_sample_is_a_function_of_its_seed(self, client, monkeypatch):
+        model = client.model()
+        ids, uncond = self.inputs(client)
+        accelerate(model)
+        together, _ = self.call(client, model, ids, uncond, guidance_scale=1)
+        assert not torch.equal(self.call(client, model, ids, uncond, seed=1, guidance_scale=1)[0], together)
+        with second_seed(monkeypatch, "showo"):
+            alone, _ = self.call(client, model, ids[1:2], uncond[1:2], guidance_scale=1)
+        assert torch.equal(alone, together[1:2])
+        state = torch.get_rng_state()
+        several = [client.call(model, ids, None, False, generator=seeded(5)) for _ in range(2)]
+        each = client.call(model, ids, None, False, generator=[seeded(n) for n in range(3)])
+        assert torch.equal(*several) and not torch.equal(each, several[0])
+        assert torch.equal(torch.get_rng_state(), state)
+
+    def test_copies_and_the_original(self, client):
+        model = client.model()
+        check_that_it_goes_and_comes(model, client.name, "t2i_generate", lambda model: self.call(client, model)[0])
+        if not os.environ.get(client.real):
+            assert model.t2i_generate() == "the original"
+
+    def test_bad_arguments_are_named(self, client):
+        model = client.model()
+        accelerate(model)
+        for name, options in (
+            ("timesteps", {"timesteps": 0}),
+            ("generator", {"generator": [seeded(0)]}),
+            ("temperature", {"temperature": -1.0}),
+        ):
+            with pytest.raises(ValueError, match=f"^{name}: expected"):
+                self.call(client, model, **options)
+        with pytest.raises(ValueError, match=r"^input_ids: expected"):
+            tiny = torch.zeros(1, 3, dtype=torch.int64)
+            options = {"config": copy.deepcopy(tiny_text.SHOWO_CONFIG)}
+            options["config"].model.showo.num_vq_tokens = 16
+            model.t2i_generate(
+                tiny, attention_mask=tiny, seq_len=16, uni_prompting=types.SimpleNamespace(text_tokenizer=""), **options
+            )
+        if client is MMaDA:
+            with pytest.raises(ValueError, match=r"^uni_prompting: expected"):
+                model.t2i_generate(self.inputs(client)[0])
+
+
+class TestMMaDA:
+    """Texts of MMaDA: LLaDA's loop."""
+
+    prompt = torch.randint(0, 20, (3, 4), generator=seeded(1))
+
+    @classmethod
+    def call(cls, model, method="mmu_generate", prompt=None, seed=0, **options):
+        torch.manual_seed(seed)
+        model.given.clear()
+        options = {"steps": 8, "block_length": 8, "mask_id": 44, **options}
+        options["gen_length" if method == "generate" else "max_new_tokens"] = 16
+        return getattr(model, method)(cls.prompt if prompt is None else prompt, **options)
+
+    @classmethod
+    def plain(cls, model, attention_mask=None, **options):
+        if os.environ.get("MGT_MMADA"):
+            return cls.call(restore(model), attention_mask=attention_mask, **options)
+        settings = {"temperature": 0.0, "cfg_scale": 0.0, "remasking": "low_confidence", **options}
+        ids = torch.cat([cls.prompt, torch.full((3, 16), 44)], 1)
+        return plain_blocks(lambda ids: model.logits(ids, attention_mask), ids, 4, 8, 16, 8, mask_id=44, **settings)
+
+    @pytest.mark.parametrize("cfg_scale", [0.0, 1.5])
+    def test_greedy_ids_are_equal(self, cfg_scale):
+        model = tiny_text.mmada_model()
+        attention_mask = torch.ones(3, 20, dtype=torch.int64)
+        if not cfg_scale:
+            attention_mask[0, :2] = 0
+        expected = self.plain(model, attention_mask, cfg_scale=cfg_scale)
+        accelerate(model)
+        for method in ("generate", "mmu_generate", "mmu_generate_fast"):
+            # the mask may be the prompt's alone
+            for mask in (attention_mask, attention_mask[:, :4]):
+                found = self.call(model, method, cfg_scale=cfg_scale, attention_mask=mask)
+                assert torch.equal(found, expected)
+        counts = [int((ids[0] == 44).sum()) for ids in model.given]
+        assert counts == [16, 14, 12, 10, 8, 6, 4, 2]
+        # and holds for both halves
+        if cfg_scale:
+            attention_mask[0, :2] = 0
+            other = self.call(model, cfg_scale=cfg_scale, attention_mask=attention_mask)
+            assert not torch.equal(other[0], expected[0]) and torch.equal(other[1:], expected[1:])
+
+    def test_a_sample_ends_with_the_block_that_ends_in_a_token(self):
+        model = tiny_text.mmada_model()
+        model.head.weight.data /= 5
+        accelerate(model)
+        whole = self.call(model, temperature=1.0)
+        eot = int(whole[0, 11])
+        ends = whole[:, 11] == eot
+        assert not ends.all()
+        found = self.call(model, "mmu_generate_fast", temperature=1.0, eot_token=eot)
+        assert torch.equal(found[:, :12], whole[:, :12]) and torch.equal(found[~ends], whole[~ends])
+        assert (found[ends, 12:] == 44).all() and len(model.given) == 8
+        # nothing is left to do
+        whole = self.call(model)
+        found = self.call(model, "mmu_generate_fast", self.prompt[:1], eot_token=int(whole[0, 11]))
+        assert len(model.given) == 4 and torch.equal(found[0, :12], whole[0, :12]) and (found[0, 12:] == 44).all()
+        if os.environ.get("MGT_MMADA"):
+            restore(model)
+            original = self.call(model, "mmu_generate_fast", self.prompt[:1], eot_token=int(whole[0, 11]))
+            assert torch.equal(original, found)
+
+    def test_draws_are_a_function_of_the_seed(self):
+        model = tiny_text.mmada_model()
+        accelerate(model)
+        found = self.call(model, temperature=1.0)
+        assert torch.equal(self.call(model, "generate", temperature=1.0), found)
+        assert not torch.equal(self.call(model, seed=1, temperature=1.0), found)
+        assert accelerate(model).client.name == "MMaDA"
+        with pytest.raises(ValueError, match=r"^steps: expected"):
+            self.call(model, steps=3)

@@ -31,6 +31,8 @@ def source(variable, path, *names, stubs=None):
         names: of the top-level functions and classes that are wanted; what else the file has is not run.
         stubs: what they need besides torch.
     """
+    import __future__
+
     import ast
     import math
     import time
@@ -44,7 +46,7 @@ def source(variable, path, *names, stubs=None):
     scope = {name: getattr(typing, name) for name in ("Any", "Callable", "Dict", "Optional", "Tuple", "Union")}
     scope |= {"torch": torch, "F": torch.nn.functional, "np": np, "math": math, "time": time}
     scope |= {"dists": torch.distributions, "print": lambda *args: None, **(stubs or {})}
-    exec(compile(tree, path, "exec"), scope)
+    exec(compile(tree, path, "exec", __future__.annotations.compiler_flag), scope)
     return types.SimpleNamespace(**scope)
 
 
@@ -56,7 +58,7 @@ class Network(torch.nn.Module):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.tokens = torch.nn.Embedding(vocab_size, width)
-            self.places = torch.nn.Embedding(64, width)
+            self.places = torch.nn.Embedding(320, width)
             self.head = torch.nn.Linear(width, vocab_size)
         # as a model that was trained: the mask is no answer
         torch.nn.init.constant_(self.head.bias[mask_id], -1e4)
@@ -147,3 +149,71 @@ def dream_model(vocab_size=32):
     else:
         DreamModel._sample.__module__ = module
     return place(DreamModel, module)(vocab_size, vocab_size - 1).eval()
+
+
+class Showo(Network):
+    """A stand-in for Show-o: 20 text tokens, 2 special ones, a codebook of 24 and the mask."""
+
+    def __init__(self):
+        super().__init__(47, 46)
+        self.config = types.SimpleNamespace(mask_token_id=46)
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.logits(input_ids, attention_mask)
+
+    def t2i_generate(self, input_ids=None, **options):
+        return "the original"
+
+
+SHOWO_CONFIG = types.SimpleNamespace(
+    model=types.SimpleNamespace(
+        showo=types.SimpleNamespace(num_vq_tokens=None, num_new_special_tokens=2, llm_vocab_size=20)
+    ),
+    dataset=types.SimpleNamespace(preprocessing=types.SimpleNamespace(max_seq_length=3)),
+)
+
+
+class _Base:
+    """In the place of a base class that a repository's own has."""
+
+
+def showo_model():
+    """With MGT_SHOWO, a checkout of showlab/Show-o, its `t2i_generate` is the one there."""
+    if os.environ.get("MGT_SHOWO"):
+        names = ("log", "gumbel_noise", "mask_by_random_topk", "cosine_schedule")
+        stubs = vars(source("MGT_SHOWO", "models/sampling.py", *names))
+        stubs = {**stubs, "ModelMixin": _Base, "ConfigMixin": type("Other", (), {}), "register_to_config": lambda f: f}
+        Showo.t2i_generate = source("MGT_SHOWO", "models/modeling_showo.py", "Showo", stubs=stubs).Showo.t2i_generate
+    return place(Showo, "models.modeling_showo")().eval()
+
+
+class MMadaModelLM(LLaDAModelLM):
+    """A stand-in for MMaDA: 20 text tokens, a codebook of 24 and the mask."""
+
+    def __init__(self):
+        super().__init__(45, 44)
+
+    def forward(self, input_ids, attention_bias=None):
+        attended = None if attention_bias is None else attention_bias[:, 0].any(1)
+        return types.SimpleNamespace(logits=self.logits(input_ids, attended))
+
+    def t2i_generate(self, input_ids=None, **options):
+        return "the original"
+
+    def mmu_generate(self, idx=None, **options):
+        return "the original"
+
+    mmu_generate_fast = mmu_generate
+
+
+def mmada_model():
+    """With MGT_MMADA, a checkout of Gen-Verse/MMaDA, its methods are the ones there."""
+    if os.environ.get("MGT_MMADA"):
+        names = ("log", "gumbel_noise", "mask_by_random_topk", "cosine_schedule")
+        stubs = {**vars(source("MGT_MMADA", "models/sampling.py", *names)), "MMadaConfig": None, "LLaDAModelLM": _Base}
+        names = ("add_gumbel_noise", "get_num_transfer_tokens", "MMadaModelLM")
+        original = source("MGT_MMADA", "models/modeling_mmada.py", *names, stubs=stubs).MMadaModelLM
+        for name in ("t2i_generate", "mmu_generate", "mmu_generate_fast"):
+            setattr(MMadaModelLM, name, getattr(original, name))
+    place(LLaDAModelLM, "models.modeling_llada")
+    return place(MMadaModelLM, "models.modeling_mmada")().eval()

@@ -73,6 +73,13 @@ CLIENTS = (
     ),
     Client("LLaDA2", ("pipeline_llada2.LLaDA2Pipeline",), "scheduler", "diffusers, arXiv 2512.15745", "llada2"),
     Client(
+        "MMaDA",
+        ("modeling_mmada.MMadaModelLM",),
+        "t2i_generate, mmu_generate, mmu_generate_fast; generate: that of its generate.py, as a method",
+        "github.com/Gen-Verse/MMaDA, arXiv 2505.15809",
+        "mmada",
+    ),
+    Client(
         "muse-maskgit-pytorch",
         ("muse_maskgit_pytorch.MaskGit",),
         "generate",
@@ -81,6 +88,13 @@ CLIENTS = (
     ),
     Client(
         "OmniVoice", ("omnivoice.OmniVoice",), "guidance, draw and confidence of each step", "omnivoice", "omnivoice"
+    ),
+    Client(
+        "Show-o",
+        ("modeling_showo.Showo",),
+        "t2i_generate",
+        "github.com/showlab/Show-o, arXiv 2408.12528",
+        "showo",
     ),
 )
 
