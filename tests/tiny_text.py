@@ -217,3 +217,47 @@ def mmada_model():
             setattr(MMadaModelLM, name, getattr(original, name))
     place(LLaDAModelLM, "models.modeling_llada")
     return place(MMadaModelLM, "models.modeling_mmada")().eval()
+
+
+class LLaDAForMultiModalGeneration(LLaDAModelLM):
+    """A stand-in for Lumina-DiMOO: 24 text tokens, the mask 23 and a new line 22 among them, a codebook of 20.
+
+    With a cache, what is not computed again keeps its logits, and what is attended to its ids.
+    """
+
+    def __init__(self):
+        super().__init__(44, 23)
+        self.calls, self.cache = [], None
+
+    def caching(self, enable=True):
+        self.cache = {} if enable else None
+
+    def empty_cache(self):
+        self.calls.append("empty")
+        self.cache = {}
+
+    def forward(self, input_ids=None, infer=False, use_cache=False, to_compute_mask=None, cat="", **options):
+        assert infer
+        computed = None if to_compute_mask is None else to_compute_mask.sum(1).tolist()
+        self.calls.append((cat, use_cache, computed))
+        logits = self.logits(torch.tensor(input_ids.tolist()))
+        if self.cache is not None and use_cache:
+            if to_compute_mask is not None:
+                logits = torch.where(to_compute_mask[..., None], logits, self.cache[cat])
+            self.cache[cat] = logits
+        return types.SimpleNamespace(logits=logits)
+
+
+def lumina_model():
+    place(LLaDAModelLM, "model.modeling_llada")
+    return place(LLaDAForMultiModalGeneration, "model.modeling_xllmx_dimoo")().eval()
+
+
+def lumina_original():
+    """`generate_image` of the checkout of Alpha-VLLM/Lumina-DiMOO that MGT_LUMINA names."""
+    names = ("cosine_schedule", "gumbel_noise", "gumbel_max_sample", "mask_by_random_topk")
+    stubs = vars(source("MGT_LUMINA", "utils/generation_utils.py", *names))
+    stubs = {**stubs, "LLaDAForMultiModalGeneration": LLaDAForMultiModalGeneration}
+    return source(
+        "MGT_LUMINA", "generators/image_generation_generator.py", "generate_image", stubs=stubs
+    ).generate_image

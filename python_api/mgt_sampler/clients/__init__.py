@@ -73,6 +73,13 @@ CLIENTS = (
     ),
     Client("LLaDA2", ("pipeline_llada2.LLaDA2Pipeline",), "scheduler", "diffusers, arXiv 2512.15745", "llada2"),
     Client(
+        "Lumina-DiMOO",
+        ("modeling_xllmx_dimoo.LLaDAForMultiModalGeneration",),
+        "generate_image: that of its generators, as a method",
+        "github.com/Alpha-VLLM/Lumina-DiMOO, arXiv 2510.06308",
+        "lumina",
+    ),
+    Client(
         "MMaDA",
         ("modeling_mmada.MMadaModelLM",),
         "t2i_generate, mmu_generate, mmu_generate_fast; generate: that of its generate.py, as a method",

@@ -12,7 +12,7 @@ from torch import Tensor
 from mgt_kernels import commit_tokens, sample_tokens
 
 from ..scheduler import draw_seeds
-from .draws import at_random
+from .draws import at_random, sample_and_score
 
 
 @torch.no_grad()
@@ -54,21 +54,17 @@ def fill_blocks(
         logits = logits_of(torch.cat([ids, ids.masked_fill(known, mask_id)]) if guided else ids)[:, :end]
         count, here = masked // per_block + (masked % per_block > i), ids[:, :end]
         common["step"] = step
-        asked = at_random(here, count=count, **common) if remasking == "random" else here
-        draw: dict[str, Any] = {"uncond_logits": logits[len(ids) :] if guided else None, **common}
-        draw |= {"guidance_scale": cfg_scale + 1.0, "allowed": _allowed(logits, never)}
-        drawn = sample_tokens(logits[: len(ids)], asked, temperature=temperature, statistics=("logit",), **draw)
+        draw = {"uncond_logits": logits[len(ids) :] if guided else None, "guidance_scale": cfg_scale + 1.0, **common}
+        draw |= {"temperature": temperature, "allowed": _allowed(logits, never)}
         if remasking == "random":
-            ids[:, :end] = torch.where(asked == mask_id, drawn.token_ids, here)
+            asked = at_random(here, count=count, **common)
+            tokens = sample_tokens(logits[: len(ids)], asked, **draw).token_ids
+            ids[:, :end] = torch.where(asked == mask_id, tokens, here)
             continue
-        score = drawn.logprob
-        if last or temperature not in (0, 1):
-            draw |= {"temperature": 0.0, "allowed": _allowed(logits, [*never, *last]), "statistics": ("logsumexp",)}
-            whole = sample_tokens(logits[: len(ids)], asked, **draw)
-            assert drawn.logit is not None and whole.logsumexp is not None
-            kept_back = torch.isin(drawn.token_ids, torch.tensor(last, dtype=torch.int64, device=ids.device))
-            score = (drawn.logit - whole.logsumexp).masked_fill(kept_back, -math.inf)
-        ids[:, :end], _ = commit_tokens(drawn.token_ids, score, here, count=count, **common)
+        among = _allowed(logits, [*never, *last]) if last else None
+        tokens, score = sample_and_score(logits[: len(ids)], here, among=among, **draw)
+        score = score.masked_fill(torch.isin(tokens, tokens.new_tensor(last)), -math.inf)
+        ids[:, :end], _ = commit_tokens(tokens, score, here, count=count, **common)
     return ids
 
 

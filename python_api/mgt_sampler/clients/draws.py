@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -21,6 +22,19 @@ def at_random(ids: Tensor, *, mask_token_id: int, **rule: Any) -> Tensor:
         other, torch.zeros(ids.shape, device=ids.device), ids, temperature=1.0, mask_token_id=mask_token_id, **rule
     )
     return torch.where((ids == mask_token_id) & (after != mask_token_id), mask_token_id, other)
+
+
+def sample_and_score(
+    logits: Tensor, ids: Tensor, *, temperature: float, among: Tensor | None = None, **draw: Any
+) -> tuple[Tensor, Tensor]:
+    """The drawn tokens, and their log-probability at temperature 1, `among` what is allowed there; known ones +inf."""
+    drawn = sample_tokens(logits, ids, temperature=temperature, statistics=("logit",), **draw)
+    if among is None and temperature in (0, 1):
+        return drawn.token_ids, drawn.logprob
+    draw |= {"temperature": 0.0, "statistics": ("logsumexp",)} | ({} if among is None else {"allowed": among})
+    whole = sample_tokens(logits, ids, **draw)
+    assert drawn.logit is not None and whole.logsumexp is not None
+    return drawn.token_ids, torch.where(drawn.logprob == math.inf, math.inf, drawn.logit - whole.logsumexp)
 
 
 def sample_within(
