@@ -82,7 +82,7 @@ CLIENTS = (
     Client(
         "MMaDA",
         ("modeling_mmada.MMadaModelLM",),
-        "t2i_generate, mmu_generate, mmu_generate_fast; generate: that of its generate.py, as a method",
+        "its methods that generate; generate: that of its generate.py, as a method",
         "github.com/Gen-Verse/MMaDA, arXiv 2505.15809",
         "mmada",
     ),
@@ -94,14 +94,14 @@ CLIENTS = (
         "muse",
     ),
     Client(
-        "OmniVoice", ("omnivoice.OmniVoice",), "guidance, draw and confidence of each step", "omnivoice", "omnivoice"
-    ),
-    Client(
         "Show-o",
         ("modeling_showo.Showo",),
         "t2i_generate",
         "github.com/showlab/Show-o, arXiv 2408.12528",
         "showo",
+    ),
+    Client(
+        "OmniVoice", ("omnivoice.OmniVoice",), "guidance, draw and confidence of each step", "omnivoice", "omnivoice"
     ),
 )
 

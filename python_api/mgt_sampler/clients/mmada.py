@@ -20,8 +20,8 @@ def replacements(model: Any) -> dict[str, Any]:
     """The methods that draw images and texts, and a `generate`, which generate.py has as a function of the model."""
     return {
         "t2i_generate": partial(t2i_generate, model),
-        "mmu_generate": partial(mmu_generate, model),
-        "mmu_generate_fast": partial(mmu_generate_fast, model),
+        "mmu_generate": partial(mmu_generate, model, False),
+        "mmu_generate_fast": partial(mmu_generate, model, True),
         "generate": partial(generate, model),
     }
 
@@ -70,27 +70,18 @@ def generate(
 
 
 def mmu_generate(
-    model: Any, idx: Tensor, input_embeddings: Any = None, max_new_tokens: int = 128, steps: int = 128,
-    block_length: int = 128, temperature: float = 0.0, top_k: Any = None, eot_token: Any = None,
-    cfg_scale: float = 0.0, remasking: str = "low_confidence", mask_id: int = 126336,
-    attention_mask: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """`generate` by other names; input_embeddings, top_k and eot_token are not looked at, as in the original."""
-    return generate(
-        model, idx, steps, max_new_tokens, block_length, temperature, cfg_scale, remasking, mask_id, attention_mask
-    )
-
-
-def mmu_generate_fast(
-    model: Any, idx: Tensor, input_embeddings: Any = None, max_new_tokens: int = 128, steps: int = 128,
+    model: Any, fast: bool, idx: Tensor, input_embeddings: Any = None, max_new_tokens: int = 128, steps: int = 128,
     block_length: int = 128, temperature: float = 0.0, top_k: Any = None, eot_token: int | None = None,
     cfg_scale: float = 0.0, remasking: str = "low_confidence", mask_id: int = 126336,
     attention_mask: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """`mmu_generate` that ends a sample with the block that ends in eot_token; the original waits for all samples."""
+    """`generate` by other names; input_embeddings and top_k are not looked at, as in the originals.
+
+    Only the fast one looks at eot_token, and ends a sample with the block that ends in it: there, all samples must.
+    """
     return generate(
         model, idx, steps, max_new_tokens, block_length, temperature, cfg_scale, remasking, mask_id, attention_mask,
-        eot_token=eot_token,
+        eot_token=eot_token if fast else None,
     )  # fmt: skip
 
 
