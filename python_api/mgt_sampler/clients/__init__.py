@@ -92,13 +92,48 @@ CLIENTS = (
         "github.com/huggingface/open-muse",
         "open_muse_v1",
     ),
+    Client(
+        "LLaDA",
+        ("modeling_llada.LLaDAModelLM",),
+        "generate: that of its generate.py, as a method; the inherited one is autoregressive",
+        "github.com/ML-GSAI/LLaDA, arXiv 2502.09992",
+        "llada",
+    ),
+    Client(
+        "Dream",
+        ("modeling_dream.DreamModel",),
+        "the loop of diffusion_generate",
+        "github.com/DreamLM/Dream, arXiv 2508.15487",
+        "dream",
+    ),
     Client("LLaDA2", ("pipeline_llada2.LLaDA2Pipeline",), "scheduler", "diffusers, arXiv 2512.15745", "llada2"),
+    Client(
+        "Lumina-DiMOO",
+        ("modeling_xllmx_dimoo.LLaDAForMultiModalGeneration",),
+        "generate_image: that of its generators, as a method",
+        "github.com/Alpha-VLLM/Lumina-DiMOO, arXiv 2510.06308",
+        "lumina",
+    ),
+    Client(
+        "MMaDA",
+        ("modeling_mmada.MMadaModelLM",),
+        "its methods that generate; generate: that of its generate.py, as a method",
+        "github.com/Gen-Verse/MMaDA, arXiv 2505.15809",
+        "mmada",
+    ),
     Client(
         "muse-maskgit-pytorch",
         ("muse_maskgit_pytorch.MaskGit",),
         "generate",
         "muse-maskgit-pytorch, arXiv 2301.00704",
         "muse",
+    ),
+    Client(
+        "Show-o",
+        ("modeling_showo.Showo",),
+        "t2i_generate",
+        "github.com/showlab/Show-o, arXiv 2408.12528",
+        "showo",
     ),
     Client(
         "OmniVoice", ("omnivoice.OmniVoice",), "guidance, draw and confidence of each step", "omnivoice", "omnivoice"
