@@ -55,8 +55,8 @@ class Rule:
                 raise ValueError(f"score: expected one of {', '.join(SCORES)} or a function, got {self.score!r}")
         for name in ("draw", "score", "select", "revisit"):
             value = getattr(self, name)
-            absent = {"score": str, "revisit": type(None)}.get(name, ())
-            if not (callable(value) or isinstance(value, absent)):
+            by_name = name == "score" and isinstance(value, str)
+            if not (callable(value) or by_name or (name == "revisit" and value is None)):
                 raise TypeError(f"{name}: expected a function, got {type(value).__name__}")
         object.__setattr__(self, "guidance_scale", frozen_values("guidance_scale", self.guidance_scale))
 
