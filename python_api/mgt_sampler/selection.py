@@ -164,13 +164,12 @@ class Stable:
         close = state.memory["differential"].divergence < self.divergence
         before = state.memory.get("stable", torch.zeros_like(state.tokens))
         state.memory["stable"] = stable = torch.where(close, before + 1, 0)
-        passes = (stable >= self.num_steps) & (score > log(self.threshold))
-        # the most probable of those that fail is taken only where none passes
-        score = torch.where(passes, score, score - 1e4)
-        count = state.num_masked().clamp(max=1)
-        tokens, _ = commit_tokens(
-            sampled.token_ids, score, state.tokens, count=count, threshold=log(self.threshold), **state.draw_arguments
-        )
+        passes = state.masked & (stable >= self.num_steps) & (score > log(self.threshold))
+        count = passes.sum(1)
+        none = count == 0
+        score = torch.where(passes | none[:, None], score, torch.finfo(score.dtype).min)
+        count = torch.where(none, state.num_masked().clamp(max=1), count)
+        tokens, _ = commit_tokens(sampled.token_ids, score, state.tokens, count=count, **state.draw_arguments)
         return tokens
 
 
