@@ -1,8 +1,9 @@
 """Sampling from masked generative transformers, on the fused kernels of `mgt_kernels`.
 
-`generate` is the decoding loop over any model, `accelerate` makes a loaded model of another project draw here,
-`MGTScheduler` is the drop-in for diffusers' aMUSEd scheduler and for Meissonic's (needs diffusers), `load_model` the
-bundled model; `quantize` makes a model's linear layers 4-bit ones.
+`generate` is the decoding loop over any model and `generate_text` the block-wise one of text; what a step does is a
+`Rule`, of which `presets` has the published ones by project and `samplers` by paper. `accelerate` makes a loaded model
+of another project draw here, `MGTScheduler` is the drop-in for diffusers' aMUSEd scheduler and for Meissonic's (needs
+diffusers), `load_model` the bundled model; `quantize` makes a model's linear layers 4-bit ones.
 """
 
 from __future__ import annotations
@@ -11,9 +12,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .sampling import GenerateOutput, SamplerStep, generate
-from .techniques import Differential, ZSampling
+from .state import State
+from .step import Rule, begin, take_steps
+from .techniques import Correction, Differential, ZSampling
 
 if TYPE_CHECKING:
+    from . import presets as presets
+    from . import samplers as samplers
+    from .calibration import calibrate_schedule as calibrate_schedule
     from .clients import Acceleration as Acceleration
     from .clients import accelerate as accelerate
     from .clients import restore as restore
@@ -32,10 +38,14 @@ if TYPE_CHECKING:
     from .quantization import save_quantized as save_quantized
     from .scheduler import MGTScheduler as MGTScheduler
     from .scheduler import MGTSchedulerOutput as MGTSchedulerOutput
+    from .text import TextOutput as TextOutput
+    from .text import TextStep as TextStep
+    from .text import generate_text as generate_text
 
 __all__ = [
     "Acceleration",
     "CalibrationInput",
+    "Correction",
     "Differential",
     "GenerateOutput",
     "Int4Linear",
@@ -43,19 +53,29 @@ __all__ = [
     "MGTScheduler",
     "MGTSchedulerOutput",
     "QuantizationReport",
+    "Rule",
     "SamplerStep",
     "ScaledModel",
+    "State",
+    "TextOutput",
+    "TextStep",
     "ZSampling",
     "accelerate",
     "activation_scales",
+    "begin",
+    "calibrate_schedule",
     "generate",
+    "generate_text",
     "load_model",
     "load_quantized",
+    "presets",
     "quantize",
     "register_quantizers",
     "restore",
     "sampler_trajectories",
+    "samplers",
     "save_quantized",
+    "take_steps",
     "z_sample",
 ]
 
@@ -69,8 +89,12 @@ _LAZY = {
     "MGTSchedulerOutput": ".scheduler",
     "QuantizationReport": ".quantization",
     "ScaledModel": ".quantization",
+    "TextOutput": ".text",
+    "TextStep": ".text",
     "accelerate": ".clients",
     "activation_scales": ".quantization",
+    "calibrate_schedule": ".calibration",
+    "generate_text": ".text",
     "load_model": ".models",
     "load_quantized": ".quantization",
     "quantize": ".quantization",
@@ -83,6 +107,8 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
+    if name in ("presets", "samplers"):
+        return import_module(f".{name}", __name__)
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_LAZY[name], __name__), name)

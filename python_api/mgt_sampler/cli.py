@@ -270,8 +270,8 @@ def evaluate(
     configurations: Annotated[
         str | None,
         typer.Argument(
-            help="A TOML file with a list of configurations, or 'techniques', the list that is shipped; "
-            "without it, the one that the options describe.",
+            help="A TOML file with a list of configurations, or a shipped one: 'techniques', 'samplers' or "
+            "'quantization'; without it, the one that the options describe.",
         ),
     ] = None,
     out: Annotated[
@@ -373,6 +373,12 @@ def evaluate(
 
 @app.command()
 def exact(
+    configurations: Annotated[
+        str,
+        typer.Argument(
+            help="A TOML file with a list of configurations, or 'exact' or 'exact_samplers', shipped lists."
+        ),
+    ] = "exact",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Also a plot, a PNG file.")] = None,
     num_samples: Annotated[
         int, typer.Option("--num-samples", "-n", min=1, help="Sequences for each seed, technique and number of steps.")
@@ -380,15 +386,17 @@ def exact(
     seeds: Annotated[int, typer.Option(min=2, help="Over which the intervals are.")] = 10,
     progress: Progress = True,
 ) -> None:
-    """Compare sampling techniques with the truth: a Markov chain whose every conditional is known."""
+    """Compare samplers and techniques with the truth: a Markov chain whose every conditional is known."""
     with _errors_of_users(), _extra():
+        from .evaluation.configurations import load_configurations
         from .evaluation.exact import exact_table, judge_exactly, save_exact_plot
 
         if out is not None:
             check_suffix("--out", out, (".png",))
             check_writable("--out", out)
         _device("cpu", "auto")
-        results, noise = judge_exactly(num_samples=num_samples, num_seeds=seeds, progress=progress)
+        techniques = load_configurations(configurations)
+        results, noise = judge_exactly(techniques, num_samples=num_samples, num_seeds=seeds, progress=progress)
         typer.echo(exact_table(results, noise))
         if out is not None:
             save_exact_plot(results, noise, out)

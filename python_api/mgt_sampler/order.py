@@ -16,6 +16,7 @@ from torch import Tensor
 from mgt_kernels import sample_tokens
 from mgt_kernels.ops import Sampled
 
+from .arguments import integer
 from .state import State
 
 # of the draws that choose an order: no generation has as many steps
@@ -65,8 +66,12 @@ class HaltonOrder:
             start, all samples alike.
     """
 
-    grid: tuple[int, int] | None = None
+    grid: Sequence[int] | None = None
     roll: bool = True
+
+    def __post_init__(self) -> None:
+        """Make the grid a value."""
+        object.__setattr__(self, "grid", frozen_grid(self.grid))
 
     def __call__(self, sampled: Sampled, state: State) -> Tensor:
         """Minus the rank of each position, (B, N)."""
@@ -88,7 +93,11 @@ class CheckerboardOrder:
         grid: (H, W) with H W = N; None: the square.
     """
 
-    grid: tuple[int, int] | None = None
+    grid: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        """Make the grid a value."""
+        object.__setattr__(self, "grid", frozen_grid(self.grid))
 
     def __call__(self, sampled: Sampled, state: State) -> Tensor:
         """The colour's share of the score, (B, N)."""
@@ -119,6 +128,19 @@ def halton_positions(height: int, width: int) -> tuple[int, ...]:
         n += 1
         found[int(mirrored(n, 2) * height) * width + int(mirrored(n, 3) * width)] = None
     return tuple(found)
+
+
+def frozen_grid(grid: Sequence[int] | None) -> tuple[int, int] | None:
+    """Height and width as a tuple.
+
+    Raises:
+        ValueError: they are not two.
+    """
+    if grid is None:
+        return None
+    if len(grid) != 2:
+        raise ValueError(f"grid: expected (H, W), got {grid!r}")
+    return integer("grid", grid[0]), integer("grid", grid[1])
 
 
 def grid_of(grid: Sequence[int] | None, num_positions: int) -> tuple[int, int]:

@@ -10,6 +10,7 @@ Arguments that they share:
     mask_schedule        gamma, the share that is masked after a step: a name, or T ratios
     temperature          of Gumbel noise on the score; a schedule
     repulsion            penalty in nats for a neighbour that became known in the same step (`Repulsion`); 0: none
+    grid                 (H, W) of the tokens, for repulsion and the orders of a grid; None: the square
 
 Orders that are chosen before the draw (random, Halton, checkerboard, margin, entropy, max_probability) draw from the
 model's distribution; the order by confidence prefers what was drawn likely, and draws from another.
@@ -17,7 +18,7 @@ model's distribution; the order by confidence prefers what was drawn likely, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,17 +45,19 @@ def by_order(
     mask_schedule: MaskSchedule = "cosine",
     temperature: ValueSchedule = 0.0,
     repulsion: float = 0.0,
+    grid: Sequence[int] | None = None,
     **others: Any,
 ) -> Rule:
     """The rule that draws all masked positions and keeps those that an order puts first.
 
     Args:
         score: the order; see `Rule`.
-        guidance_scale, token_temperature, noise_scale, mask_schedule, temperature, repulsion: as above.
+        guidance_scale, token_temperature, noise_scale, mask_schedule, temperature, repulsion, grid: as above.
         others: further fields of `Rule`.
     """
     count = Ratio(mask_schedule)
-    select = Repulsion(count, temperature, repulsion) if repulsion else MaskLowest(count, temperature)
+    lowest = MaskLowest(count, temperature)
+    select = Repulsion(count, temperature, repulsion, grid=grid) if repulsion else lowest
     return Rule(Draw(token_temperature, noise_scale), score, select, guidance_scale=guidance_scale, **others)
 
 
@@ -68,14 +71,20 @@ def random(**shared: Any) -> Rule:
     return by_order(random_order, temperature=1.0, **shared)
 
 
-def halton(*, mask_schedule: MaskSchedule = "arccos", roll: bool = True, **shared: Any) -> Rule:
+def halton(
+    *,
+    mask_schedule: MaskSchedule = "arccos",
+    roll: bool = True,
+    grid: Sequence[int] | None = None,
+    **shared: Any,
+) -> Rule:
     """The order of the Halton sequence, which spreads over the grid (arXiv 2503.17076)."""
-    return by_order(HaltonOrder(roll=roll), mask_schedule=mask_schedule, **shared)
+    return by_order(HaltonOrder(grid, roll), mask_schedule=mask_schedule, grid=grid, **shared)
 
 
-def checkerboard(**shared: Any) -> Rule:
+def checkerboard(*, grid: Sequence[int] | None = None, **shared: Any) -> Rule:
     """One colour of the checkerboard, then the other (generation, then reconstruction, arXiv 2510.17171)."""
-    return by_order(CheckerboardOrder(), temperature=1.0, **shared)
+    return by_order(CheckerboardOrder(grid), temperature=1.0, grid=grid, **shared)
 
 
 def margin(**shared: Any) -> Rule:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -16,7 +16,7 @@ from mgt_kernels.ops import Sampled
 from mgt_kernels.reference import confidence_gumbel
 
 from .counts import Ratio
-from .order import grid_of
+from .order import frozen_grid, grid_of
 from .schedules import ValueSchedule, frozen_values, value_at
 from .state import State
 
@@ -194,10 +194,11 @@ class Repulsion:
     temperature: ValueSchedule = (2.0, 0.0)
     penalty: float = 2.0
     radius: int = 1
-    grid: tuple[int, int] | None = None
+    grid: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         """Check the attributes."""
+        object.__setattr__(self, "grid", frozen_grid(self.grid))
         object.__setattr__(self, "temperature", frozen_values("temperature", self.temperature, 0.0))
 
     def __call__(self, sampled: Sampled, score: Tensor, state: State) -> Tensor:

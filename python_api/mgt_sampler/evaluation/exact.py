@@ -46,8 +46,8 @@ def judge_exactly(
     is then the noise of the samples.
 
     Args:
-        techniques: arguments of `generate`, without the number of steps and the mask schedule; the shipped list
-            "exact" by default.
+        techniques: arguments of `generate` or of a sampler, without the number of steps and the mask schedule; the
+            shipped list "exact" by default.
         steps: numbers of steps that divide the 6 tokens of the chain.
         num_samples: sequences for each seed, technique and number of steps.
         num_seeds: over which the intervals are, two at least.
