@@ -489,6 +489,111 @@ class TestHalton:
         assert pvalue(0, 2) > 1e-4 and pvalue(0, 1) > 1e-4
 
 
+@pytest.fixture(scope="module")
+def gemma():
+    pytest.importorskip("transformers.models.diffusion_gemma")
+    return tiny.diffusion_gemma()
+
+
+class TestDiffusionGemma:
+    """`generate` of transformers."""
+
+    @staticmethod
+    def call(model, prompts=2, seed=0, rows=slice(None), **options):
+        from transformers.models.diffusion_gemma import generation_diffusion_gemma as theirs
+
+        settings = {
+            "max_new_tokens": 16, "max_denoising_steps": 6, "t_min": 0.4, "t_max": 0.8, "eos_token_id": None,
+            "sampler_config": theirs.EntropyBoundSamplerConfig(entropy_bound=1.0), "stability_threshold": 1,
+            "confidence_threshold": 0.005, "pad_token_id": 0,
+        }  # fmt: skip
+        config = theirs.DiffusionGemmaGenerationConfig(**{**settings, **options})
+        torch.manual_seed(seed)
+        prompt = torch.randint(1, 50, (prompts, 5), generator=seeded(3))[rows]
+        found = model.generate(prompt, generation_config=config)
+        return found if isinstance(found, torch.Tensor) else found.sequences
+
+    @staticmethod
+    def step(model, prepare, seed=0, count=2, bound=3.0):
+        """One step of the class's own signature on given logits: what it returns, and what was accepted."""
+        from transformers.models.diffusion_gemma import generation_diffusion_gemma as theirs
+
+        prepare(model)
+        torch.manual_seed(seed)
+        sampler = theirs.EntropyBoundSampler(theirs.EntropyBoundSamplerConfig(bound), 8, 64, 6)
+        logits = randn(1, 8, 64, seed=5).expand(count, -1, -1).clone() * torch.linspace(0.2, 3, 8)[:, None]
+        canvas = torch.full((count, 8), 7)
+        found = model._denoising_step(
+            decoder_forward=lambda **options: types.SimpleNamespace(logits=logits), current_canvas=canvas,
+            argmax_canvas=canvas, input_ids=canvas, decoder_position_ids=torch.arange(5, 13)[None],
+            self_conditioning_logits=logits, mask_mapping=None, cache=None, cur_step=4, sampler=sampler,
+            finished_denoising=torch.zeros(count, dtype=torch.bool),
+            logits_processor=lambda ids, scores, cur_step: scores / 0.8,
+            diffusion_stopping_criteria=theirs.StableAndConfidentStoppingCriteria(0, 2.5),
+        )  # fmt: skip
+        restore(model)
+        return found
+
+    def test_a_step_is_the_originals_but_for_its_draws(self, gemma):
+        before, after = (self.step(gemma, prepare) for prepare in (restore, accelerate))
+        for ours, theirs in zip(after[1:], before[1:], strict=True):
+            assert torch.equal(ours, theirs)
+        assert (after[0].shape, after[0].dtype) == (before[0].shape, before[0].dtype)
+
+    def test_as_many_are_accepted_and_drawn_from_the_same_law(self, gemma):
+        count, tables = 3000, []
+        for prepare, seed in ((restore, 0), (accelerate, 1), (restore, 2)):
+            canvas = self.step(gemma, prepare, seed, count)[0]
+            tables.append(torch.stack([canvas[:, i].bincount(minlength=64) for i in range(8)]))
+        logits = (randn(1, 8, 64, seed=5) * torch.linspace(0.2, 3, 8)[:, None] / 0.8)[0].double()
+        entropy = torch.distributions.Categorical(logits=logits).entropy()
+        order = entropy.argsort()
+        accepted = order[: int((entropy[order].cumsum(0) - entropy[order] <= 3.0).sum())]
+        assert 1 < len(accepted) < 8
+        for i in range(8):
+            law = logits[i].softmax(-1) if i in accepted else torch.full((64,), 1 / 64, dtype=torch.float64)
+            expected, common = law * count, law * count > 5
+            assert ((tables[1][i] - expected) ** 2 / expected)[common].sum() < 120
+
+        def pvalue(one, other):
+            table = torch.stack([tables[one].flatten(), tables[other].flatten()])
+            return stats.chi2_contingency(table[:, table.sum(0) > 10].numpy()).pvalue
+
+        assert pvalue(0, 2) > 1e-4 and pvalue(0, 1) > 1e-4
+
+    def test_sharp_logits_give_the_originals_tokens(self, gemma):
+        options = {"t_min": 1e-4, "t_max": 2e-4}
+        starts = torch.randint(64, (2, 8), generator=seeded(1))
+        gemma._prepare_denoiser_inputs_before = gemma._prepare_denoiser_inputs
+
+        def same_start(*args, **kwargs):
+            _, *others = gemma._prepare_denoiser_inputs_before(*args, **kwargs)
+            return (starts, *others)
+
+        gemma._prepare_denoiser_inputs = same_start
+        try:
+            before = self.call(gemma, **options)
+            accelerate(gemma)
+            after = self.call(gemma, **options)
+        finally:
+            restore(gemma)
+            del gemma._prepare_denoiser_inputs, gemma._prepare_denoiser_inputs_before
+        assert torch.equal(before, after)
+
+    def test_texts_are_a_function_of_the_seed_and_the_object_comes_back(self, gemma):
+        state = set(vars(gemma))
+        original = self.call(gemma)
+        done = accelerate(gemma)
+        assert done.replaced == ("_denoising_step",) and accelerate(gemma) is done
+        first, again, other = (self.call(gemma, seed=seed) for seed in (0, 0, 1))
+        assert torch.equal(first, again) and not torch.equal(first, other)
+        assert first.shape == original.shape and torch.equal(first[:, :5], original[:, :5])
+        for twin in (copy.deepcopy(gemma), pickle.loads(pickle.dumps(gemma))):
+            assert torch.equal(self.call(twin), first)
+        restore(gemma)
+        assert set(vars(gemma)) == state and torch.equal(self.call(gemma), original)
+
+
 class TestUnknown:
     """Objects that are no client's."""
 

@@ -65,6 +65,30 @@ def llada2_pipeline():
     return pipe
 
 
+def diffusion_gemma():
+    """DiffusionGemma of two layers: 64 tokens, canvases of 8."""
+    import transformers
+
+    text = transformers.DiffusionGemmaTextConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, global_head_dim=16, sliding_window=8, max_position_embeddings=128,
+        num_experts=2, top_k_experts=1, moe_intermediate_size=16, layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    vision = {
+        "model_type": "gemma4_vision", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 16,
+    }  # fmt: skip
+    config = transformers.DiffusionGemmaConfig(
+        text_config=text, vision_config=vision, canvas_length=8, image_token_id=60, boi_token_id=61, eoi_token_id=62
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.DiffusionGemmaForBlockDiffusion(config).eval()
+        # sharp enough that steps differ
+        torch.nn.init.normal_(model.model.decoder.embed_tokens.weight, std=1.0)
+    return model
+
+
 def stand_in(name, *attributes):
     """An empty module in the place of one that is not installed, and that drawing tokens does not need."""
     if name in sys.modules or ("." not in name and find_spec(name)):

@@ -106,6 +106,13 @@ CLIENTS = (
         "github.com/DreamLM/Dream, arXiv 2508.15487",
         "dream",
     ),
+    Client(
+        "DiffusionGemma",
+        ("modeling_diffusion_gemma.DiffusionGemmaForBlockDiffusion",),
+        "the step of generate",
+        "transformers",
+        "diffusion_gemma",
+    ),
     Client("LLaDA2", ("pipeline_llada2.LLaDA2Pipeline",), "scheduler", "diffusers, arXiv 2512.15745", "llada2"),
     Client(
         "Lumina-DiMOO",
