@@ -21,7 +21,7 @@ from scipy.spatial import distance
 from typer.testing import CliRunner
 
 from mgt_kernels import cpu
-from mgt_sampler import cli, sampling
+from mgt_sampler import cli, samplers, sampling
 from mgt_sampler.evaluation import exact, plots, run
 from mgt_sampler.evaluation.configurations import Configuration, load_configurations
 from mgt_sampler.evaluation.intervals import jackknife
@@ -292,6 +292,40 @@ class TestConfigurations:
             self.read(tmp_path, "[[configuration]]\nname = 'a'\nquantization = {bits = 4}\n")
         shares = [(c.quantization or {}).get("share") for c in load_configurations("quantization")]
         assert shares == [None, 0, 0.3333, 0.3333, 0.6667, 0.6667, 1, 1]
+
+    def test_a_sampler_takes_its_own_arguments(self, tmp_path: Path) -> None:
+        path = tmp_path / "list.toml"
+        path.write_text(
+            '[defaults]\nguidance_scale = [1.0, 3.0]\n[[configuration]]\nname = "halton 4"\nsampler = "halton"\n'
+            "num_inference_steps = 4\ntoken_temperature = 0.75\nroll = false\n"
+        )
+        (configuration,) = load_configurations(path)
+        expected = samplers.halton(guidance_scale=(1.0, 3.0), token_temperature=0.75, roll=False)
+        assert configuration.generate_arguments() == {"num_inference_steps": 4, "rule": expected}
+        more = configuration.generate_arguments(num_inference_steps=2, mask_schedule=[0.5, 0.0])
+        assert more["num_inference_steps"] == 2 and more["rule"].select.count.schedule == (0.5, 0.0)
+
+    @pytest.mark.parametrize(
+        ("arguments", "error", "message"),
+        [
+            ({"sampler": "dice"}, ValueError, r"^x: sampler: expected one of maskgit, .* got 'dice'"),
+            ({"sampler": "halton", "beauty": 1}, TypeError, r"^x: .*beauty"),
+            ({"sampler": "remdm", "strategy": "hope"}, ValueError, r"^x: strategy: expected cap"),
+            ({"sampler": "halton", "differential": {}}, TypeError, r"^x: .*differential"),
+        ],
+    )
+    def test_bad_samplers_are_named(self, arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+        with pytest.raises(error, match=message):
+            Configuration("x", arguments)
+
+    @pytest.mark.parametrize("name", ["samplers", "exact_samplers"])
+    def test_the_shipped_lists_of_samplers(self, name: str) -> None:
+        configurations = load_configurations(name)
+        used = {configuration.sampler for configuration in configurations}
+        assert {"maskgit", "halton", "checkerboard", "moment"} <= used
+        if name == "samplers":
+            steps = {configuration.arguments["num_inference_steps"] for configuration in configurations}
+            assert steps >= {4, 6, 8, 12, 24}
 
     def test_the_shipped_list(self) -> None:
         techniques = load_configurations("techniques")
@@ -741,10 +775,22 @@ class TestExact:
         text = exact.exact_table(results, noise, (1, 6))
         assert "random order" in text and "±" in text and f"{noise:.3f}" in text
 
+    def test_samplers_of_the_shipped_list(self) -> None:
+        chosen = [c for c in load_configurations("exact_samplers") if c.name in ("maskgit", "repulsion entropy")]
+        results, noise = exact.judge_exactly(chosen, steps=(3,), num_samples=2000, num_seeds=2, progress=False)
+        plain, repulsion = (float(result.distances[0].value) for result in results)
+        assert repulsion < plain and repulsion < 1.15 * noise
+
     def test_the_command(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(exact, "load_configurations", lambda name: [Configuration("vanilla", {})])
+        asked = []
+
+        def load(name: str) -> list[Configuration]:
+            asked.append(name)
+            return [Configuration("vanilla", {})]
+
+        monkeypatch.setattr("mgt_sampler.evaluation.configurations.load_configurations", load)
         out = tmp_path / "exact.png"
         args = ["exact", "-n", "50", "--seeds", "2", "--out", str(out), "--no-progress"]
         result = CliRunner().invoke(cli.app, args, catch_exceptions=False)
-        assert result.exit_code == 0 and "exact samples" in result.stdout
+        assert result.exit_code == 0 and "exact samples" in result.stdout and asked == ["exact"]
         assert np.asarray(Image.open(out).convert("L")).std() > 5

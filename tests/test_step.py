@@ -49,7 +49,7 @@ class TestStopped:
                 saved.append(pickle.dumps(step.state))
 
         whole = sample(callback=save, **technique)
-        rest = sample(state=pickle.loads(saved[0]), num_samples=None, num_inference_steps=None, **technique)
+        rest = generate(MODEL, state=pickle.loads(saved[0]), progress=False, **technique)
         assert torch.equal(rest.tokens, whole.tokens) and torch.equal(rest.seed, whole.seed)
         assert rest.model_calls < whole.model_calls or stop == 0
 
@@ -193,8 +193,12 @@ class TestRules:
             sample(rule={})
         states = []
         sample(callback=lambda step: states.append(step.state))
-        with pytest.raises(ValueError, match=r"^state: expected None with tokens, num_samples or num_inference_steps"):
+        with pytest.raises(
+            ValueError, match=r"^state: expected None with tokens, seed, num_samples or num_inference_steps"
+        ):
             sample(state=states[0])
+        with pytest.raises(ValueError, match=r"^state: expected None with tokens, seed"):
+            generate(MODEL, state=states[0], seed=3)
         with pytest.raises(TypeError, match=r"^state: expected a State or None, got dict"):
             sample(state={})
 

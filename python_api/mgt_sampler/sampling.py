@@ -207,8 +207,9 @@ def generate(
     if state is not None:
         if not isinstance(state, State):
             raise TypeError(f"state: expected a State or None, got {kind(state)}")
-        if tokens is not None or num_samples is not None or num_inference_steps is not None:
-            raise ValueError("state: expected None with tokens, num_samples or num_inference_steps")
+        told = tokens is not None or num_samples is not None or num_inference_steps is not None
+        if told or not _is_one_int(seed) or seed != 0:
+            raise ValueError("state: expected None with tokens, seed, num_samples or num_inference_steps")
         tokens, seed, num_inference_steps = state.tokens, state.seed, state.num_inference_steps
     if num_inference_steps is None:
         num_inference_steps = Rule.num_inference_steps if rule is None else rule.num_inference_steps
@@ -252,7 +253,7 @@ def generate(
             memory=memory,
         )
     else:
-        state = replace(state, tokens=tokens)
+        state = replace(state, tokens=tokens, backend=backend)
 
     predictor = Predictor(model, condition, (batch_size, num_tokens, codebook_size), device)
     if cuda_graph:
