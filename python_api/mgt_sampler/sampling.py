@@ -228,13 +228,13 @@ def generate(
             raise ValueError(f"{told_twice[0]}: expected none beside a rule, which has its own")
     guidance_scales = schedule_values(rule.guidance_scale, num_inference_steps, name="guidance_scale")
     skipped = check_steps("skip", skip, 1, num_inference_steps - 1)
-    if isinstance(rule.revisit, ZSampling):
-        rule.revisit.steps_of(num_inference_steps)
     if condition is None and any(s != 1 for s in guidance_scales):
         raise ValueError("guidance_scale: guidance needs labels, got a scale other than 1 and labels None")
-    if condition is None and z_sampling is not None and z_sampling.inversion_guidance_scale not in (0, 1):
-        scale = z_sampling.inversion_guidance_scale
-        raise ValueError(f"z_sampling.inversion_guidance_scale: guidance needs labels, got {scale} and labels None")
+    if isinstance(rule.revisit, ZSampling):
+        rule.revisit.steps_of(num_inference_steps)
+        scale = rule.revisit.inversion_guidance_scale
+        if condition is None and scale not in (0, 1):
+            raise ValueError(f"z_sampling.inversion_guidance_scale: guidance needs labels, got {scale} and labels None")
 
     if tokens is None:
         tokens = torch.full((batch_size, num_tokens), mask_token_id, dtype=torch.int64, device=device)
@@ -263,19 +263,16 @@ def generate(
         steps = GraphedSteps(rule, predictor, state).take_all()
     else:
         steps = take_steps(rule, predictor, state, skip=skipped)
-    sample_calls = torch.zeros(batch_size, dtype=torch.int64, device="cpu")
+    calls, sample_calls = 0, torch.zeros(batch_size, dtype=torch.int64, device="cpu")
     steps_left = num_inference_steps - state.step if anything_masked else 0
     with tqdm(total=steps_left, desc="sampling", disable=not progress) as bar:
-        while steps_left:
-            before, calls = state, predictor.num_calls
-            try:
-                state, draws = next(steps)
-            except StopIteration:
-                break
-            busy = before.masked.any(1).cpu() if rule.ends_early else 1
+        for after, draws in steps if anything_masked else ():
+            busy = state.masked.any(1).cpu() if rule.ends_early else 1
             sample_calls += (predictor.num_calls - calls) * busy
+            calls = predictor.num_calls
             if callback is not None:
-                _tell(callback, before, state, draws, cuda_graph)
+                _tell(callback, state, after, draws, cuda_graph)
+            state = after
             bar.update()
     if anything_masked:
         check_all_drawn("model.predict_logits", state.tokens, mask_token_id)
