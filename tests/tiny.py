@@ -1,6 +1,7 @@
 """Models of other projects with tiny random weights, and a stand-in for one that is on no package registry."""
 
 import importlib.machinery
+import json
 import os
 import sys
 import types
@@ -40,6 +41,30 @@ def amused_parts():
             lookup_from_codebook=True,
         ).eval()  # fmt: skip
     return {"vqvae": vqvae, "tokenizer": None, "text_encoder": None, "transformer": transformer}
+
+
+def amused_pipeline(folder):
+    """All of it: with a tokenizer of letters, which has its files in `folder`, and a text encoder."""
+    import diffusers
+    import transformers
+
+    letters = [chr(i) for i in range(ord("a"), ord("z") + 1)]
+    vocabulary = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = transformers.CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=8)
+    start, end = len(vocabulary) - 2, len(vocabulary) - 1
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(vocabulary), hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=8, projection_dim=8, bos_token_id=start, eos_token_id=end, pad_token_id=end,
+        initializer_factor=20.0,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        text_encoder = transformers.CLIPTextModelWithProjection(config).eval()
+    parts = {**amused_parts(), "tokenizer": tokenizer, "text_encoder": text_encoder}
+    return diffusers.AmusedPipeline(scheduler=diffusers.AmusedScheduler(mask_token_id=31), **parts)
 
 
 LLADA2_MASK = 39

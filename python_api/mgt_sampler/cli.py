@@ -18,6 +18,7 @@ from mgt_kernels import sample_tokens
 
 from .clients import CLIENTS
 from .files import check_writable, make_folder
+from .hub import check_out, load_pipe, sample_pipe
 from .images import ANIMATIONS, STILLS, check_suffix, save_grid, save_trajectory, trajectory_images
 from .models import load_model
 from .models.data import load_fashion_mnist, to_float_images
@@ -79,6 +80,7 @@ Progress = Annotated[bool, typer.Option(help="Show a progress bar.")]
 
 @app.command(epilog=_EPILOG)
 def sample(
+    context: typer.Context,
     class_: Annotated[
         list[str] | None,
         typer.Option(
@@ -88,12 +90,43 @@ def sample(
             help="A class by name or number; repeat for more, a row each. [default: all]",
         ),
     ] = None,
+    pipe: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH_OR_ID",
+            help="A pipeline of diffusers in place of the bundled model: a folder, or an id on the Hugging Face hub. "
+            "What is not given is as the pipeline has it.",
+        ),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="With --pipe: what to draw; repeat for more, a row each.")
+    ] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="With --pipe: what guidance leads away from.")
+    ] = None,
+    height: Annotated[int | None, typer.Option(min=1, help="With --pipe: in pixels.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="With --pipe: in pixels.")] = None,
     num_images: Annotated[
-        int, typer.Option("--num-images", "-n", min=1, help="Images in all, rounded up to as many of each class.")
-    ] = 40,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The grid of images: .png, .jpg or .webp.")] = Path(
-        "grid.png"
-    ),
+        int | None,
+        typer.Option(
+            "--num-images",
+            "-n",
+            min=1,
+            help="Images in all, rounded up to as many of each class; with --pipe, of each prompt, with the seeds from "
+            "--seed on. [default: 40; with --pipe: 1]",
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="With --pipe: images drawn at once; from 2 on, networks may round otherwise.")
+    ] = 1,
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            "-o",
+            help="The grid of images: .png, .jpg or .webp; with --pipe a .png, or a folder for a file each.",
+        ),
+    ] = Path("grid.png"),
     trajectory: Annotated[
         Path | None,
         typer.Option(help="Also the tokens appearing: an animation (.gif, .webp, .apng) or a strip (.png)."),
@@ -111,19 +144,28 @@ def sample(
     seed: Seed = 0,
     model: ModelName = "fashion",
     quantized: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Its transformer as `mgt quantize` wrote it.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Its transformer as `mgt quantize` or `save_quantized` wrote it."),
     ] = None,
     device: Device = "cpu",
+    dtype: Annotated[str, typer.Option(help="With --pipe: of its networks, float32, bfloat16 or float16.")] = "float32",
     backend: Backend = "auto",
     progress: Progress = True,
 ) -> None:
-    """Draw images of one class, or a row of every class, and write them as a grid."""
+    """Draw images of one class, a row of every class, or a row of every prompt, and write them as a grid."""
     states: list[tuple[Tensor, Tensor]] = []
 
     def record(step: SamplerStep) -> None:
         states.append((step.tokens, step.mask))
 
     with _errors_of_users():
+        given = _given(context)
+        for name in _OF_THE_BUNDLED_MODEL if pipe is not None else _OF_A_PIPE:
+            if name in given:
+                raise ValueError(f"{_flag(name)}: expected {'without' if pipe is not None else 'with'} --pipe")
+        if pipe is not None:
+            _sample_pipe(given)
+            return
         check_suffix("--out", out, STILLS)
         check_writable("--out", out)
         if trajectory is not None:
@@ -136,7 +178,7 @@ def sample(
             network.transformer = load_quantized(network.transformer, quantized, backend=backend)
             network = ScaledModel(network)
         classes = _classes(class_, network.class_names)
-        num_each = math.ceil(num_images / len(classes))
+        num_each = math.ceil((num_images or 40) / len(classes))
         output = generate(
             network,
             labels=torch.tensor(classes, dtype=torch.int64, device="cpu").repeat_interleave(num_each),
@@ -162,6 +204,71 @@ def sample(
         if trajectory is not None:
             save_trajectory(trajectory_images(network, states), trajectory, num_columns=num_columns)
             typer.echo(f"{trajectory}: {len(states)} draws")
+
+
+# what would do nothing with, and without, --pipe
+_OF_THE_BUNDLED_MODEL = ("class_", "trajectory", "token_temperature", "skip", "model")
+_OF_A_PIPE = ("prompt", "negative_prompt", "height", "width", "batch_size", "dtype")
+
+
+def _sample_pipe(given: dict[str, Any]) -> None:
+    """`mgt sample --pipe` with the options that are given, by their names."""
+    prompts, num_images = given.get("prompt"), given.get("num_images", 1)
+    if not prompts:
+        raise ValueError("--prompt: expected one at least with --pipe")
+    if len(set(prompts)) < len(prompts):
+        raise ValueError("--prompt: expected each once, got one again; --num-images draws more of it")
+    seed = given.get("seed", 0)
+    if not -(2**63) <= seed <= 2**63 - num_images:
+        raise ValueError(f"--seed: expected seeds of 64 bits, got {seed} to {seed + num_images - 1}")
+    out = Path(given.get("out", "grid.png"))
+    check_out(out)
+    backend = given.get("backend", "auto")
+    scheduler: dict[str, Any] = {"backend": backend}
+    for name, key, read in (
+        ("noise_scale", "noise_scale", _values),
+        ("mask_schedule", "masking_schedule", _ratios),
+        ("differential", "differential", lambda text: _variant("share", text)),
+        ("momentum", "momentum", _values),
+    ):
+        if name in given:
+            scheduler[key] = read(given[name])
+    arguments: dict[str, Any] = {name: given[name] for name in ("negative_prompt", "height", "width") if name in given}
+    if "steps" in given:
+        arguments["num_inference_steps"] = given["steps"]
+    if "temperature" in given:
+        arguments["temperature"] = _values(given["temperature"])
+    if "guidance_scale" in given:
+        scale = arguments["guidance_scale"] = _values(given["guidance_scale"])
+        if not isinstance(scale, float) or not math.isfinite(scale):
+            raise ValueError(f"--guidance-scale: expected a number with --pipe, got {given['guidance_scale']!r}")
+    z_sampling = None
+    if "z_sampling" in given:
+        z_sampling = ZSampling(**_variant("inversion_guidance_scale", given["z_sampling"]))
+    pipe = load_pipe(
+        given["pipe"],
+        scheduler=scheduler,
+        quantized=Path(given["quantized"]) if "quantized" in given else None,
+        device=_device(given.get("device", "cpu"), backend),
+        dtype=_dtype(given.get("dtype", "float32")),
+        progress=given.get("progress", True),
+    )
+    elsewhere = ("prompt", "seed", "num_images", "batch_size", "out", "progress")
+    settings = {name: value for name, value in given.items() if name not in elsewhere}
+    sample_pipe(
+        pipe,
+        prompts,
+        range(seed, seed + num_images),
+        out,
+        arguments=arguments,
+        z_sampling=z_sampling,
+        batch_size=given.get("batch_size", 1),
+        facts={name: given.get(name) for name in ("pipe", "quantized")},
+        command=[text for name, value in settings.items() for text in (_flag(name), str(value))],
+    )
+    count = num_images * len(prompts)
+    rows = "" if len(prompts) == 1 else ", a row each of " + ", ".join(prompts)
+    typer.echo(f"{out}: {count} image{'s' if count > 1 else ''}{'' if out.is_dir() else rows}")
 
 
 @app.command("quantize")
@@ -342,9 +449,8 @@ def evaluate(
             chosen = [Configuration("options", given)]
         else:
             for name in ("steps", *sampling_options):
-                source = context.get_parameter_source(name)
-                if source is not None and source.name == "COMMANDLINE":
-                    raise ValueError(f"--{name.replace('_', '-')}: expected in {configurations}, got it as an option")
+                if name in _given(context):
+                    raise ValueError(f"{_flag(name)}: expected in {configurations}, got it as an option")
             chosen = load_configurations(configurations)
             out = out or Path("evaluation")
         validation: dict[str, Any] = {}
@@ -520,6 +626,19 @@ def _extra(name: str = "evaluate") -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise typer.BadParameter(f"{error.name} is missing: pip install mgt-kernels[{name}]") from error
+
+
+def _given(context: typer.Context) -> dict[str, Any]:
+    """The options of the command line, without those that are left at their defaults."""
+    return {
+        name: value
+        for name, value in context.params.items()
+        if (source := context.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"
+    }
+
+
+def _flag(name: str) -> str:
+    return f"--{name.rstrip('_').replace('_', '-')}"
 
 
 def _ratios(text: str) -> str | list[float]:
