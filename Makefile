@@ -8,7 +8,7 @@ TRITON ?= triton==3.9.0
 OLDEST_TRITON := 3.6.0
 BIN := $(VENV)/bin
 
-.PHONY: demo test fuzz triton-versions wheel test-consumers bench tables lint evaluate clean
+.PHONY: demo test fuzz triton-versions wheel test-consumers bench tables clients-table lint evaluate clean
 
 $(VENV)/installed: pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 	$(PYTHON) -m venv $(VENV)
@@ -20,7 +20,8 @@ $(VENV)/installed: pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* cs
 demo: $(VENV)/installed
 	$(BIN)/mgt sample --class all --num-images 40 --seed 0 --out grid.png
 
-# packages of other projects whose code tests/test_clients.py runs, without what they need for all but drawing tokens
+# packages of other projects whose code tests/test_clients.py runs and `make clients-table` times, without what they need
+# for all but drawing tokens
 CLIENTS := omnivoice==0.2.1 muse-maskgit-pytorch==0.3.5 beartype==0.23.1 einops==0.8.2 einx==0.4.3 ema-pytorch==0.8.3 \
 	frozendict==2.5.1 loguru==0.7.3 memory-efficient-attention-pytorch==0.1.6 torch-einops-utils==0.2.0 \
 	vector-quantize-pytorch==1.32.0
@@ -92,6 +93,10 @@ tables: $(VENV)/installed
 	-$(BIN)/mgt bench --full --only '$(SAMPLERS)' --threads 2 --out build/tables
 	$(BIN)/python tests/consumers/llada2/before_and_after.py > build/tables/llada2.md
 	$(BIN)/python -m mgt_benchmarks.tables build/tables
+
+# the table of docs/frameworks.md with other packages' own calls before accelerate and after it
+clients-table: $(VENV)/installed build/clients/installed
+	$(BIN)/python -m mgt_benchmarks.clients --threads 2 --out docs/benchmarks/clients.csv --page docs/frameworks.md
 
 evaluate: $(VENV)/installed
 	$(BIN)/mgt evaluate techniques --dtype bfloat16 --out evaluation

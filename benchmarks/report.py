@@ -12,7 +12,7 @@ from rich.table import Table
 
 from mgt_sampler.files import whole_file
 
-from .case import DTYPE_NAMES
+from .case import DTYPE_NAMES, Case
 from .run import OURS, Result, quartiles
 
 FIELDS = (
@@ -28,11 +28,11 @@ operations per second."""
 Row = dict[str, str]
 
 
-def rows(result: Result, instructions_per_element: float | None = None) -> list[Row]:
-    """Return a row for us, one for each peer, and one for each that was skipped."""
-    case, work, setting = result.case, result.work, result.case.setting
+def of_case(case: Case) -> Row:
+    """Return what every row of a case has."""
+    setting = case.setting
     axis, at = case.curve or ("", math.nan)
-    common = {
+    return dict.fromkeys(FIELDS, "") | {
         "case": setting.name,
         "op": setting.op,
         "variant": setting.variant,
@@ -45,6 +45,13 @@ def rows(result: Result, instructions_per_element: float | None = None) -> list[
         "threads": str(setting.threads),
         "axis": axis,
         "at": f"{at:g}" if axis else "",
+    }
+
+
+def rows(result: Result, instructions_per_element: float | None = None) -> list[Row]:
+    """Return a row for us, one for each peer, and one for each that was skipped."""
+    case, work = result.case, result.work
+    common = of_case(case) | {
         "rounds": str(len(result.bandwidth)),
         "bytes_moved": str(work.bytes_moved),
         "operations": str(work.operations),
@@ -82,8 +89,7 @@ def rows(result: Result, instructions_per_element: float | None = None) -> list[
                 "ratio_q3": f"{ratio.high:.4g}",
             }
         found.append(row)
-    found += [common | {"contestant": name, "skipped": reason} for name, reason in result.skipped.items()]
-    return [{field: row.get(field, "") for field in FIELDS} for row in found]
+    return found + [common | {"contestant": name, "skipped": reason} for name, reason in result.skipped.items()]
 
 
 def read_csv(path: Path) -> list[Row]:

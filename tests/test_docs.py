@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mgt_benchmarks import report, tables
+from mgt_benchmarks import clients, report, tables
 from mgt_benchmarks.cases import cases_of, sampler_cases
+from mgt_benchmarks.client_cases import client_cases
 from mgt_sampler.evaluation.configurations import load_configurations
 from mgt_sampler.evaluation.intervals import Estimate
 from mgt_sampler.evaluation.run import METRICS, shown
@@ -88,6 +89,17 @@ def test_the_tables_of_samplers_are_of_the_suite(page):
     table = report.read_csv(DOCS / tables.RESULTS)
     assert shown_table.partition("\n\n")[2].strip() == tables.ratios(table, page)
     assert {row["case"] for row in table} >= {case.setting.name for case in sampler_cases(2)}
+
+
+def test_the_table_of_clients_is_of_its_run():
+    shown_table = tables.between((DOCS / "frameworks.md").read_text(encoding="utf-8"), "clients")
+    if not (DOCS / clients.RESULTS).exists():
+        assert shown_table == ""
+        return
+    table = report.read_csv(DOCS / clients.RESULTS)
+    assert shown_table.partition("\n\n")[2].strip() == clients.markdown(table)
+    assert {row["case"] for row in table} == {case.setting.name for case in client_cases(2)}
+    assert not any(row["skipped"] for row in table)
 
 
 @pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)

@@ -1,17 +1,16 @@
 """Models of other projects with tiny random weights, and a stand-in for one that is on no package registry."""
 
-import importlib.machinery
 import json
 import os
 import sys
 import types
-import warnings
-from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 
-CLIENTS = Path(__file__).parent.parent / "build" / "clients"
+from mgt_benchmarks.client_packages import FOLDER as CLIENTS
+from mgt_benchmarks.client_packages import find_clients, muse_package, omnivoice_module, stand_in
+
+__all__ = ["CLIENTS", "find_clients", "stand_in"]
 
 
 def seeded(seed):
@@ -114,41 +113,6 @@ def diffusion_gemma():
     return model
 
 
-def stand_in(name, *attributes):
-    """An empty module in the place of one that is not installed, and that drawing tokens does not need."""
-    if name in sys.modules or ("." not in name and find_spec(name)):
-        return
-    module = types.ModuleType(name)
-    module.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
-    module.__path__ = []
-    for attribute in attributes:
-        setattr(module, attribute, lambda *args, **kwargs: None)
-    sys.modules[name] = module
-    parent, _, child = name.rpartition(".")
-    if parent:
-        setattr(sys.modules[parent], child, module)
-
-
-def find_clients():
-    """Let what `make test` installed for these tests be imported."""
-    import transformers  # noqa: F401 (looks for some of the modules that get a stand-in)
-
-    if str(CLIENTS) not in sys.path:
-        sys.path.append(str(CLIENTS))
-
-
-def omnivoice_module():
-    """The module of `OmniVoice`."""
-    find_clients()
-    stand_in("torchaudio")
-    stand_in("soundfile")
-    stand_in("pydub", "AudioSegment")
-    stand_in("pydub.silence", "detect_leading_silence", "detect_nonsilent", "split_on_silence")
-    from omnivoice.models import omnivoice
-
-    return omnivoice
-
-
 class _Letters:
     """A tokenizer of bytes."""
 
@@ -219,30 +183,20 @@ class _LettersOfTexts:
 
 def muse_model(num_tokens=64, **options):
     """`MaskGit` of muse-maskgit-pytorch: 16 positions, its T5 an embedding of letters."""
-    find_clients()
-    from transformers import T5Config, T5EncoderModel, T5Tokenizer  # noqa: F401 (which it imports by name)
-
-    stand_in("torchvision", "utils")
-    stand_in("torchvision.transforms", "Compose", "Lambda", "Resize", "CenterCrop", "ToTensor", "RandomHorizontalFlip")
-    stand_in("torchvision.datasets", "ImageFolder")
-    stand_in("torchvision.utils", "make_grid", "save_image")
-    stand_in("sentencepiece")
-    with warnings.catch_warnings():
-        # of a class that the process which collects the warnings of these tests could not import
-        warnings.simplefilter("ignore")
-        from muse_maskgit_pytorch import MaskGit, MaskGitTransformer, VQGanVAE, t5
+    package = muse_package()
+    from transformers import T5Config
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = T5Config(d_model=32)
-        t5.T5_CONFIGS["tiny"] = {"config": config, "model": _Embedding(), "tokenizer": _LettersOfTexts()}
-        vae = VQGanVAE(dim=16, layers=2, codebook_size=num_tokens, use_vgg_and_gan=False)
-        transformer = MaskGitTransformer(
+        package.t5.T5_CONFIGS["tiny"] = {"config": config, "model": _Embedding(), "tokenizer": _LettersOfTexts()}
+        vae = package.VQGanVAE(dim=16, layers=2, codebook_size=num_tokens, use_vgg_and_gan=False)
+        transformer = package.MaskGitTransformer(
             num_tokens=num_tokens, seq_len=16, dim=32, depth=1, dim_head=16, heads=2, t5_name="tiny", flash=False
         )
         # sharp enough that steps differ
         torch.nn.init.normal_(transformer.to_logits.weight, std=0.5)
-        return MaskGit(vae=vae, transformer=transformer, image_size=16, **options).eval()
+        return package.MaskGit(vae=vae, transformer=transformer, image_size=16, **options).eval()
 
 
 class _Sampler:
