@@ -23,7 +23,7 @@ def cell(row, name):
     return shown(Estimate(value, half_width), METRICS[name])
 
 
-@pytest.mark.parametrize("page", ["techniques", "quantization"])
+@pytest.mark.parametrize("page", ["techniques", "quantization", "samplers"])
 def test_the_tables_are_those_of_the_run(page):
     with (DOCS / page / "results.csv").open(encoding="utf-8") as file:
         results = {row["name"]: row for row in csv.DictReader(file)}
@@ -38,7 +38,9 @@ def test_the_tables_are_those_of_the_run(page):
         elif columns and cells[0] in results:
             assert cells[1:] == [cell(results[cells[0]], name) for name in columns], line
             seen.add(cells[0])
-    assert seen == set(results) == {configuration.name for configuration in load_configurations(page)}
+    shipped = {configuration.name for configuration in load_configurations(page)}
+    # of the samplers, the page says which were run
+    assert seen == set(results) <= shipped and (page == "samplers" or seen == shipped)
     assert {row["num_images"] for row in results.values()} == {"2000"}
 
 

@@ -415,7 +415,12 @@ def _draw(
         output = sampling.generate(model, labels=batch_labels, seed=batch_seeds, callback=record, **arguments)
         images.append(output.images.cpu())
         seconds += time.perf_counter() - start
-        curves.append(torch.stack([steps[k] for k in sorted(steps)], dim=-1))
+        of_steps = [steps[k] for k in sorted(steps)]
+        if "rule" in arguments:
+            # where all was known before the last step, nothing changes until then
+            num_steps = arguments.get("num_inference_steps", arguments["rule"].num_inference_steps)
+            of_steps += of_steps[-1:] * (num_steps - len(of_steps))
+        curves.append(torch.stack(of_steps, dim=-1))
         model_calls.append(output.sample_calls)
     drawn = torch.cat(images)
     log_prob, features = judge(drawn, classifier)
