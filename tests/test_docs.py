@@ -1,6 +1,7 @@
 """The tables of the pages are those of the runs whose CSV files lie beside their plots."""
 
 import csv
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from mgt_benchmarks import clients, report, tables
 from mgt_benchmarks.cases import cases_of, sampler_cases
 from mgt_benchmarks.client_cases import client_cases
+from mgt_sampler import presets, samplers
 from mgt_sampler.evaluation.configurations import load_configurations
 from mgt_sampler.evaluation.intervals import Estimate
 from mgt_sampler.evaluation.run import METRICS, shown
@@ -109,3 +111,19 @@ def test_what_a_page_shows_is_there(page):
     for part in page.read_text(encoding="utf-8").split("](")[1:]:
         target = part.split(")")[0]
         assert target.startswith("http") or (page.parent / target.split("#")[0]).exists(), target
+
+
+def test_the_code_of_the_page_of_samplers_runs():
+    text = (DOCS / "samplers.md").read_text(encoding="utf-8")
+    names: dict[str, object] = {}
+    for code in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
+        exec(compile(code, "samplers.md", "exec"), names)
+    assert names["output"].images.shape == (1, 1, 28, 28)
+
+
+def test_the_page_of_samplers_names_what_there_is():
+    text = (DOCS / "samplers.md").read_text(encoding="utf-8")
+    for name in samplers.SAMPLERS:
+        assert f"`{name}`" in text, name
+    for name in presets.PRESETS:
+        assert name.upper().replace("-", "_") in text, name
