@@ -78,10 +78,10 @@ CONSUMERS := build/consumers
 test-consumers: wheel
 	$(PYTHON) -m venv --clear $(CONSUMERS)
 	$(CONSUMERS)/bin/pip install --quiet --upgrade pip
-	$(CONSUMERS)/bin/pip install --quiet $(TORCH) cmake executorch==1.5.1 flax jax maskgit==0.0.1.dev0 ninja pytest \
-		scipy
+	$(CONSUMERS)/bin/pip install --quiet $(TORCH) cmake executorch==1.5.1 flax jax maskgit==0.0.1.dev0 ml_collections \
+		ninja pillow pytest scipy
 	$(CONSUMERS)/bin/pip install --quiet dist/*.whl
-	$(CONSUMERS)/bin/pytest tests/test_consumers.py
+	$(CONSUMERS)/bin/pytest tests/test_consumers.py tests/test_clients_jax.py
 
 bench: $(VENV)/installed
 	$(BIN)/mgt bench --out build/bench

@@ -113,6 +113,13 @@ CLIENTS = (
         "transformers",
         "diffusion_gemma",
     ),
+    Client(
+        "MaskGIT in JAX",
+        ("maskgit.inference.ImageNet_class_conditional_generator",),
+        "generate_samples",
+        "maskgit, arXiv 2202.04200",
+        "maskgit_jax",
+    ),
     Client("LLaDA2", ("pipeline_llada2.LLaDA2Pipeline",), "scheduler", "diffusers, arXiv 2512.15745", "llada2"),
     Client(
         "Lumina-DiMOO",
