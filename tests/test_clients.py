@@ -514,7 +514,7 @@ class TestDiffusionGemma:
         return found if isinstance(found, torch.Tensor) else found.sequences
 
     @staticmethod
-    def step(model, prepare, seed=0, count=2, bound=3.0):
+    def step(model, prepare, seed=0, count=2, bound=3.0, confidence=2.5):
         """One step of the class's own signature on given logits: what it returns, and what was accepted."""
         from transformers.models.diffusion_gemma import generation_diffusion_gemma as theirs
 
@@ -529,13 +529,15 @@ class TestDiffusionGemma:
             self_conditioning_logits=logits, mask_mapping=None, cache=None, cur_step=4, sampler=sampler,
             finished_denoising=torch.zeros(count, dtype=torch.bool),
             logits_processor=lambda ids, scores, cur_step: scores / 0.8,
-            diffusion_stopping_criteria=theirs.StableAndConfidentStoppingCriteria(0, 2.5),
+            diffusion_stopping_criteria=theirs.StableAndConfidentStoppingCriteria(0, confidence),
         )  # fmt: skip
         restore(model)
         return found
 
-    def test_a_step_is_the_originals_but_for_its_draws(self, gemma):
-        before, after = (self.step(gemma, prepare) for prepare in (restore, accelerate))
+    @pytest.mark.parametrize("confidence", [0.1, 2.5])
+    def test_a_step_is_the_originals_but_for_its_draws(self, gemma, confidence):
+        before, after = (self.step(gemma, prepare, confidence=confidence) for prepare in (restore, accelerate))
+        assert before[3].tolist() == [confidence > 1] * 2
         for ours, theirs in zip(after[1:], before[1:], strict=True):
             assert torch.equal(ours, theirs)
         assert (after[0].shape, after[0].dtype) == (before[0].shape, before[0].dtype)

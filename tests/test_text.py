@@ -175,6 +175,16 @@ def test_what_is_sure_takes_fewer_steps():
     assert output.sample_calls.max() <= output.model_calls
 
 
+def test_no_two_blocks_have_the_same_random_order():
+    seen = []
+    draw([[5]], RULES["llada at random"], callback=seen.append, gen_length=32, seed=[4])
+    orders = []
+    for block in range(4):
+        places = slice(1 + 8 * block, 9 + 8 * block)
+        orders.append([(step.tokens[0, places] == MASK).tolist() for step in seen if step.block == block])
+    assert all(orders[i] != orders[j] for i in range(4) for j in range(i))
+
+
 def test_an_end_ends_the_text():
     class Ends(Language):
         """The second and third text end in the first block, the first in the second."""
