@@ -6,13 +6,15 @@ import copy
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from mgt_kernels import mask_by_confidence
 from mgt_kernels.checks import BACKENDS
+from mgt_kernels.ops import Sampled
 
 from .arguments import integer, kind, number
 from .draw import Draw
@@ -25,7 +27,6 @@ from .schedules import (
     mask_ratios,
     schedule_values,
 )
-from .selection import MaskLowest, keep_all
 from .state import Logits, State
 from .step import Rule, begin, take_step
 from .techniques import Differential
@@ -127,9 +128,15 @@ class _Run:
 
     ratios: list[float]
     noise_scales: list[float]
-    draw: Draw
+    rule: Rule = field(default_factory=Rule)
     state: State | None = None
     """With rng "philox", what the steps remember; its tokens are the host's."""
+
+    ratio: float | Tensor | None = None
+    """The share that stays masked after the step that is being taken; None at the last."""
+
+    temperature: float = 0.0
+    """Of the noise on its confidences."""
 
     last_index: int = -1
     sample: weakref.ref[Tensor] | None = None
@@ -161,6 +168,13 @@ class _Run:
     def is_lost(self) -> bool:
         """Whether nobody has the sample that the run goes on from."""
         return self.sample is None or self.sample() is None
+
+    def select(self, sampled: Sampled, score: Tensor, state: State) -> Tensor:
+        """The part of the rule that masks again, by what the host and the timestep say of this step."""
+        if self.ratio is None:
+            return sampled.token_ids
+        left = mask_len(state.num_masked(), self.ratio, state.tokens.shape[1])
+        return mask_by_confidence(sampled.token_ids, score, left, temperature=self.temperature, **state.draw_arguments)
 
     def again(self, sample: Tensor) -> None:
         """Let the last step be taken once more from another sample, with draws of its own, as in Z-Sampling."""
@@ -459,8 +473,9 @@ class MGTScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             shape=shape,
             ratios=ratios,
             noise_scales=noise_scales,
-            draw=Draw(noise_scale=noise_scales, differential=differential, momentum=momenta),
         )
+        draw = Draw(noise_scale=noise_scales, differential=differential, momentum=momenta)
+        run.rule = Rule(draw, select=run.select)
         if settings.rng == "philox":
             run.state = begin(
                 tokens,
@@ -493,14 +508,8 @@ class MGTScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         assert run.state is not None
         if logits.dtype not in _LOGITS_DTYPES:
             raise TypeError(f"model_output: expected float32, bfloat16 or float16, got {logits.dtype}")
-        select: Any = keep_all
-        if ratio is not None:
-            num_positions = tokens.shape[1]
-            select = MaskLowest(
-                lambda state: mask_len(state.num_masked(), ratio, num_positions), run.temperatures.values()[index]
-            )
-        now = replace(run.state, tokens=tokens, step=index)
-        after, drawn = take_step(Rule(run.draw, select=select), Logits(logits), now)
+        run.ratio, run.temperature = ratio, run.temperatures.values()[index]
+        after, drawn = take_step(run.rule, Logits(logits), run.state.but(tokens=tokens, step=index))
         if ratio is None:
             check_all_drawn("model_output", after.tokens, after.mask_token_id)
         # a step that raises leaves the run as it was

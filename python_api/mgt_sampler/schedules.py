@@ -267,6 +267,9 @@ def frozen_values(name: str, value: ValueSchedule, minimum: float | None = None)
     """Check a schedule of values before the number of steps is known, and return it in a form that can't be changed."""
     if callable(value):
         return value
+    if type(value) is float and abs(value) <= _FLOAT32_MAX and (minimum is None or value >= minimum):
+        # what follows takes longer, and rules are made in the middle of loops
+        return value
     checked = checked_values(value, name=name, minimum=-math.inf if minimum is None else minimum)
     return tuple(checked) if isinstance(checked, list) else checked
 

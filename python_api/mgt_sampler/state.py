@@ -52,6 +52,13 @@ class State:
     backend: str = "auto"
     memory: dict[str, Any] = field(default_factory=dict)
 
+    def but(self, **changes: Any) -> State:
+        """A state of its own with other attributes, and a memory that may be written to; the tensors are shared."""
+        other = object.__new__(State)
+        other.__dict__.update(self.__dict__, memory=dict(self.memory))
+        other.__dict__.update(changes)
+        return other
+
     @property
     def is_last(self) -> bool:
         """Whether the step is the last one."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -64,7 +65,7 @@ class Rule:
         """The same rule with other functions."""
         return replace(self, **changes)
 
-    @property
+    @cached_property
     def statistics(self) -> tuple[str, ...]:
         """What the draw must return beside logprob."""
         by_name = isinstance(self.score, str) and self.score != "logprob"
@@ -102,7 +103,7 @@ def take_step(rule: Rule, logits: Logits | None, state: State) -> tuple[State, D
     Returns:
         The state with the step's tokens and one draw more, still of the same step; and what was drawn.
     """
-    after = replace(state, memory=dict(state.memory))
+    after = state.but()
     sampled = rule.draw(logits, after, rule.statistics)
     if rule.score == "logprob":
         score = sampled.logprob
@@ -145,7 +146,7 @@ def take_steps(
             draws = (drawn,)
             tokens = None if rule.revisit is None else rule.revisit(before, state, predict)
             if tokens is not None:
-                again = replace(state, tokens=tokens)
+                again = state.but(tokens=tokens)
                 state, drawn = take_step(rule, look(predict, tokens, scale), again)
                 draws = (*draws, drawn)
         state.step = k + 1
