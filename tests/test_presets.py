@@ -181,6 +181,17 @@ def test_truncated_noise_hardly_draws_what_is_rare():
     assert abs(shares[0] - 0.267) < 0.07 and shares[1] > 0.95
 
 
+def test_muse_draws_from_the_likeliest_tenth():
+    class Flat(Model):
+        codebook_size = mask_token_id = 40
+
+        def predict_logits(self, tokens, condition):
+            return torch.arange(40.0).div(20).expand(len(tokens), self.num_tokens, -1).contiguous()
+
+    tokens = generate(Flat(400), presets.MUSE, labels=[0], num_inference_steps=3, progress=False).tokens
+    assert set(tokens.flatten().tolist()) == {36, 37, 38, 39}
+
+
 def test_an_unknown_preset_is_named():
     with pytest.raises(ValueError, match=r"^name: expected one of amused, .*omnivoice, got 'imagen'"):
         presets.preset("imagen")

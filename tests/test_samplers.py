@@ -90,8 +90,17 @@ class TestEverySampler:
         assert pickle.loads(pickle.dumps(rule)) == rule and hash(rule) == hash(pickle.loads(pickle.dumps(rule)))
 
     def test_argument_names_are_checked(self, name):
-        with pytest.raises(TypeError):
+        with pytest.raises(TypeError, match="beauty"):
             SAMPLERS[name](beauty=3)
+
+    def test_what_it_takes_makes_a_difference(self, name):
+        for change in ({"repulsion": 2.0}, {"mask_schedule": "square"}, {"temperature": 3.0}, {"noise_scale": 1.0}):
+            try:
+                rule = SAMPLERS[name](**change)
+            except TypeError:
+                continue
+            assert rule != SAMPLERS[name]()
+            assert not torch.equal(draw(rule)[0].tokens, draw(SAMPLERS[name]())[0].tokens)
 
 
 @pytest.mark.parametrize("name", ["random", "halton", "checkerboard", "margin", "entropy", "max_probability"])
@@ -252,6 +261,19 @@ class TestBounds:
             before = step.mask
         assert len(sizes) > 1
 
+    def test_bad_bounds_are_named(self):
+        with pytest.raises(ValueError, match=r"^factor: expected one bound at most, got threshold and factor"):
+            Commit(threshold=0.5, factor=1.0)
+        with pytest.raises(ValueError, match=r"^threshold: expected a number in \[0, 1\], got 90"):
+            Commit(threshold=90)
+        # the edit of a draw that does not read known tokens would never happen
+        with pytest.raises(ValueError, match=r"^draw: expected one with rows 'all'"):
+            Rule(select=Commit(replace_above=0.5))
+        with pytest.raises(ValueError, match=r"^draw: expected one with differential"):
+            draw(Rule(select=Stable()))
+        with pytest.raises(ValueError, match=r"^penalty, radius: expected at least 0 and 1"):
+            Repulsion(penalty=-1.0)
+
 
 def test_klass_against_float64():
     """Greedy tokens that are probable, and whose law has been the same for two steps; else the most probable one."""
@@ -335,6 +357,12 @@ class TestReMDM:
                 found.append(before.logprob[again].exp())
             probabilities.append(float(torch.cat(found).mean()))
         assert probabilities[1] < probabilities[0]
+
+    def test_an_interval_is_for_loop_alone(self):
+        with pytest.raises(ValueError, match=r"^interval: expected \(start, end\), with strategy loop alone"):
+            ReMDM(strategy="cap", interval=(0.2, 0.5))
+        with pytest.raises(ValueError, match=r"^eta: expected a number in \[0, 1\], got 2"):
+            ReMDM(eta=2)
 
     def test_an_unknown_strategy_is_named(self):
         with pytest.raises(ValueError, match=r"^strategy: expected cap, rescale, conf or loop, got 'hope'"):

@@ -178,6 +178,13 @@ class TestRules:
         [
             ({"temperature": -1.0}, ValueError, r"^temperature: "),
             ({"noise_scale": [0.0, -1.0, 0.0]}, ValueError, r"^noise_scale: .* step 1"),
+            ({"rows": "some"}, ValueError, r"^rows: expected 'masked' or 'all', got 'some'"),
+            (
+                {"rows": "all", "differential": Differential()},
+                ValueError,
+                r"^rows: expected 'masked' with differential",
+            ),
+            ({"top_k": 1.5}, ValueError, r"^top_k: expected an int, or a share in \(0, 1\], got 1.5"),
             ({"differential": 3}, TypeError, r"^differential: expected a Differential or None, got int"),
             ({"differential": Differential(), "top_k": 3}, ValueError, r"^differential: expected None with top_k"),
         ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -27,7 +28,7 @@ class Draw:
     Attributes:
         temperature: of the draw, 0 for the likeliest token or at least 1e-30; a schedule, as for `generate`.
         noise_scale: Gaussian noise on the logits in nats, at least 0; a schedule (arXiv 2411.10781).
-        top_k: keep the so many likeliest tokens; None: all.
+        top_k: keep the so many likeliest tokens; a float in (0, 1]: that share of all, rounded up; None: all.
         top_p: keep the fewest tokens that have this much of the probability; 1: all.
         min_p: keep the tokens that have this share of the likeliest one's probability; 0: all.
         differential: draw what changed least since the previous draw from what did change; None: don't. It goes with
@@ -43,7 +44,7 @@ class Draw:
 
     temperature: ValueSchedule = 1.0
     noise_scale: ValueSchedule = 0.0
-    top_k: int | None = None
+    top_k: int | float | None = None
     top_p: float = 1.0
     min_p: float = 0.0
     differential: Differential | None = None
@@ -57,6 +58,12 @@ class Draw:
             raise TypeError(f"differential: expected a Differential or None, got {kind(self.differential)}")
         if self.differential is not None and not (self.top_k is None and self.top_p == 1 and self.min_p == 0):
             raise ValueError("differential: expected None with top_k, top_p or min_p")
+        if isinstance(self.top_k, float) and not 0 < self.top_k <= 1:
+            raise ValueError(f"top_k: expected an int, or a share in (0, 1], got {self.top_k}")
+        if self.rows not in ("masked", "all"):
+            raise ValueError(f"rows: expected 'masked' or 'all', got {self.rows!r}")
+        if self.differential is not None and self.rows == "all":
+            raise ValueError("rows: expected 'masked' with differential, got 'all'")
         for name, minimum in (("temperature", 0.0), ("noise_scale", 0.0), ("momentum", None)):
             object.__setattr__(self, name, frozen_values(name, getattr(self, name), minimum))
         object.__setattr__(self, "forbidden", tuple(map(int, self.forbidden)))
@@ -96,7 +103,7 @@ class Draw:
             return sample_tokens(
                 logits.logits,
                 state.tokens,
-                top_k=self.top_k,
+                top_k=self._top_k(logits.logits.shape[-1]),
                 top_p=self.top_p,
                 min_p=self.min_p,
                 rows=self.rows,
@@ -115,6 +122,9 @@ class Draw:
             **arguments,
         )
         return Sampled(token_ids, logprob)
+
+    def _top_k(self, vocabulary: int) -> int | None:
+        return math.ceil(self.top_k * vocabulary) if isinstance(self.top_k, float) else self.top_k
 
 
 @lru_cache
@@ -137,6 +147,11 @@ class ScoredAt:
 
     draw: Draw
     score_temperature: float = 1.0
+
+    @property
+    def rows(self) -> str:
+        """Those of the draw."""
+        return self.draw.rows
 
     def __call__(self, logits: Logits | None, state: State, statistics: tuple[str, ...] = ()) -> Sampled:
         """Draw, as `Draw` does."""

@@ -28,7 +28,7 @@ _GROUP = 100.0
 def random_order(sampled: Sampled, state: State) -> Tensor:
     """Equal scores, which a temperature of 1 of the selection turns into a random order: the exact reference.
 
-    One token a step in random order draws from the model's own distribution (arXiv 2503.04482 among others).
+    One token a step in random order draws from the model's own distribution.
     """
     return torch.zeros_like(sampled.logprob)
 

@@ -185,12 +185,12 @@ HALTON = Rule(
 """Halton-MaskGIT (arXiv 2503.17076), HaltonSampler."""
 
 MUSE = Rule(
-    draw=ScoredAt(Draw(temperature=partial(falling, 1.0))),
+    draw=ScoredAt(Draw(temperature=partial(falling, 1.0), top_k=0.1)),
     select=MaskLowest(Ratio(cosine_before, at_a_time=0), 0.0),
     guidance_scale=3.0,
     num_inference_steps=18,
 )
-"""Muse (arXiv 2301.00704), lucidrains' muse-maskgit-pytorch, which has draw.top_k at a tenth of the vocabulary."""
+"""Muse (arXiv 2301.00704), lucidrains' muse-maskgit-pytorch: drawn from the likeliest tenth."""
 
 TITOK = Rule(
     draw=Draw(temperature=partial(falling, 4.5)),

@@ -2,15 +2,20 @@
 
     images = generate(model, samplers.halton(token_temperature=0.75, guidance_scale=(1, 3)), labels=[7]).images
 
-Arguments that they share:
+All of them take, as `drawing`, what is drawn from:
 
     guidance_scale       s of u + s (c - u); a schedule
     token_temperature    of the draw of a token; a schedule
     noise_scale          Gaussian noise on the logits, in nats; a schedule
+
+and further fields of `Draw`. Those that keep the first of an order also take, as `shared`:
+
     mask_schedule        gamma, the share that is masked after a step: a name, or T ratios
     temperature          of Gumbel noise on the score; a schedule
     repulsion            penalty in nats for a neighbour that became known in the same step (`Repulsion`); 0: none
     grid                 (H, W) of the tokens, for repulsion and the orders of a grid; None: the square
+
+What a function does not use it does not take.
 
 Orders that are chosen before the draw (random, Halton, checkerboard, margin, entropy, max_probability) draw from the
 model's distribution; the order by confidence prefers what was drawn likely, and draws from another.
@@ -36,29 +41,39 @@ from .step import Rule
 from .techniques import Correction, Differential
 
 
-def by_order(
-    score: str | Callable[[Sampled, State], Tensor] = "logprob",
+def _rule(
+    score: str | Callable[[Sampled, State], Tensor],
+    select: Callable[[Sampled, Tensor, State], Tensor],
     *,
     guidance_scale: ValueSchedule = 1.0,
     token_temperature: ValueSchedule = 1.0,
     noise_scale: ValueSchedule = 0.0,
+    **draw: Any,
+) -> Rule:
+    """The rule of an order and a selection; what neither it nor `Draw` knows is a TypeError."""
+    return Rule(Draw(token_temperature, noise_scale, **draw), score, select, guidance_scale=guidance_scale)
+
+
+def by_order(
+    score: str | Callable[[Sampled, State], Tensor] = "logprob",
+    *,
     mask_schedule: MaskSchedule = "cosine",
     temperature: ValueSchedule = 0.0,
     repulsion: float = 0.0,
     grid: Sequence[int] | None = None,
-    **others: Any,
+    **drawing: Any,
 ) -> Rule:
     """The rule that draws all masked positions and keeps those that an order puts first.
 
     Args:
         score: the order; see `Rule`.
-        guidance_scale, token_temperature, noise_scale, mask_schedule, temperature, repulsion, grid: as above.
-        others: further fields of `Rule`.
+        mask_schedule, temperature, repulsion, grid: as above.
+        drawing: guidance_scale, token_temperature, noise_scale, and further fields of `Draw`.
     """
     count = Ratio(mask_schedule)
     lowest = MaskLowest(count, temperature)
     select = Repulsion(count, temperature, repulsion, grid=grid) if repulsion else lowest
-    return Rule(Draw(token_temperature, noise_scale), score, select, guidance_scale=guidance_scale, **others)
+    return _rule(score, select, **drawing)
 
 
 def maskgit(*, temperature: ValueSchedule = (2.0, 0.0), **shared: Any) -> Rule:
@@ -129,38 +144,38 @@ def _moment(sampled: Sampled, state: State) -> Tensor:
 
 
 def moment(*, temperature: ValueSchedule = (2.0, 0.0), **shared: Any) -> Rule:
-    """Positions first, tokens then, with the law of confidence in the limit of few positions (arXiv 2510.04525).
+    """Positions first, tokens then, with the law of confidence in the limit of few positions (arXiv 2510.04525)::
 
-    beta  = 1 + 1 / temperature
-    score = log sum_j p_j^beta + Gumbel noise
-    token ~ p^beta / sum_j p_j^beta
+        beta  = 1 + 1 / temperature
+        score = log sum_j p_j^beta + Gumbel noise
+        token ~ p^beta / sum_j p_j^beta
+
+    The last step draws its tokens from p.
     """
     rule = by_order(_moment, temperature=1.0, **shared)
     assert isinstance(rule.draw, Draw)
     return rule.but(draw=_MomentDraw(rule.draw, temperature))
 
 
-def entropy_bound(gamma: float = 0.1, *, max_steps: int = 64, **shared: Any) -> Rule:
+def entropy_bound(gamma: float = 0.1, *, max_steps: int = 64, **drawing: Any) -> Rule:
     """As many of the smallest entropy as sum to no more than gamma nats without the largest: EB (arXiv 2505.24857)."""
-    rule = by_order("entropy", **shared)
-    return rule.but(select=Commit(entropy_bound=gamma), num_inference_steps=max_steps)
+    return _rule("entropy", Commit(entropy_bound=gamma), **drawing).but(num_inference_steps=max_steps)
 
 
-def threshold(probability: float = 0.9, *, max_steps: int = 64, **shared: Any) -> Rule:
+def threshold(probability: float = 0.9, *, max_steps: int = 64, **drawing: Any) -> Rule:
     """All that were drawn with this probability, one at least (Fast-dLLM, arXiv 2505.22618)."""
-    return by_order("logprob", **shared).but(select=Commit(threshold=probability), num_inference_steps=max_steps)
+    return _rule("logprob", Commit(threshold=probability), **drawing).but(num_inference_steps=max_steps)
 
 
-def factor(f: float = 1.0, *, max_steps: int = 64, **shared: Any) -> Rule:
+def factor(f: float = 1.0, *, max_steps: int = 64, **drawing: Any) -> Rule:
     """The largest n with (n + 1) (1 - p_n) <= f, best first (Fast-dLLM, arXiv 2505.22618)."""
-    return by_order("logprob", **shared).but(select=Commit(factor=f), num_inference_steps=max_steps)
+    return _rule("logprob", Commit(factor=f), **drawing).but(num_inference_steps=max_steps)
 
 
-def klass(probability: float = 0.9, divergence: float = 0.01, *, max_steps: int = 256, **shared: Any) -> Rule:
+def klass(probability: float = 0.9, divergence: float = 0.01, *, max_steps: int = 256, **drawing: Any) -> Rule:
     """All likeliest tokens that are probable and have been stable for two steps (KLASS, arXiv 2511.05664)."""
-    rule = by_order("logprob", **{"token_temperature": 0.0, **shared})
-    draw = replace(rule.draw, differential=Differential(0.0))  # type: ignore[type-var]
-    return rule.but(draw=draw, select=Stable(probability, divergence), num_inference_steps=max_steps)
+    drawing = {"token_temperature": 0.0, "differential": Differential(0.0), **drawing}
+    return _rule("logprob", Stable(probability, divergence), **drawing).but(num_inference_steps=max_steps)
 
 
 def remdm(
@@ -170,11 +185,10 @@ def remdm(
     *,
     mask_schedule: MaskSchedule = "cosine",
     temperature: ValueSchedule = (2.0, 0.0),
-    **shared: Any,
+    **drawing: Any,
 ) -> Rule:
     """Known tokens are masked again at random, or the improbable ones (ReMDM, arXiv 2503.00307)."""
-    select = ReMDM(Ratio(mask_schedule), temperature, strategy, eta, interval)
-    return by_order("logprob", **shared).but(select=select)
+    return _rule("logprob", ReMDM(Ratio(mask_schedule), temperature, strategy, eta, interval), **drawing)
 
 
 def path_planning(
@@ -182,12 +196,10 @@ def path_planning(
     *,
     mask_schedule: MaskSchedule = "cosine",
     temperature: ValueSchedule = (2.0, 0.0),
-    **shared: Any,
+    **drawing: Any,
 ) -> Rule:
     """Known tokens compete with drawn ones by the probability they have now (P2, arXiv 2502.03540)."""
-    rule = by_order("logprob", **shared)
-    draw = replace(rule.draw, rows="all")  # type: ignore[type-var]
-    return rule.but(draw=draw, select=PathPlanning(Ratio(mask_schedule), temperature, eta))
+    return _rule("logprob", PathPlanning(Ratio(mask_schedule), temperature, eta), rows="all", **drawing)
 
 
 def informed_correction(

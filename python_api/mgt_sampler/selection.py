@@ -88,12 +88,22 @@ class Commit:
 
     def __post_init__(self) -> None:
         """Check the attributes."""
+        bounds = [name for name in ("threshold", "factor", "entropy_bound") if getattr(self, name) is not None]
+        if len(bounds) > 1:
+            raise ValueError(f"{bounds[1]}: expected one bound at most, got {' and '.join(bounds)}")
+        for name in ("threshold", "replace_above", "mask_below"):
+            _check_share(name, getattr(self, name))
         object.__setattr__(self, "temperature", frozen_values("temperature", self.temperature, 0.0))
 
     @property
     def ends_early(self) -> bool:
         """Whether all may be known before the last step."""
         return any(bound is not None for bound in (self.threshold, self.factor, self.entropy_bound))
+
+    @property
+    def reads_known(self) -> bool:
+        """Whether known tokens are edited."""
+        return not (self.replace_above is None and self.mask_below is None)
 
     @property
     def statistics(self) -> tuple[str, ...]:
@@ -159,6 +169,8 @@ class Stable:
 
     def __call__(self, sampled: Sampled, score: Tensor, state: State) -> Tensor:
         """Return the tokens after the step."""
+        if "differential" not in state.memory:
+            raise ValueError("draw: expected one with differential, which measures the divergence")
         if state.is_last:
             return sampled.token_ids
         close = state.memory["differential"].divergence < self.divergence
@@ -199,6 +211,8 @@ class Repulsion:
     def __post_init__(self) -> None:
         """Check the attributes."""
         object.__setattr__(self, "grid", frozen_grid(self.grid))
+        if not self.penalty >= 0 or self.radius < 1:
+            raise ValueError(f"penalty, radius: expected at least 0 and 1, got {self.penalty} and {self.radius}")
         object.__setattr__(self, "temperature", frozen_values("temperature", self.temperature, 0.0))
 
     def __call__(self, sampled: Sampled, score: Tensor, state: State) -> Tensor:
@@ -233,14 +247,14 @@ class ReMDM:
         "cap"      sigma = min(eta, sigma_max)                              at random
         "rescale"  sigma = eta sigma_max                                    at random
         "conf"     sigma = eta sigma_max                                    with weights exp(-p), p when it was drawn
-        "loop"     sigma = eta in the steps of `interval`, else 0           at random
+        "loop"     sigma = min(eta, sigma_max) in `interval`, else 0        at random
 
     Attributes:
         count: how many stay masked, a function of the state.
         temperature: of Gumbel noise on the score; a schedule.
         strategy: one of these.
         eta: in [0, 1].
-        interval: (start, end), shares of the steps in which tokens are masked again.
+        interval: (start, end), with "loop" the shares of the steps between which tokens are masked again.
     """
 
     count: Count = field(default_factory=Ratio)
@@ -253,6 +267,10 @@ class ReMDM:
         """Check the attributes."""
         if self.strategy not in ("cap", "rescale", "conf", "loop"):
             raise ValueError(f"strategy: expected cap, rescale, conf or loop, got {self.strategy!r}")
+        if len(self.interval) != 2 or (self.strategy != "loop" and tuple(self.interval) != (0.0, 1.0)):
+            raise ValueError(f"interval: expected (start, end), with strategy loop alone, got {self.interval!r}")
+        _check_share("eta", self.eta)
+        object.__setattr__(self, "interval", tuple(map(float, self.interval)))
         object.__setattr__(self, "temperature", frozen_values("temperature", self.temperature, 0.0))
 
     def __call__(self, sampled: Sampled, score: Tensor, state: State) -> Tensor:
@@ -296,6 +314,7 @@ class PathPlanning:
     temperature: ValueSchedule = (2.0, 0.0)
     eta: float = 1.0
     statistics = ("known_logprob",)
+    reads_known = True
 
     def __post_init__(self) -> None:
         """Check the attributes."""
@@ -313,6 +332,11 @@ class PathPlanning:
         return mask_by_confidence(
             sampled.token_ids, score, self.count(state), temperature=temperature, **state.draw_arguments
         )
+
+
+def _check_share(name: str, value: float | None) -> None:
+    if value is not None and not 0 <= value <= 1:
+        raise ValueError(f"{name}: expected a number in [0, 1], got {value!r}")
 
 
 def log(probability: float) -> float:

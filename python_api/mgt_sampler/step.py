@@ -35,7 +35,8 @@ class Rule:
         score: what orders the positions, higher is sooner: a name of SCORES, or (sampled, state) -> (B, N) float32;
             what it says of known positions is not looked at. See `order`.
         select: (sampled, score, state) -> tokens (B, N): which drawn tokens stay. Known positions have score +inf. See
-            `selection`. Score and select may have an attribute `statistics`, the names that they read of `Sampled`.
+            `selection`. Score and select may have an attribute `statistics`, the names that they read of `Sampled`;
+            a select that reads those of known positions has `reads_known`.
         revisit: (state before, state after, predict) -> tokens (B, N) with known ones masked again, from which the step
             is then taken once more; or None, which leaves the step at that. See `ZSampling` and `Correction`.
         guidance_scale: s of u + s (c - u), as for `generate`.
@@ -59,6 +60,10 @@ class Rule:
             by_name = name == "score" and isinstance(value, str)
             if not (callable(value) or by_name or (name == "revisit" and value is None)):
                 raise TypeError(f"{name}: expected a function, got {type(value).__name__}")
+        if getattr(self.select, "reads_known", False) and getattr(self.draw, "rows", "all") != "all":
+            raise ValueError(
+                "draw: expected one with rows 'all', for the selection reads what the model says of known tokens"
+            )
         object.__setattr__(self, "guidance_scale", frozen_values("guidance_scale", self.guidance_scale))
 
     def but(self, **changes: Any) -> Rule:
