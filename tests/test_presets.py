@@ -68,6 +68,17 @@ def test_counts_are_the_projects_own(name, num_tokens, steps, expected):
     assert inputs(presets.preset(name), num_tokens, steps) == expected
 
 
+@pytest.mark.parametrize("num_tokens", [64, 576])
+@pytest.mark.parametrize("steps", [2, 6, 12, 18, 32])
+def test_counts_of_haltons_samplers(num_tokens, steps):
+    # their formulas, in float32: what is known after a step
+    progress = [(k + 1) / steps for k in range(steps)], torch.linspace(0, 1, steps).tolist()
+    for rule, ratios in zip((presets.HALTON, presets.HALTON_CONFIDENCE), progress, strict=True):
+        known = [int((1 - torch.arccos(torch.tensor(r)) / (math.pi * 0.5)) * num_tokens) for r in ratios]
+        expected = [num_tokens - max(k + 1, n) for k, n in enumerate(known[:-1])]
+        assert inputs(rule, num_tokens, steps) == [num_tokens, *expected]
+
+
 @pytest.mark.parametrize(
     "schedule, expected",
     [

@@ -60,8 +60,8 @@ class Known:
 
     def __call__(self, state: State) -> Tensor:
         """Masked positions after the step."""
-        share = torch.tensor(self.share(state.step, state.num_inference_steps), dtype=torch.float32, device="cpu")
-        known = (float(share) * state.num_masked_at_start).floor().clamp(min=state.step + 1)
+        share = self.share(state.step, state.num_inference_steps)
+        known = (share * state.num_masked_at_start).floor().clamp(min=state.step + 1)
         return (state.num_masked_at_start - known).long().clamp(min=0).minimum(state.num_masked())
 
 
@@ -107,7 +107,6 @@ class ShiftedTime:
         num_masked, k, steps = state.num_masked(), state.step, state.num_inference_steps
         if k == steps - 1:
             return torch.zeros_like(num_masked)
-
         # in float32, as the original
         t = torch.linspace(0, 1, steps + 1, dtype=torch.float32, device="cpu")
         t = self.shift * t / (1 + (self.shift - 1) * t)
@@ -138,10 +137,14 @@ def cosine_before(k: int, num_inference_steps: int) -> float:
 
 
 def arccos_known(k: int, num_inference_steps: int) -> float:
-    """1 - 2 / pi acos((k + 1) / T), the known share of Halton-MaskGIT."""
-    return 1 - math.acos((k + 1) / num_inference_steps) * 2 / math.pi
+    """1 - 2 / pi acos((k + 1) / T), the known share of Halton-MaskGIT, in float32 as there."""
+    return _arccos_share(torch.tensor((k + 1) / num_inference_steps, dtype=torch.float32, device="cpu"))
 
 
 def arccos_known_from_0(k: int, num_inference_steps: int) -> float:
     """1 - 2 / pi acos(k / (T - 1)), that of its sampler by confidence."""
-    return 1 - math.acos(k / (num_inference_steps - 1)) * 2 / math.pi if num_inference_steps > 1 else 1.0
+    return _arccos_share(torch.linspace(0, 1, num_inference_steps, dtype=torch.float32, device="cpu")[k])
+
+
+def _arccos_share(progress: Tensor) -> float:
+    return float(1 - torch.arccos(progress) / (math.pi * 0.5))
