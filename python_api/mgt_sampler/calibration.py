@@ -19,9 +19,6 @@ from .schedules import check_num_inference_steps
 if TYPE_CHECKING:
     from .models import MaskedModel
 
-# far from the step numbers of a generation
-_STEP_OF_MASKS = 2**32 - 2
-
 
 def calibrate_schedule(
     model: MaskedModel,
@@ -97,8 +94,9 @@ def masked_nll(
             logits.contiguous(),
             part,
             mask_token_id=model.mask_token_id,
+            # nothing is drawn
             seed=0,
-            step=_STEP_OF_MASKS,
+            step=0,
             rows="known",
             statistics=("known_logprob",),
         ).known_logprob

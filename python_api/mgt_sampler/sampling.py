@@ -15,9 +15,8 @@ from tqdm.auto import tqdm
 from mgt_kernels.checks import check_backend
 
 from .arguments import integer, is_bool, kind
-from .counts import Ratio
-from .draw import Draw
 from .graphs import GraphedSteps, check_graphs
+from .samplers import maskgit
 from .schedules import (
     MaskSchedule,
     ValueSchedule,
@@ -25,7 +24,6 @@ from .schedules import (
     mask_ratios,
     schedule_values,
 )
-from .selection import MaskLowest
 from .state import State
 from .step import Drawn, Rule, begin, take_steps
 from .techniques import Differential, Extrapolation, ZSampling, check_steps
@@ -305,12 +303,16 @@ def _maskgit(
     check("noise_scale", noise_scale, 0.0)
     check("momentum", momentum)
     mask_ratios(mask_schedule, num_inference_steps, num_tokens)
-    return Rule(
-        draw=Draw(token_temperature, noise_scale, differential=differential, momentum=momentum),
-        select=MaskLowest(Ratio(mask_schedule), temperature),
-        revisit=z_sampling,
+    rule = maskgit(
         guidance_scale=guidance_scale,
+        temperature=temperature,
+        token_temperature=token_temperature,
+        noise_scale=noise_scale,
+        mask_schedule=mask_schedule,
+        differential=differential,
+        momentum=momentum,
     )
+    return rule.but(revisit=z_sampling)
 
 
 def _tell(callback: Callback, before: State, after: State, draws: tuple[Drawn, ...], cuda_graph: bool) -> None:

@@ -1,4 +1,4 @@
-"""The sampling techniques of arXiv 2411.10781 beside noise: differential sampling, masked Z-Sampling, momentum."""
+"""Differential sampling, masked Z-Sampling and momentum (arXiv 2411.10781), and informed correction."""
 
 from __future__ import annotations
 
