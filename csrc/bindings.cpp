@@ -108,6 +108,36 @@ py::tuple commit_tokens(int isa, int num_threads, std::uintptr_t parallel, py::b
   return py::make_tuple(static_cast<int>(status), error_index);
 }
 
+py::tuple match_tokens(int isa, int num_threads, std::uintptr_t parallel, const py::bytes& packed_args,
+                       const py::bytes& packed_outputs) {
+  const auto args = record<mgt_match_tokens_args>(packed_args);
+  const auto outputs = record<mgt_match_tokens_outputs>(packed_outputs);
+  const mgt_context where = context(isa, num_threads, parallel);
+  int64_t error_index = -1;
+  mgt_status status;
+  {
+    py::gil_scoped_release released;
+    const Workspace workspace(mgt_match_tokens_workspace(&where, &args));
+    status = mgt_match_tokens(&where, &args, &outputs, workspace.memory.get(), workspace.num_bytes, &error_index);
+  }
+  return py::make_tuple(static_cast<int>(status), error_index);
+}
+
+// of merge_tokens and of unmerge_tokens
+template <class Args, mgt_status (*op)(const mgt_context*, const Args*, void*, int64_t*)>
+py::tuple with_match(int isa, int num_threads, std::uintptr_t parallel, const py::bytes& packed_args,
+                     std::uintptr_t y) {
+  const auto args = record<Args>(packed_args);
+  const mgt_context where = context(isa, num_threads, parallel);
+  int64_t error_index = -1;
+  mgt_status status;
+  {
+    py::gil_scoped_release released;
+    status = op(&where, &args, pointer<void>(y), &error_index);
+  }
+  return py::make_tuple(static_cast<int>(status), error_index);
+}
+
 // of w4a8_linear where a8, else of w4a16_linear, which has no scales of x
 py::tuple int4_linear(bool a8, int isa, int num_threads, std::uintptr_t parallel, const py::bytes& packed_args,
                       std::uintptr_t x_scale, int64_t num_x_scales, std::uintptr_t y) {
@@ -160,6 +190,9 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("differential_sample", &differential_sample);
   m.def("mask_by_confidence", &mask_by_confidence);
   m.def("commit_tokens", &commit_tokens);
+  m.def("match_tokens", &match_tokens);
+  m.def("merge_tokens", &with_match<mgt_merge_tokens_args, mgt_merge_tokens>);
+  m.def("unmerge_tokens", &with_match<mgt_unmerge_tokens_args, mgt_unmerge_tokens>);
   m.def("int4_linear", &int4_linear);
   m.def("kernel_isa", &kernel_isa);
   m.def("philox", &philox);

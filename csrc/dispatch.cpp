@@ -13,7 +13,7 @@ namespace {
 #if defined(__x86_64__)
 constexpr Kernels kAvx512 = {
     sample_tokens_avx512, differential_sample_avx512, mask_by_confidence_avx512, commit_tokens_avx512, philox_avx512,
-    gaussian_avx512,      &w4a8_linear_avx512,        &w4a16_linear_avx512};
+    gaussian_avx512, &match_tokens_avx512, merge_tokens_avx512, &w4a8_linear_avx512,        &w4a16_linear_avx512};
 
 constexpr Kernels with_linear(Kernels kernels, const Int4LinearKernel* w4a8, const Int4LinearKernel* w4a16) {
   kernels.w4a8_linear = w4a8;
@@ -27,10 +27,10 @@ constexpr Kernels with_linear(Kernels kernels, const Int4LinearKernel* w4a8, con
 constexpr Kernels kKernels[] = {
     {},
     {sample_tokens_scalar, differential_sample_scalar, mask_by_confidence_scalar, commit_tokens_scalar, philox_scalar,
-     gaussian_scalar, &w4a8_linear_scalar, &w4a16_linear_scalar},
+     gaussian_scalar, &match_tokens_scalar, merge_tokens_scalar, &w4a8_linear_scalar, &w4a16_linear_scalar},
 #if defined(__x86_64__)
     {sample_tokens_avx2, differential_sample_avx2, mask_by_confidence_avx2, commit_tokens_avx2, philox_avx2,
-     gaussian_avx2, &w4a8_linear_avx2, &w4a16_linear_avx2},
+     gaussian_avx2, &match_tokens_avx2, merge_tokens_avx2, &w4a8_linear_avx2, &w4a16_linear_avx2},
     kAvx512,
     with_linear(kAvx512, &w4a8_linear_avx512_vnni, &w4a16_linear_avx512),
     with_linear(kAvx512, &w4a8_linear_avx512_vnni, &w4a16_linear_avx512_bf16),
@@ -66,6 +66,10 @@ extern "C" mgt_status mgt_kernel_isa(const char* op, mgt_isa isa, mgt_isa* kerne
     *kernel = first_with_kernel(isa, &Kernels::mask_by_confidence);
   else if (is("commit_tokens"))
     *kernel = first_with_kernel(isa, &Kernels::commit_tokens);
+  else if (is("match_tokens"))
+    *kernel = first_with_kernel(isa, &Kernels::match_tokens);
+  else if (is("merge_tokens"))
+    *kernel = first_with_kernel(isa, &Kernels::merge_tokens);
   else if (is("w4a8_linear"))
     *kernel = first_with_kernel(isa, &Kernels::w4a8_linear);
   else if (is("w4a16_linear"))

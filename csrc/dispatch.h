@@ -6,6 +6,8 @@
 #include "draws/op.h"
 #include "int4_linear/op.h"
 #include "mask_by_confidence/op.h"
+#include "match_tokens/op.h"
+#include "merge_tokens/op.h"
 #include "sample_tokens/op.h"
 
 namespace mgt {
@@ -17,6 +19,8 @@ struct Kernels {
   CommitTokens commit_tokens;
   Philox philox;
   Gaussian gaussian;
+  const MatchTokens* match_tokens;
+  MergeTokens merge_tokens;
   const Int4LinearKernel* w4a8_linear;
   const Int4LinearKernel* w4a16_linear;
 };

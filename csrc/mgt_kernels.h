@@ -55,14 +55,17 @@ typedef enum MGT_INT32 {
   MGT_BAD_MASK_LEN = 5,
   /* a masked position's logprob is NaN; error_index is its row b * N + n */
   MGT_BAD_LOGPROB = 6,
-  /* a row of activations holds NaN or inf, or rounds to inf; error_index is the row */
+  /* a row of activations holds NaN or inf, or rounds to inf, or, for mgt_match_tokens, has a sum of squares that
+   * float32 cannot hold; error_index is the row */
   MGT_BAD_ACTIVATION = 7,
   /* a count is negative or, by MGT_COMMIT_COUNT, more than compete; error_index is the sample */
   MGT_BAD_COUNT = 8,
   /* a competing position's score is NaN; error_index is its row b * N + n */
   MGT_BAD_SCORE = 9,
   /* a window is not within [0, num_positions), or ends before it starts; error_index is the sample */
-  MGT_BAD_WINDOW = 10
+  MGT_BAD_WINDOW = 10,
+  /* starts do not rise from 0 to num_tokens, or a row or a member is out of range; error_index is the sample */
+  MGT_BAD_MATCH = 11
 } mgt_status;
 
 /* What a kernel may use, each more than the one before; an op without a kernel of that name runs the best one below. */
@@ -392,6 +395,104 @@ MGT_API mgt_status mgt_w4a8_linear(const mgt_context* context, const mgt_int4_li
 /* A linear layer on activations and weights rounded to bfloat16, accumulated in float32. */
 MGT_API mgt_status mgt_w4a16_linear(const mgt_context* context, const mgt_int4_linear_args* args, void* y,
                                     void* workspace, int64_t workspace_bytes, int64_t* error_index);
+
+typedef struct {
+  /* sizeof(mgt_match_tokens_args) */
+  uint32_t struct_size;
+  /* of x */
+  mgt_dtype dtype;
+  int64_t num_samples;
+  /* of the grid of tokens: even, their product below 2^31 */
+  int64_t height;
+  int64_t width;
+  /* at least 1 */
+  int64_t num_channels;
+  /* (B, height width, C), unit stride over channels; any other strides */
+  const void* x;
+  int64_t stride_sample;
+  int64_t stride_token;
+  /* within [0, 3/4 height width], or -1: all whose cosine is at least threshold */
+  int64_t num_merged;
+  /* (B), or NULL: the top left token of each cell is the destination */
+  const int64_t* seeds;
+  /* in [0, 2^32) */
+  int64_t step;
+  /* where num_merged is -1: within [-1, 1] */
+  float threshold;
+} mgt_match_tokens_args;
+
+typedef struct {
+  /* sizeof(mgt_match_tokens_outputs) */
+  uint32_t struct_size;
+  /* (B, N) contiguous: the row of each token among the merged ones */
+  int64_t* rows;
+  /* (B, N) contiguous: the tokens of row 0, of row 1, ..., each row's in reading order */
+  int64_t* members;
+  /* (B, N + 1) contiguous: where each row's begin in members; N past the last row */
+  int64_t* starts;
+  /* (B): how many rows there are */
+  int64_t* num_rows;
+} mgt_match_tokens_outputs;
+
+/* Bytes of workspace for these sizes and context; -1 where they are invalid. */
+MGT_API int64_t mgt_match_tokens_workspace(const mgt_context* context, const mgt_match_tokens_args* args);
+
+/* Finds the tokens that are most like another one (spec: "TomeMGT"). One token of each 2 x 2 cell is a destination: the
+ * corner word >> 30, word the first of the cell's Philox words in stream 4. Each other token has the largest cosine to
+ * a destination, of equal ones the lowest; the num_merged with the largest cosine, of equal ones the lower first, join
+ * that destination's row. The kept tokens' rows are 0, 1, ... in reading order. Sums are float32, over the channels in
+ * order.
+ * workspace: at least mgt_match_tokens_workspace bytes, of any alignment. On an error the outputs are unspecified, and
+ * error_index, if not NULL, names the first bad row b * N + n. */
+MGT_API mgt_status mgt_match_tokens(const mgt_context* context, const mgt_match_tokens_args* args,
+                                    const mgt_match_tokens_outputs* outputs, void* workspace, int64_t workspace_bytes,
+                                    int64_t* error_index);
+
+typedef struct {
+  /* sizeof(mgt_merge_tokens_args) */
+  uint32_t struct_size;
+  /* of x and y */
+  mgt_dtype dtype;
+  int64_t num_samples;
+  int64_t num_tokens;
+  /* M, at most num_tokens */
+  int64_t num_rows;
+  int64_t num_channels;
+  /* (B, N, C), unit stride over channels; any other strides */
+  const void* x;
+  int64_t stride_sample;
+  int64_t stride_token;
+  /* as mgt_match_tokens writes them: (B, N) and (B, N + 1) contiguous */
+  const int64_t* members;
+  const int64_t* starts;
+} mgt_merge_tokens_args;
+
+/* The mean of each row's tokens, in float32, in the order of members; 0 of none. y: (B, M, C) contiguous, may not alias
+ * an input. On MGT_BAD_MATCH nothing is written. */
+MGT_API mgt_status mgt_merge_tokens(const mgt_context* context, const mgt_merge_tokens_args* args, void* y,
+                                    int64_t* error_index);
+
+typedef struct {
+  /* sizeof(mgt_unmerge_tokens_args) */
+  uint32_t struct_size;
+  /* of x and y */
+  mgt_dtype dtype;
+  int64_t num_samples;
+  int64_t num_tokens;
+  /* M, at most num_tokens */
+  int64_t num_rows;
+  int64_t num_channels;
+  /* (B, M, C), unit stride over channels; any other strides */
+  const void* x;
+  int64_t stride_sample;
+  int64_t stride_token;
+  /* (B, N) contiguous, as mgt_match_tokens writes them */
+  const int64_t* rows;
+} mgt_unmerge_tokens_args;
+
+/* Each token's row. y: (B, N, C) contiguous, may not alias an input. On MGT_BAD_MATCH nothing is written. */
+MGT_API mgt_status mgt_unmerge_tokens(const mgt_context* context, const mgt_unmerge_tokens_args* args, void* y,
+                                      int64_t* error_index);
 
 /* Philox4x32-7 words of the counters (first_block + i, position, step, stream). words: (4, num_blocks), word by word.
  * first_block + num_blocks: at most 2^32. */

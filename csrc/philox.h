@@ -9,6 +9,7 @@ namespace {
 constexpr uint32_t kStreamToken = 0;
 constexpr uint32_t kStreamNoise = 1;
 constexpr uint32_t kStreamConfidence = 2;
+constexpr uint32_t kStreamMerge = 4;
 
 // column c takes word (c / 512) % 4 of block (c / 2048) * 512 + c % 512, so that every path reads straight vectors
 constexpr int64_t kWordWidth = 512;

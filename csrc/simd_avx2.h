@@ -66,6 +66,11 @@ struct Avx2 {
     return {_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
             _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)))};
   }
+  // in the low halves of the lanes
+  static MGT_INLINE U float16_bits(F a) {
+    return {_mm256_cvtepu16_epi32(_mm256_cvtps_ph(a.lo, _MM_FROUND_TO_NEAREST_INT)),
+            _mm256_cvtepu16_epi32(_mm256_cvtps_ph(a.hi, _MM_FROUND_TO_NEAREST_INT))};
+  }
   static MGT_INLINE __m256i low16(U a) {
     const __m256i low = _mm256_set1_epi32(0xffff);
     // packing works within 128-bit halves: the quarters come out in the order 0, 2, 1, 3

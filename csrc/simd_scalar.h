@@ -27,6 +27,25 @@ MGT_INLINE float half_to_float(uint16_t half) {
   return value;
 }
 
+MGT_INLINE uint32_t float_to_half(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  const uint32_t sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return sign | 0x7e00u | (magnitude >> 13 & 0x3ffu);
+  // from 65520 on
+  if (magnitude >= 0x477ff000u) return sign | 0x7c00u;
+  if (magnitude < 0x38800000u) {
+    // added to 1/2 it is rounded to whole denormals of half precision
+    float sum;
+    std::memcpy(&sum, &magnitude, 4);
+    sum += 0.5f;
+    uint32_t sum_bits;
+    std::memcpy(&sum_bits, &sum, 4);
+    return sign | (sum_bits - 0x3f000000u);
+  }
+  return sign | ((magnitude + 0xfffu + (magnitude >> 13 & 1u) - 0x38000000u) >> 13);
+}
+
 MGT_INLINE float bfloat16_to_float(uint16_t value) {
   const uint32_t bits = static_cast<uint32_t>(value) << 16;
   float result;
@@ -129,6 +148,10 @@ struct Scalar16 {
   }
   static MGT_INLINE U load_u16(const uint16_t* p) {
     return each<U>([&](int i) { return p[i]; });
+  }
+  // in the low halves of the lanes
+  static MGT_INLINE U float16_bits(F a) {
+    return each<U>([&](int i) { return float_to_half(a.lane[i]); });
   }
   static MGT_INLINE void store_low16(uint16_t* p, U a) {
     for (int i = 0; i < 16; ++i) p[i] = static_cast<uint16_t>(a.lane[i]);

@@ -4,6 +4,7 @@ from mgt_kernels.checks import BACKENDS
 from mgt_kernels.cpu import DIFFERENTIAL_VARIANTS, kernel_isa
 from mgt_kernels.info import __version__, include_dir, info, library_path
 from mgt_kernels.linear import w4a8_linear, w4a16_linear
+from mgt_kernels.merging import Match, match_tokens, merge_tokens, unmerge_tokens
 from mgt_kernels.ops import (
     REMASK_VARIANTS,
     DifferentialState,
@@ -23,6 +24,7 @@ __all__ = [
     "DIFFERENTIAL_VARIANTS",
     "REMASK_VARIANTS",
     "DifferentialState",
+    "Match",
     "PackedInt4",
     "Sampled",
     "TokenEdit",
@@ -34,9 +36,12 @@ __all__ = [
     "kernel_isa",
     "library_path",
     "mask_by_confidence",
+    "match_tokens",
+    "merge_tokens",
     "quantize_int4",
     "remask_tokens",
     "sample_tokens",
+    "unmerge_tokens",
     "w4a8_linear",
     "w4a16_linear",
     "warm_up",

@@ -541,6 +541,110 @@ def bad_activations(row: int) -> ValueError:
     )
 
 
+# mgt_match_tokens_args: struct_size, dtype; num_samples, height, width, num_channels; x; stride_sample, stride_token,
+# num_merged; seeds; step; threshold
+_MATCH_TOKENS_ARGS = struct.Struct("@Ii 4q P 3q P q f0q")
+# mgt_match_tokens_outputs: struct_size; rows, members, starts, num_rows
+_MATCH_TOKENS_OUTPUTS = struct.Struct("@I 4P")
+# mgt_merge_tokens_args: struct_size, dtype; num_samples, num_tokens, num_rows, num_channels; x; stride_sample,
+# stride_token; members, starts
+_MERGE_TOKENS_ARGS = struct.Struct("@Ii 4q P 2q 2P")
+# mgt_unmerge_tokens_args: the same, but for rows in the place of members and starts
+_UNMERGE_TOKENS_ARGS = struct.Struct("@Ii 4q P 2q P")
+
+
+def match_tokens(
+    x: Tensor,
+    height: int,
+    width: int,
+    num_merged: int,
+    threshold: float,
+    seed: int | Tensor | None,
+    step: int,
+    isa: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Run the C kernel on checked arguments."""
+    batch, num_tokens, num_channels = x.shape
+    rows, members = (_empty((batch, num_tokens), torch.int64) for _ in range(2))
+    starts, num_rows = _empty((batch, num_tokens + 1), torch.int64), _empty((batch,), torch.int64)
+    seeds = None if seed is None else _per_sample(seed, batch)
+    status, index = _C.match_tokens(
+        ISAS.index(isa), *_threads(),
+        _MATCH_TOKENS_ARGS.pack(
+            _MATCH_TOKENS_ARGS.size, _DTYPES[x.dtype], batch, height, width, num_channels, x.data_ptr(), *x.stride()[:2],
+            num_merged, _address_or_null(seeds), step, threshold,
+        ),
+        _MATCH_TOKENS_OUTPUTS.pack(
+            _MATCH_TOKENS_OUTPUTS.size, *(tensor.data_ptr() for tensor in (rows, members, starts, num_rows))
+        ),
+    )  # fmt: skip
+    if status == 2:
+        _raise_unavailable(isa)
+    if status == 7:
+        raise bad_token_state(index, num_tokens)
+    if status:
+        raise RuntimeError(f"mgt_match_tokens refused its arguments (status {status})")
+    return rows, members, starts, num_rows
+
+
+def bad_token_state(token: int, num_tokens: int) -> ValueError:
+    """Return the error for a token that has no cosine to others."""
+    return ValueError(
+        f"x: {_where(token, num_tokens)} holds NaN or inf, or values whose squares float32 cannot sum; expected finite "
+        "values"
+    )
+
+
+def merge_tokens(x: Tensor, row: Tensor, members: Tensor, starts: Tensor, num_rows: int, isa: str) -> Tensor:
+    """Run the C kernel on checked arguments."""
+    batch, num_tokens, num_channels = x.shape
+    y = _empty((batch, num_rows, num_channels), x.dtype)
+    members, starts = members.contiguous(), starts.contiguous()
+    status, sample = _C.merge_tokens(
+        ISAS.index(isa), *_threads(),
+        _MERGE_TOKENS_ARGS.pack(
+            _MERGE_TOKENS_ARGS.size, _DTYPES[x.dtype], batch, num_tokens, num_rows, num_channels, x.data_ptr(),
+            *x.stride()[:2], members.data_ptr(), starts.data_ptr(),
+        ),
+        y.data_ptr(),
+    )  # fmt: skip
+    _check_match_status("mgt_merge_tokens", status, sample, isa)
+    return y
+
+
+def unmerge_tokens(x: Tensor, row: Tensor, isa: str) -> Tensor:
+    """Run the C kernel on checked arguments."""
+    (batch, num_rows, num_channels), num_tokens = x.shape, row.shape[1]
+    y = _empty((batch, num_tokens, num_channels), x.dtype)
+    row = row.contiguous()
+    status, sample = _C.unmerge_tokens(
+        ISAS.index(isa), *_threads(),
+        _UNMERGE_TOKENS_ARGS.pack(
+            _UNMERGE_TOKENS_ARGS.size, _DTYPES[x.dtype], batch, num_tokens, num_rows, num_channels, x.data_ptr(),
+            *x.stride()[:2], row.data_ptr(),
+        ),
+        y.data_ptr(),
+    )  # fmt: skip
+    _check_match_status("mgt_unmerge_tokens", status, sample, isa)
+    return y
+
+
+def _check_match_status(name: str, status: int, sample: int, isa: str) -> None:
+    if status == 2:
+        _raise_unavailable(isa)
+    if status == 11:
+        raise bad_match(sample)
+    if status:
+        raise RuntimeError(f"{name} refused its arguments (status {status})")
+
+
+def bad_match(sample: int) -> ValueError:
+    """Return the error for a match that was not made by match_tokens, or was changed since."""
+    return ValueError(
+        f"match: sample {sample} has rows or members out of range; expected one that match_tokens returned"
+    )
+
+
 def philox(
     seed: int, position: int, step: int, stream: int, first_block: int, num_blocks: int, isa: str = "auto"
 ) -> Tensor:

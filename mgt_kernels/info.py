@@ -12,7 +12,16 @@ __version__: str = _C.version()
 
 _PACKAGE = Path(__file__).parent
 
-OPS = ("sample_tokens", "differential_sample", "mask_by_confidence", "commit_tokens", "w4a8_linear", "w4a16_linear")
+OPS = (
+    "sample_tokens",
+    "differential_sample",
+    "mask_by_confidence",
+    "commit_tokens",
+    "match_tokens",
+    "merge_tokens",
+    "w4a8_linear",
+    "w4a16_linear",
+)
 
 
 def include_dir() -> Path:

@@ -114,14 +114,6 @@ MGT_INLINE int32_t largest_magnitude(const X* row, int64_t num_inputs) {
   return S::reduce_max(largest);
 }
 
-// the upper 16 bits of the nearest bfloat16, halves to even; anything of NaN
-template <class S>
-MGT_INLINE typename S::U bfloat16_bits(typename S::F x) {
-  const typename S::U bits = S::bits(x);
-  const typename S::U odd = S::bit_and(S::template shift_right<16>(bits), S::set_u(1));
-  return S::template shift_right<16>(S::add_u(S::add_u(bits, S::set_u(0x7fff)), odd));
-}
-
 // the element of call.rows that holds input k of a row; Row is the element's type, kRows is 1 or 16 rows to a tile
 template <class Row, int64_t kRows>
 MGT_INLINE int64_t row_offset(int64_t row, int64_t k, int64_t stride) {

@@ -5,6 +5,7 @@
 MGT_TARGET_AVX512_BEGIN
 #include "simd_scalar.h"
 #include "simd_avx512.h"
+#include "halves.h"
 #include "int4_linear/panel.h"
 #include "w4a16_linear/body.h"
 

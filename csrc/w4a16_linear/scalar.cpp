@@ -2,6 +2,7 @@
 #include "w4a16_linear/op.h"
 
 #include "simd_scalar.h"
+#include "halves.h"
 #include "int4_linear/panel.h"
 #include "w4a16_linear/body.h"
 

@@ -6,6 +6,7 @@ MGT_TARGET_AMX_BEGIN
 #include "simd_scalar.h"
 #include "simd_avx512.h"
 #include "int4_linear/amx.h"
+#include "halves.h"
 #include "int4_linear/panel.h"
 #include "w4a8_linear/body.h"
 #include "w4a8_linear/vnni.h"

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-STREAM_TOKEN, STREAM_NOISE, STREAM_CONFIDENCE, STREAM_REMASK = range(4)
+STREAM_TOKEN, STREAM_NOISE, STREAM_CONFIDENCE, STREAM_REMASK, STREAM_MERGE = range(5)
 PHILOX_ROUNDS = 7
 # column c takes word (c // 512) % 4 of block (c // 2048) * 512 + c % 512
 WORD_WIDTH = 512
@@ -29,7 +29,7 @@ def philox(seed: Tensor, block: Tensor, position: Tensor, step: int | Tensor, st
         block: int64 in [0, 2^32), broadcastable.
         position: int64 in [0, 2^32), broadcastable.
         step: in [0, 2^32), an int or a 0-dimensional int64 tensor.
-        stream: 0 token Gumbel, 1 Gaussian logit noise, 2 confidence Gumbel, 3 re-masking at random.
+        stream: 0 token Gumbel, 1 Gaussian logit noise, 2 confidence Gumbel, 3 re-masking at random, 4 token merging.
 
     Returns:
         Four int64 tensors with values in [0, 2^32).
@@ -97,6 +97,12 @@ def confidence_gumbel(seed: Tensor, num_positions: int, step: int) -> Tensor:
 def remask_gumbel(seed: Tensor, num_positions: int, step: int | Tensor) -> Tensor:
     """Return the Gumbel(0, 1) noise by which `remask_tokens` chooses at random: (B, N) float64."""
     return _position_gumbel(seed, num_positions, step, STREAM_REMASK)
+
+
+def merge_corner(seed: Tensor, num_cells: int, step: int | Tensor) -> Tensor:
+    """Return which corner of each cell, in reading order, the others merge into: (B, num_cells) int64 in [0, 4)."""
+    cell = torch.arange(num_cells, dtype=torch.int64, device=seed.device)
+    return philox(seed[:, None], torch.zeros_like(cell), cell, step, STREAM_MERGE)[0] >> 30
 
 
 def gaussian(seed: Tensor, num_positions: int, num_tokens: int, step: int, first_position: int | Tensor = 0) -> Tensor:
