@@ -179,11 +179,12 @@ class _Block(nn.Module):
                 layer.weight.div_((2 * config.num_layers) ** 0.5)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        batch, num_tokens, width = x.shape
+        batch, _, width = x.shape
         scale_a, shift_a, scale_m, shift_m = self.modulation(condition)[:, None].chunk(4, dim=-1)
         h = torch.addcmul(shift_a, F.layer_norm(x, (width,)), scale_a)
-        q, k, v = self.qkv(h).view(batch, num_tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        h = self._attend(q, k, v).transpose(1, 2).reshape(batch, num_tokens, width)
+        # as many tokens as come out of the layer: token merging leaves some out
+        q, k, v = self.qkv(h).view(batch, -1, 3, self.num_heads, width // self.num_heads).permute(2, 0, 3, 1, 4)
+        h = self._attend(q, k, v).transpose(1, 2).flatten(2)
         x = x + self.attention_out(h)
         h = torch.addcmul(shift_m, F.layer_norm(x, (width,)), scale_m)
         return x + self.mlp_out(F.relu(self.mlp_in(h)))
