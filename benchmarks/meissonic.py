@@ -64,9 +64,9 @@ SCALES = {
 class Int4(nn.Module):
     """A linear layer with random 4-bit weights and dynamic scales of the activations."""
 
-    def __init__(self, num_inputs: int, num_outputs: int, a8: bool) -> None:
+    def __init__(self, num_inputs: int, num_outputs: int, a8: bool, bias: Tensor | None = None) -> None:
         super().__init__()
-        self.a8 = a8
+        self.a8, self.bias = a8, bias
         num_groups = -(-num_inputs // 128)
         w_q = torch.randint(0, 256, (num_outputs, packed_bytes(num_inputs)), dtype=torch.uint8)
         # 21.25 is the variance of 0..15: weights of variance 1 / num_inputs
@@ -76,7 +76,9 @@ class Int4(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply."""
-        return mgt_kernels.w4a8_linear(x, self.weight) if self.a8 else mgt_kernels.w4a16_linear(x, self.weight)
+        if self.a8:
+            return mgt_kernels.w4a8_linear(x, self.weight, bias=self.bias)
+        return mgt_kernels.w4a16_linear(x, self.weight, self.bias)
 
 
 def linear_maker(variant: str) -> MakeLinear:
@@ -150,7 +152,8 @@ class DoubleBlock(nn.Module):
         streams, inputs = (self.text, self.image), (text, image)
         modulations = [s.modulation(functional.silu(condition))[:, None].chunk(6, dim=-1) for s in streams]
         qkv = [s.qkv(normalize(x, m[0], m[1])) for s, x, m in zip(streams, inputs, modulations, strict=True)]
-        mixed = attend(torch.cat(qkv, dim=1), self.num_heads).split([text.shape[1], image.shape[1]], dim=1)
+        # as many of the image's as come out of its layer: token merging leaves some out
+        mixed = attend(torch.cat(qkv, dim=1), self.num_heads).tensor_split([text.shape[1]], dim=1)
         outputs = []
         for stream, x, m, h in zip(streams, inputs, modulations, mixed, strict=True):
             x = x + m[2] * stream.attention_out(h)
