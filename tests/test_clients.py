@@ -625,4 +625,4 @@ class TestUnknown:
 
         for client in CLIENTS:
             assert callable(import_module(f"mgt_sampler.clients.{client.module}").replacements)
-        assert Acceleration(CLIENTS[0], (), {}, {}).client.name == "aMUSEd"
+        assert Acceleration(CLIENTS[0], ()).client.name == "aMUSEd"

@@ -6,6 +6,7 @@ import copy
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,9 @@ from .techniques import Differential, Extrapolation, guided_logits
 class Draw:
     """A draw from softmax((u + s (c - u) + noise_scale eps) / temperature), in one read of the logits.
 
-    See `mgt_kernels.sample_tokens`, which computes it, and `mgt_kernels.differential_sample`.
+    See `mgt_kernels.sample_tokens`, which computes it, and `mgt_kernels.differential_sample`. Logits of rows alone
+    (`Logits.rows`) give what those of all positions give, bit for bit. With them momentum carries on the positions that
+    the call before had too, and the other ones stay as they are.
 
     Attributes:
         temperature: of the draw, 0 for the likeliest token or at least 1e-30; a schedule, as for `generate`.
@@ -51,6 +54,7 @@ class Draw:
     momentum: ValueSchedule = 0.0
     forbidden: tuple[int, ...] = ()
     rows: str = "masked"
+    takes_rows = True
 
     def __post_init__(self) -> None:
         """Check the attributes."""
@@ -79,11 +83,20 @@ class Draw:
             state: of the generation.
             statistics: the names of those to return, see `mgt_kernels.Sampled`.
         """
+        if logits is not None and logits.rows is not None:
+            if self.rows == "all":
+                raise ValueError(
+                    "logits: expected those of all positions for a draw with rows 'all', which reads known ones, "
+                    "got rows alone"
+                )
+            if self.differential is not None or self.momentum != 0.0 or "extrapolation" in state.memory:
+                # what these remember has a place for every position
+                logits = logits.whole((state.tokens.shape[0], state.tokens.shape[1]))
         if self.momentum != 0.0 or "extrapolation" in state.memory:
             # the one of a step that raises must not be kept
             seen = copy.copy(state.memory.get("extrapolation") or Extrapolation())
             if logits is not None:
-                seen.observe(guided_logits(*logits))
+                seen.observe(guided_logits(logits.logits, logits.uncond_logits, logits.guidance_scale))
             logits = Logits(seen.logits(value_at("momentum", self.momentum, state)))
             state.memory["extrapolation"] = seen
         if logits is None:
@@ -100,16 +113,16 @@ class Draw:
             **state.draw_arguments,
         }
         if self.differential is None:
-            return sample_tokens(
-                logits.logits,
-                state.tokens,
-                top_k=self._top_k(logits.logits.shape[-1]),
-                top_p=self.top_p,
-                min_p=self.min_p,
-                rows=self.rows,
-                statistics=statistics,
-                **arguments,
-            )
+            arguments |= {
+                "top_k": self._top_k(logits.logits.shape[-1]),
+                "top_p": self.top_p,
+                "min_p": self.min_p,
+                "rows": self.rows,
+                "statistics": statistics,
+            }
+            if logits.rows is not None:
+                return _sample_rows(logits, state, arguments)
+            return sample_tokens(logits.logits, state.tokens, **arguments)
         if statistics:
             raise ValueError(f"score: differential sampling knows the logprob alone, not {', '.join(statistics)}")
         token_ids, logprob, state.memory["differential"] = differential_sample(
@@ -125,6 +138,33 @@ class Draw:
 
     def _top_k(self, vocabulary: int) -> int | None:
         return math.ceil(self.top_k * vocabulary) if isinstance(self.top_k, float) else self.top_k
+
+
+def _sample_rows(logits: Logits, state: State, arguments: dict[str, Any]) -> Sampled:
+    """`sample_tokens` of logits (R, V) as R samples of one position, each with its own seed and place."""
+    assert logits.rows is not None
+    rows, (batch_size, num_positions) = logits.rows, state.tokens.shape
+    sample = rows // num_positions
+    first = state.first_position
+    place = rows - sample * num_positions + (first[sample] if isinstance(first, Tensor) and first.ndim else first)
+    masks = torch.full_like(rows, state.mask_token_id)[:, None]
+    try:
+        drawn = sample_tokens(
+            logits.logits[:, None], masks, **{**arguments, "seed": state.seed[sample], "first_position": place}
+        )
+    except ValueError:
+        # the message of this one has the sample and the position, not the row
+        sample_tokens(logits.whole((batch_size, num_positions)).logits, state.tokens, **arguments)
+        raise
+
+    def placed(name: str, value: Tensor | None) -> Tensor | None:
+        if value is None:
+            return None
+        whole = state.tokens.flatten() if name in ("token_ids", "argmax") else value.new_full((), torch.inf)
+        whole = whole.expand(batch_size * num_positions).contiguous() if whole.ndim == 0 else whole.clone()
+        return whole.scatter_(0, rows, value[:, 0]).view(batch_size, num_positions)
+
+    return Sampled(*(placed(*item) for item in drawn._asdict().items()))  # type: ignore[arg-type]
 
 
 @lru_cache
@@ -147,6 +187,7 @@ class ScoredAt:
 
     draw: Draw
     score_temperature: float = 1.0
+    takes_rows = True
 
     @property
     def rows(self) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .arguments import kind, number
+from .deferred import DeferredLogits, tensor_of
 from .scheduler import Generators, MGTScheduler, MGTSchedulerOutput, flatten_logits
 from .techniques import ZSampling
 
@@ -95,7 +96,7 @@ class _Zigzag:
 
     def step(
         self,
-        model_output: Tensor,
+        model_output: Tensor | DeferredLogits,
         timestep: int | Tensor,
         sample: Tensor,
         starting_mask_ratio: float | Tensor = 1.0,
@@ -103,18 +104,24 @@ class _Zigzag:
         return_dict: bool = True,
     ) -> MGTSchedulerOutput | tuple[Tensor, Tensor]:
         """`MGTScheduler.step`, and for the steps of Z-Sampling what comes after it."""
-        now = int(timestep)
+        now, steps = int(timestep), self._scheduler.next_step
+        this_step = steps.get()
         prev_sample, drawn = self._step_once(model_output, now, sample, starting_mask_ratio, generator, False)
+        next_step = steps.get()
         run = self._scheduler.run_that_returned(prev_sample) if now else None
         if run is not None:
             assert run.state is not None
+            # the inverse pass has a guidance of its own, whatever the interval of the pipeline's
+            steps.set(None)
             remasked = self._z_sampling(
                 replace(run.state, tokens=sample.flatten(1)),
                 run.state,
                 lambda tokens, scale: self._inverse(tokens.view_as(sample), now, scale),
             )
+            steps.set(next_step, prev_sample)
             if remasked is not None:
                 remasked = remasked.view_as(sample)
+                steps.set(this_step, sample)
                 uncond_logits, logits = self._call(remasked)
                 if uncond_logits is not None:
                     logits = uncond_logits + self._guidance_scale * (logits - uncond_logits)
@@ -129,7 +136,8 @@ class _Zigzag:
             whole = not time.is_floating_point() if isinstance(time, Tensor) else isinstance(time, int)
             following["timestep"] = time * (now - 1) // now if whole else time * (now - 1) / now
         uncond_logits, logits = (
-            None if half is None else flatten_logits(half, tokens)[0] for half in self._call(tokens, **following)
+            None if half is None else flatten_logits(tensor_of(half), tokens)[0]
+            for half in self._call(tokens, **following)
         )
         assert logits is not None
         if uncond_logits is None:
@@ -143,8 +151,11 @@ class _Zigzag:
             return uncond_logits, None
         return logits, uncond_logits if guidance_scale != 1 else None
 
-    def _call(self, tokens: Tensor, **others: Any) -> tuple[Tensor | None, Tensor]:
-        """The transformer's unconditional (None without guidance) and conditional logits for other inputs."""
+    def _call(self, tokens: Tensor, **others: Any) -> tuple[Any, Any]:
+        """The transformer's unconditional (None without guidance) and conditional logits for other inputs.
+
+        Tensors, or what stands for them.
+        """
         args, kwargs = self._inputs
         factors: list[int] = []
 
@@ -167,7 +178,7 @@ class _Zigzag:
             output = self._transformer(*args, **{**kwargs, **others})
         finally:
             self._is_ours = False
-        if not isinstance(output, Tensor):
+        if not isinstance(output, (Tensor, DeferredLogits)):
             raise TypeError(f"pipe: expected a transformer that returns logits, got {type(output).__name__}")
         if factors == [1]:
             return None, output

@@ -107,7 +107,7 @@ class TruncatedNoise:
         """Draw; logprob is that of temperature 1."""
         if statistics or logits is None:
             raise ValueError("score: truncated noise knows the logprob alone, and takes no skipped steps")
-        guided, uncond_logits, scale = logits
+        guided, uncond_logits, scale, _ = logits
         if uncond_logits is not None:
             guided = uncond_logits + scale * (guided - uncond_logits)
         generators = [

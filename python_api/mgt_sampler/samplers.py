@@ -123,6 +123,7 @@ class _MomentDraw:
 
     draw: Draw
     alpha: ValueSchedule
+    takes_rows = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "alpha", frozen_values("temperature", self.alpha, 0.0))

@@ -24,7 +24,7 @@ from .schedules import (
     mask_ratios,
     schedule_values,
 )
-from .state import State
+from .state import Logits, State
 from .step import Drawn, Rule, begin, take_steps
 from .techniques import Differential, Extrapolation, ZSampling, check_steps
 
@@ -108,6 +108,7 @@ def generate(
     progress: bool = True,
     backend: str = "auto",
     cuda_graph: bool = False,
+    fold_head: bool = False,
 ) -> GenerateOutput:
     """Draw images from a masked generative transformer in T steps.
 
@@ -167,6 +168,12 @@ def generate(
             `differential` the first step is one of its own. The images are the same to the bit. `predict_logits` must
             be what a graph can hold: the same kernels at each step, nothing that waits for the device or copies from
             the host, no graphs of its own. Not with z_sampling, momentum and skip.
+        fold_head: combine the halves before the model's last layer, and apply that to the masked positions alone
+            (`head.folded_logits`): one product in place of two, and half the logits to read. The model has
+            `predict_hidden(tokens, condition) -> (B, N, C)` and `head`, the linear layer that makes logits of it. The
+            images are the same but where two tokens tie within the rounding of the logits. A `rule` that looks at known
+            positions again asks `predict_logits`; with momentum, a position that the last call did not have is drawn
+            from its logits as they are. On a GPU, each step waits for the number of masked positions.
 
     Returns:
         The tokens, the images, each sample's seed and the number of model calls. Where nothing is masked at the start
@@ -188,6 +195,8 @@ def generate(
             raise TypeError(f"{name}: expected a {expected.__name__} or None, got {kind(given)}")
     if not is_bool(cuda_graph):
         raise TypeError(f"cuda_graph: expected a bool, got {kind(cuda_graph)}")
+    if not is_bool(fold_head):
+        raise TypeError(f"fold_head: expected a bool, got {kind(fold_head)}")
     if not (callback is None or callable(callback)):
         raise TypeError(f"callback: expected a function or None, got {kind(callback)}")
     settings: dict[str, Any] = {
@@ -253,7 +262,19 @@ def generate(
     else:
         state = replace(state, tokens=tokens, backend=backend)
 
-    predictor = Predictor(model, condition, (batch_size, num_tokens, codebook_size), device)
+    shape = (batch_size, num_tokens, codebook_size)
+    if fold_head:
+        if getattr(rule.draw, "rows", "masked") == "all":
+            raise ValueError(
+                "fold_head: expected False with a draw of rows 'all', which reads known positions, got True"
+            )
+        if cuda_graph:
+            raise ValueError(
+                "fold_head: expected False with cuda_graph, for the masked positions are counted, got True"
+            )
+        predictor: Predictor = FoldedPredictor(model, condition, shape, device, mask_token_id)
+    else:
+        predictor = Predictor(model, condition, shape, device)
     if cuda_graph:
         check_graphs(device)
         if rule.revisit is not None or getattr(rule.draw, "momentum", 0.0) != 0.0 or skipped:
@@ -377,6 +398,56 @@ class Predictor:
         if logits.device.type != self._device.type:
             raise ValueError(f"model.predict_logits: expected logits on {self._device}, got them on {logits.device}")
         return logits if _unit_strides(logits) else logits.contiguous()
+
+
+class FoldedPredictor(Predictor):
+    """Calls the model but for its head, and applies that to what is masked; see `head.folded_logits`."""
+
+    def __init__(
+        self,
+        model: MaskedModel,
+        condition: Tensor | None,
+        shape: tuple[int, int, int],
+        device: torch.device,
+        mask_token_id: int,
+    ) -> None:
+        """Check the model's head."""
+        # which knows the quantized layers, and those this module
+        from .head import Head
+
+        super().__init__(model, condition, shape, device)
+        absent = [name for name in ("predict_hidden", "head") if not hasattr(model, name)]
+        if absent:
+            found = f"{kind(model)} without {', '.join(absent)}"
+            raise TypeError(f"fold_head: expected a model with predict_hidden and head, got {found}")
+        self._head = Head(model.head, "model.head")  # type: ignore[attr-defined]
+        self._mask_token_id = mask_token_id
+        if self._head.num_logits != shape[2]:
+            raise ValueError(f"model.head: expected {shape[2]} logits, one a code, got {self._head.num_logits}")
+
+    def look(self, tokens: Tensor, guidance_scale: float) -> Logits:
+        """The guided logits of the masked positions."""
+        rows = (tokens == self._mask_token_id).flatten().nonzero().squeeze(-1)
+        has_both = guidance_scale not in (0, 1) and self._condition is not None
+        hidden = self._hidden(tokens, None if guidance_scale == 0 else self._condition, rows)
+        uncond_hidden = self._hidden(tokens, None, rows) if has_both else None
+        logits = self._head.logits(hidden, uncond_hidden, guidance_scale)
+        if logits.dtype not in _LOGITS_DTYPES:
+            raise TypeError(f"model.head: expected float32, bfloat16 or float16, got {logits.dtype}")
+        return Logits(logits, rows=rows)
+
+    def _hidden(self, tokens: Tensor, condition: Tensor | None, rows: Tensor) -> Tensor:
+        """What the rows' hidden states are: copies, for the next call may write over the model's."""
+        self.num_calls += 1
+        hidden = self._model.predict_hidden(  # type: ignore[attr-defined]
+            tokens.clone(), None if condition is None else condition.clone()
+        )
+        if not isinstance(hidden, Tensor):
+            raise TypeError(f"model.predict_hidden: expected a tensor, got {kind(hidden)}")
+        expected = (*self._shape[:2], self._head.width)
+        if tuple(hidden.shape) != expected:
+            raise ValueError(f"model.predict_hidden: expected shape {expected}, got {tuple(hidden.shape)}")
+        return self._head.take(hidden, rows)
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:

@@ -17,7 +17,9 @@ from mgt_kernels.checks import BACKENDS
 from mgt_kernels.ops import Sampled
 
 from .arguments import integer, kind, number
+from .deferred import DeferredLogits
 from .draw import Draw
+from .interval import NextStep, Step
 from .sampling import check_all_drawn
 from .schedules import (
     check_num_inference_steps,
@@ -263,6 +265,7 @@ class MGTScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self.timesteps = None
         # appended to and removed from, but never replaced: threads may do so at once
         self._runs: list[_Run] = []
+        self.next_step = NextStep()
 
     def register_to_config(self, **kwargs: Any) -> None:
         """Change arguments of the constructor, for the runs that begin from now on.
@@ -324,11 +327,12 @@ class MGTScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             run.takes_any_sample = False
             if run.is_lost:
                 self._remove(run)
+        self.next_step.set(Step(0, num_inference_steps))
 
     @torch.no_grad()
     def step(
         self,
-        model_output: Tensor,
+        model_output: Tensor | DeferredLogits,
         timestep: int | Tensor,
         sample: Tensor,
         starting_mask_ratio: float | Tensor = 1.0,
@@ -341,7 +345,8 @@ class MGTScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         in memory, (B, V, H, W) in channels_last or in the default order among them, are read where they are.
 
         Args:
-            model_output: guided logits in nats, (B, V, H, W) or (B, N, V), float32, bfloat16 or float16.
+            model_output: guided logits in nats, (B, V, H, W) or (B, N, V), float32, bfloat16 or float16; or what stands
+                for them after `accelerate(pipe, head=True)`, of which the masked positions alone are computed.
             timestep: one of `timesteps`, T - 1 first and 0 last; a tensor on a GPU is waited for.
             sample: int64 (B, H, W) or (B, N): the tokens, mask_token_id where masked.
             starting_mask_ratio: share of the tokens that was masked when the run began, in [0, 1]; a tensor
@@ -362,10 +367,14 @@ class MGTScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                 masked until timestep 0, which raises for them.
         """
         at = _timestep(timestep)
-        logits, tokens = flatten_logits(model_output, sample)
+        settings = self._current_settings() if isinstance(model_output, DeferredLogits) else self._settings
+        logits, tokens = _look(model_output, sample, settings)
         check_generators(generator, len(tokens))
         share = _checked_share(starting_mask_ratio, len(tokens))
         run = self._run_of(at, sample, tokens, generator)
+        if run.settings != settings and isinstance(model_output, DeferredLogits):
+            # of a run that began before the config was changed
+            logits, _ = _look(model_output, sample, run.settings)
         index = run.timesteps.values().index(at)
         if index >= len(run.temperatures.values()):
             raise ValueError(
@@ -375,11 +384,13 @@ class MGTScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         # the product is rounded to float32, as in the original
         ratio = None if at == 0 else share * run.ratios[index]
         if run.settings.rng == "torch":
-            prev_sample, drawn = self._step_torch(run, logits, tokens, index, ratio, generator)
+            prev_sample, drawn = self._step_torch(run, logits.logits, tokens, index, ratio, generator)
         else:
             prev_sample, drawn = self._step_philox(run, logits, tokens, index, ratio)
         prev_sample, drawn = prev_sample.reshape(sample.shape), drawn.reshape(sample.shape)
         run.last_index, run.sample = index, weakref.ref(prev_sample)
+        num_steps = len(run.timesteps.values())
+        self.next_step.set(Step(index + 1, num_steps) if at and index + 1 < num_steps else None, prev_sample)
         if at == 0:
             self._remove(run)
         return MGTSchedulerOutput(prev_sample, drawn) if return_dict else (prev_sample, drawn)
@@ -414,6 +425,8 @@ class MGTScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """
         values = self._timesteps_and_temperatures()[0].values()
         index = _index(values, _timestep(timesteps))
+        # image-to-image goes on with the step after this one; at strength 1, which asks for the last, with the first
+        self.next_step.set(Step((index + 1) % len(values), len(values)))
         _check_sample(sample)
         check_generators(generator, len(sample))
         if isinstance(generator, (list, tuple)):
@@ -503,13 +516,13 @@ class MGTScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         return copied
 
     def _step_philox(
-        self, run: _Run, logits: Tensor, tokens: Tensor, index: int, ratio: float | Tensor | None
+        self, run: _Run, logits: Logits, tokens: Tensor, index: int, ratio: float | Tensor | None
     ) -> tuple[Tensor, Tensor]:
         assert run.state is not None
-        if logits.dtype not in _LOGITS_DTYPES:
-            raise TypeError(f"model_output: expected float32, bfloat16 or float16, got {logits.dtype}")
+        if logits.logits.dtype not in _LOGITS_DTYPES:
+            raise TypeError(f"model_output: expected float32, bfloat16 or float16, got {logits.logits.dtype}")
         run.ratio, run.temperature = ratio, run.temperatures.values()[index]
-        after, drawn = take_step(run.rule, Logits(logits), run.state.but(tokens=tokens, step=index))
+        after, drawn = take_step(run.rule, logits, run.state.but(tokens=tokens, step=index))
         if ratio is None:
             check_all_drawn("model_output", after.tokens, after.mask_token_id)
         # a step that raises leaves the run as it was
@@ -672,6 +685,19 @@ def _check_sample(sample: object) -> None:
         raise TypeError(f"sample: expected a tensor, got {type(sample).__name__}")
     if sample.dtype != torch.int64:
         raise TypeError(f"sample: expected int64, got {sample.dtype}")
+
+
+def _look(model_output: Tensor | DeferredLogits, sample: Tensor, settings: _Settings) -> tuple[Logits, Tensor]:
+    """The logits, of masked positions alone where they can be, and the sample as (B, N)."""
+    if isinstance(model_output, DeferredLogits):
+        _check_sample(sample)
+        # PyTorch's own draws are of all positions
+        folded = model_output.fold(sample, settings.mask_token_id) if settings.rng == "philox" else None
+        if folded is not None:
+            return folded, sample.flatten(1)
+        model_output = model_output.tensor()
+    logits, tokens = flatten_logits(model_output, sample)
+    return Logits(logits), tokens
 
 
 def flatten_logits(model_output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,21 +5,34 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 
 class Logits(NamedTuple):
-    """One look at the model: both halves, not yet combined.
+    """One look at the model: both halves, not yet combined; or the guided logits of some rows alone.
 
     Attributes:
-        logits: (B, N, V) nats, float32, bfloat16 or float16: the conditional half.
-        uncond_logits: (B, N, V), or None without guidance.
-        guidance_scale: s of u + s (c - u); 1 without guidance.
+        logits: (B, N, V) nats, float32, bfloat16 or float16: the conditional half. With rows (R, V): guided.
+        uncond_logits: (B, N, V), or None without guidance and with rows.
+        guidance_scale: s of u + s (c - u); 1 without guidance and with rows.
+        rows: int64 (R,), which positions the logits are of, b N + n, every masked one among them; None: all. See
+            `head.folded_logits`.
     """
 
     logits: Tensor
     uncond_logits: Tensor | None = None
     guidance_scale: float | Tensor = 1.0
+    rows: Tensor | None = None
+
+    def whole(self, shape: tuple[int, int]) -> Logits:
+        """The logits of all positions, (B, N) of them: NaN where there are none, so that who reads those is told."""
+        if self.rows is None:
+            return self
+        size = self.logits.shape[-1]
+        whole = self.logits.new_full((shape[0] * shape[1], size), torch.nan)
+        whole[self.rows] = self.logits
+        return Logits(whole.view(*shape, size))
 
 
 @dataclass

@@ -31,7 +31,8 @@ class Rule:
 
     Attributes:
         draw: (logits, state, names of statistics) -> `Sampled`: a token for every masked position. It may write to
-            state.memory. See `Draw`.
+            state.memory. One that has `takes_rows` is given logits of rows as they are (`Logits.rows`), any other with
+            all positions, NaN at known ones. See `Draw`.
         score: what orders the positions, higher is sooner: a name of SCORES, or (sampled, state) -> (B, N) float32;
             what it says of known positions is not looked at. See `order`.
         select: (sampled, score, state) -> tokens (B, N): which drawn tokens stay. Known positions have score +inf. See
@@ -109,6 +110,8 @@ def take_step(rule: Rule, logits: Logits | None, state: State) -> tuple[State, D
         The state with the step's tokens and one draw more, still of the same step; and what was drawn.
     """
     after = state.but()
+    if logits is not None and logits.rows is not None and not getattr(rule.draw, "takes_rows", False):
+        logits = logits.whole((state.tokens.shape[0], state.tokens.shape[1]))
     sampled = rule.draw(logits, after, rule.statistics)
     if rule.score == "logprob":
         score = sampled.logprob
@@ -136,7 +139,8 @@ def take_steps(
     Args:
         rule: how.
         predict: (tokens, guidance scale) -> the model's logits (B, N, V), and the unconditional ones, or None where the
-            scale is 0 or 1 and one half will do.
+            scale is 0 or 1 and one half will do. Where it has a method `look`, (tokens, guidance scale) -> `Logits`,
+            that is what steps call, and a revisit alone calls the function.
         state: where to go on.
         skip: steps that do without the model, as for `generate`.
     """
@@ -160,6 +164,10 @@ def take_steps(
 
 def look(predict: Predict, tokens: Tensor, scale: float) -> Logits:
     """One look at the model."""
+    own = getattr(predict, "look", None)
+    if own is not None:
+        found: Logits = own(tokens, scale)
+        return found
     logits, uncond_logits = predict(tokens, scale)
     return Logits(logits, uncond_logits, 1.0 if uncond_logits is None else scale)
 

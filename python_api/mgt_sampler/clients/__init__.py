@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, TypeVar
+
+from ..arguments import is_bool, kind
+from ..interval import check_interval
+from .parts import Part, put_all, take_off_all
 
 T = TypeVar("T")
 
@@ -22,6 +27,8 @@ class Client:
         replaces: what of the object draws with our kernels.
         source: where the project is.
         module: of this package, with a function `replacements(obj)` that gives the attributes to set on the object.
+        options: the keywords of `accelerate` that it takes; the module then has a function `parts(obj, replacements,
+            **options)` that gives what else is set, on the object and on what it holds.
     """
 
     name: str
@@ -29,6 +36,7 @@ class Client:
     replaces: str
     source: str
     module: str
+    options: tuple[str, ...] = ()
 
 
 CLIENTS = (
@@ -42,6 +50,7 @@ CLIENTS = (
         "scheduler",
         "diffusers, arXiv 2401.01808",
         "amused",
+        ("guidance_interval", "head"),
     ),
     Client(
         "Meissonic",
@@ -49,6 +58,7 @@ CLIENTS = (
         "scheduler",
         "github.com/viiika/Meissonic, arXiv 2410.08261",
         "amused",
+        ("guidance_interval", "head"),
     ),
     Client(
         "Halton-MaskGIT",
@@ -162,51 +172,87 @@ class Acceleration:
     Attributes:
         client: which project's class the object is of.
         replaced: the names of the object's attributes that are ours now.
+        options: the keywords that `accelerate` was given.
     """
 
     client: Client
     replaced: tuple[str, ...]
-    _ours: dict[str, Any]
-    # without those that the object did not have itself
-    _originals: dict[str, Any]
+    options: dict[str, Any] = field(default_factory=dict)
+    _parts: list[Part] = field(default_factory=list)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What else was replaced by what, a line each."""
+        return tuple(part.line for part in self._parts if part.line)
 
     def __str__(self) -> str:
         """Say what was replaced."""
-        return f"{self.client.name}: {', '.join(self.replaced)} ({self.client.replaces})"
+        first = f"{self.client.name}: {', '.join(self.replaced)} ({self.client.replaces})"
+        return "\n  ".join((first, *self.parts))
 
 
-def accelerate(obj: Any) -> Acceleration:
+def accelerate(obj: T, *, guidance_interval: Sequence[float] | None = None, head: bool = False) -> Acceleration:
     """Make a loaded model's own call draw with our kernels.
 
         accelerate(pipe)
         images = pipe("a cat", generator=torch.Generator().manual_seed(0)).images
 
-    The call keeps its signature and its outputs. Attributes are set on this object alone, never on its class or its
-    module. Where the object takes generators, a sample's draws are functions of its seed, the step, the position and
-    the token: they do not depend on the batch. They are others than the original's, from the same distribution; what
-    is greedy is equal.
+    The call keeps its signature and its outputs. Attributes are set on this object and on modules that it holds, never
+    on a class or a Python module. Where the object takes generators, a sample's draws are functions of its seed, the
+    step, the position and the token: they do not depend on the batch. They are others than the original's, from the
+    same distribution; what is greedy is equal.
 
     An object that is accelerated already stays as it is. It may be copied and pickled.
 
+    The keywords are for aMUSEd's and Meissonic's pipelines. With either, what their transformer returns without
+    gradients is no tensor but what stands for one (`deferred.DeferredLogits`) and becomes it where anything but the
+    pipeline's guidance is done with it. A hook that reads it there costs what was to be saved.
+
     Args:
         obj: what the user has loaded: an object of one of the classes that `mgt clients` lists.
+        guidance_interval: (start, end), 0 <= start <= end <= 1: at steps k of T where not start <= k / T < end, the
+            transformer is called with the conditional half alone, whose logits are then the guided ones
+            (arXiv 2404.07724). None: all steps are guided. Where the pipeline runs without guidance, nothing changes.
+        head: put the pipeline's guidance before the transformer's last layer, u + s (c - u) =
+            W (h_u + s (h_c - h_u)) + b, and compute the logits of masked positions alone (`head.folded_logits`). The
+            tokens are those without it but where two tie within the rounding of the logits. With a scheduler of
+            `rng="torch"`, which draws at all positions, nothing changes.
 
     Returns:
         What was replaced.
 
     Raises:
         TypeError: an object of another class; the message lists the classes that are known. Or an object whose parts
-            are not those that its class has by itself.
+            are not those that its class has by itself; keywords that its class does not take; a head that is not
+            linear, or a transformer whose head is not known.
+        ValueError: a keyword out of range, or other ones than the object was accelerated with; a head with hooks,
+            parametrizations, or a forward that was set on it; several activation scales for a quantized layer.
+
+        The object is then as it was.
     """
+    if not is_bool(head):
+        raise TypeError(f"head: expected a bool, got {kind(head)}")
+    options: dict[str, Any] = {"head": True} if head else {}
+    if guidance_interval is not None:
+        options["guidance_interval"] = check_interval(guidance_interval)
     before = vars(obj).get(ATTRIBUTE) if hasattr(obj, "__dict__") else None
     if isinstance(before, Acceleration):
+        if options and options != before.options:
+            had = ", ".join(f"{name}={value!r}" for name, value in before.options.items()) or "no keywords"
+            raise ValueError(f"{next(iter(options))}: expected {had}, as it is accelerated with; restore(obj) first")
         return before
     client = client_of(obj)
-    ours: dict[str, Any] = import_module(f".{client.module}", __name__).replacements(obj)
-    originals = {name: found for name in ours if (found := _own(obj, name)) is not None}
-    for name, value in ours.items():
-        setattr(obj, name, value)
-    done = Acceleration(client, tuple(ours), ours, originals)
+    for name in options:
+        if name not in client.options:
+            takes = [each.name for each in CLIENTS if name in each.options]
+            raise TypeError(f"{name}: expected none with {client.name}; {' and '.join(takes)} take it")
+    module = import_module(f".{client.module}", __name__)
+    ours: dict[str, Any] = module.replacements(obj)
+    parts = [Part(obj, name, value) for name, value in ours.items()]
+    if options:
+        parts += module.parts(obj, ours, **options)
+    put_all(parts)
+    done = Acceleration(client, tuple(ours), options, parts)
     object.__setattr__(obj, ATTRIBUTE, done)
     return done
 
@@ -225,20 +271,9 @@ def restore(obj: T) -> T:
     done = vars(obj).get(ATTRIBUTE) if hasattr(obj, "__dict__") else None
     if not isinstance(done, Acceleration):
         return obj
-    for name, ours in done._ours.items():
-        if _own(obj, name) is not ours:
-            continue
-        if name in done._originals:
-            setattr(obj, name, done._originals[name])
-        else:
-            object.__delattr__(obj, name)
+    take_off_all(done._parts)
     object.__delattr__(obj, ATTRIBUTE)
     return obj
-
-
-def _own(obj: Any, name: str) -> Any:
-    """An attribute that the object has itself, its class among them, or None."""
-    return type(obj) if name == "__class__" else vars(obj).get(name)
 
 
 def client_of(obj: Any) -> Client:
@@ -247,8 +282,8 @@ def client_of(obj: Any) -> Client:
     Raises:
         TypeError: none has its class.
     """
-    for kind in type(obj).__mro__:
-        path = f"{kind.__module__}.{kind.__qualname__}"
+    for found in type(obj).__mro__:
+        path = f"{found.__module__}.{found.__qualname__}"
         for client in CLIENTS:
             if any(path == known or path.endswith("." + known) for known in client.classes):
                 return client

@@ -22,7 +22,12 @@ _NAMES = ("fashion",)
 
 @runtime_checkable
 class MaskedModel(Protocol):
-    """What the sampler asks of a masked generative model: two methods and three numbers."""
+    """What the sampler asks of a masked generative model: two methods and three numbers.
+
+    A model whose last layer is linear may also have what `generate(fold_head=True)` asks for: `head`, that layer, and
+    `predict_hidden(tokens, condition) -> (B, N, C)`, what the layer is given, so that `head(predict_hidden(...))` is
+    `predict_logits(...)`.
+    """
 
     num_tokens: int
     """N, the number of image tokens."""

@@ -226,13 +226,17 @@ class Transformer(nn.Module):
         Returns:
             Logits in nats, (B, N, codebook_size): no column for the mask token.
         """
+        return self.head(self.hidden(tokens, condition))
+
+    def hidden(self, tokens: Tensor, condition: Tensor) -> Tensor:
+        """Hidden states, (B, N, width), of which the head makes logits; arguments as for `forward`."""
         side = self.config.grid_size
         x = self.token_embedding(tokens) + self.position_embedding
         grid = x.transpose(1, 2).unflatten(2, (side, side))
         x = x + self.neighbours(grid).flatten(2).transpose(1, 2)
         for block in self.blocks:
             x = block(x, condition)
-        return self.head(self.norm(x))
+        return self.norm(x)
 
 
 class Classifier(nn.Module):
@@ -392,6 +396,22 @@ class FashionModel:
         Raises:
             ValueError: tokens or condition of the wrong shape, or out of range.
         """
+        return self.transformer(*self._inputs(tokens, condition))
+
+    @torch.no_grad()
+    def predict_hidden(self, tokens: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Predict the hidden states of every position, (B, N, width), of which `head` makes logits.
+
+        Arguments and errors are those of `predict_logits`.
+        """
+        return self.transformer.hidden(*self._inputs(tokens, condition))
+
+    @property
+    def head(self) -> nn.Module:
+        """The last layer."""
+        return self.transformer.head
+
+    def _inputs(self, tokens: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
         self._check_tokens(tokens, self.mask_token_id)
         if condition is None:
             condition = torch.full((tokens.shape[0],), self.num_classes, device=self.device)
@@ -401,7 +421,7 @@ class FashionModel:
                     f"condition: expected shape ({tokens.shape[0]},), one class a sample; got {tuple(condition.shape)}"
                 )
             _check_range("condition", condition, self.num_classes - 1)
-        return self.transformer(tokens.to(self.device).long(), condition.to(self.device).long())
+        return tokens.to(self.device).long(), condition.to(self.device).long()
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
