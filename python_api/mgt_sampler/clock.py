@@ -32,11 +32,6 @@ def now() -> Moment | None:
     return _NOW.get()
 
 
-def set_step(step: int, num_inference_steps: int) -> None:
-    """Say which step comes next, until this is said again; T for none."""
-    _NOW.set(Moment(step, num_inference_steps, step) if step < num_inference_steps else None)
-
-
 @contextmanager
 def at_step(step: int, num_inference_steps: int, number: int | Tensor | None = None) -> Iterator[None]:
     """Say which step the model is called for, inside the `with` alone."""

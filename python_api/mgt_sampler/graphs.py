@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from .clock import at_step
 from .counts import Ratio
 from .draw import Draw
 from .schedules import mask_ratios, schedule_values
@@ -110,7 +111,8 @@ class GraphedSteps:
 
     def _run(self, k: int) -> Drawn:
         tokens = self._state.tokens
-        logits, uncond_logits = self._predict(tokens, self._schedules.guidance_scale[k])
+        with at_step(k, self._state.num_inference_steps, self._step.reshape(())):
+            logits, uncond_logits = self._predict(tokens, self._schedules.guidance_scale[k])
         scale = 1.0 if uncond_logits is None else self._value("guidance_scale")
         # of a longer run, for the last step of a run does not mask, and a graph is for all steps of its kind
         longer = self._state.num_inference_steps + 1

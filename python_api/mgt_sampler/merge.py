@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,8 +127,8 @@ class MergedBlocks:
         logits = transformer(tokens, ...)
         merged.remove()
 
-    Everything is done by hooks on the transformer, its blocks and their parts, so that quantized layers, adapters and
-    other hooks stay in effect. Several threads may call the transformer at once. Nothing of a forward pass is left
+    It is done by hooks on the blocks and their parts, so that quantized layers, adapters and other hooks stay in
+    effect. Several threads may call the transformer at once. Nothing of a forward pass is left
     after it, whether it returns or raises.
     """
 
@@ -138,9 +139,10 @@ class MergedBlocks:
         *,
         layouts: Sequence[BlockLayout] = KNOWN_BLOCKS,
         grid: tuple[int, int] | None = None,
+        moment: Callable[[], clock.Moment | None] = clock.now,
         backend: str = "auto",
     ) -> None:
-        """Hang the hooks on a transformer.
+        """Hang the hooks on a transformer, and put a forward around its own.
 
         Args:
             transformer: whose blocks are of a kind in layouts, and whose first argument of integers is the tokens:
@@ -148,6 +150,7 @@ class MergedBlocks:
             merging: a `TokenMerging`, or the ratio of one.
             layouts: of the kinds of blocks; a model of one's own needs a `BlockLayout` for its blocks.
             grid: (height, width) of the tokens in the blocks, where the transformer's input does not tell.
+            moment: tells which step the transformer is called for; by default what `generate` says.
             backend: of `mgt_kernels`.
 
         Raises:
@@ -157,6 +160,7 @@ class MergedBlocks:
         """
         self.merging = TokenMerging.of(merging)
         self._grid = grid
+        self._moment = moment
         self._backend = backend
         self._passes: dict[int, _Pass] = {}
         self._transformer = transformer
@@ -167,8 +171,8 @@ class MergedBlocks:
         blocks = find_blocks(transformer, layouts, self.merging.single_stream)
         self.num_blocks = len(blocks)
         self._check(blocks)
-        transformer.register_forward_pre_hook(self._begin, with_kwargs=True)
-        transformer.register_forward_hook(self._end, always_call=True)
+        self._forward = MergedForward(self, transformer)
+        transformer.forward = self._forward  # type: ignore[method-assign]
         self._layouts = {block: layout for block, layout in blocks}
         for block, layout in blocks:
             block.register_forward_pre_hook(self._enter_block, with_kwargs=True)
@@ -188,14 +192,18 @@ class MergedBlocks:
                 self._attentions.append(attention)
 
     def remove(self) -> None:
-        """Take the hooks off again."""
+        """Take all of it off again; a forward that somebody has put around since then stays."""
+        if vars(self._transformer).get("forward") is self._forward:
+            if self._forward.before is None:
+                del self._transformer.forward
+            else:
+                self._transformer.forward = self._forward.before  # type: ignore[method-assign]
         for module in self._transformer.modules():
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
                 for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
                     # the tables beside say of each key what it takes
                     del hooks[key]
-                    for flags in ("_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called"):
-                        getattr(module, flags).pop(key, None)
+                    module._forward_pre_hooks_with_kwargs.pop(key, None)
         for attention in self._attentions:
             if isinstance(attention.processor, MergedAttention) and attention.processor.owner is self:
                 attention.processor = attention.processor.before
@@ -261,7 +269,8 @@ class MergedBlocks:
 
     # the hooks
 
-    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Begin a forward pass of this thread, called with these arguments."""
         given = [
             x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dtype == torch.int64 and x.ndim >= 2
         ]
@@ -275,7 +284,8 @@ class MergedBlocks:
         grid = (tokens.shape[1], tokens.shape[2]) if tokens.ndim == 3 else None
         self._passes[threading.get_ident()] = _Pass(num_text_tokens, grid)
 
-    def _end(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+    def end(self) -> None:
+        """End it."""
         self._passes.pop(threading.get_ident(), None)
 
     def _enter_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -295,7 +305,7 @@ class MergedBlocks:
             now.layout = None
 
     def _matched(self, image: Tensor, input_grid: tuple[int, int] | None) -> Match | None:
-        merging, moment = self.merging, clock.now()
+        merging, moment = self.merging, self._moment()
         chosen: dict[str, Any] = {"threshold": merging.threshold}
         if merging.threshold is None:
             chosen = {"ratio": merging.ratio_at(moment)}
@@ -370,6 +380,34 @@ class MergedBlocks:
         if isinstance(output, tuple):
             return (self._unmerged(now, output[0]), *output[1:])
         return self._unmerged(now, output)
+
+
+class MergedForward:
+    """The forward of a transformer whose blocks merge tokens: it begins and ends what one pass knows."""
+
+    def __init__(self, blocks: MergedBlocks, transformer: nn.Module) -> None:
+        """Take the forward that was set on the transformer before, or else that of its class."""
+        self._blocks, self._transformer = blocks, transformer
+        self.before = vars(transformer).get("forward")
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """That of the transformer's own forward."""
+        return inspect.signature(self._original)
+
+    @property
+    def _original(self) -> Callable[..., Any]:
+        if self.before is not None:
+            return self.before  # type: ignore[no-any-return]
+        return type(self._transformer).forward.__get__(self._transformer)  # type: ignore[no-any-return]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the transformer; nothing of the pass is left, whether it returns or raises."""
+        self._blocks.begin(args, kwargs)
+        try:
+            return self._original(*args, **kwargs)
+        finally:
+            self._blocks.end()
 
 
 def _hooks_of(module: nn.Module) -> list[Any]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mgt_kernels.ops import Sampled
 
+from .clock import at_step
 from .draw import Draw
 from .schedules import ValueSchedule, frozen_values, value_at
 from .selection import MaskLowest
@@ -146,18 +147,19 @@ def take_steps(
     """
     while state.step < state.num_inference_steps and not (rule.ends_early and state.is_done()):
         k, before = state.step, state
-        if k in skip:
-            state, drawn = take_step(rule, None, before)
-            draws: tuple[Drawn, ...] = (drawn,)
-        else:
-            scale = value_at("guidance_scale", rule.guidance_scale, state)
-            state, drawn = take_step(rule, look(predict, state.tokens, scale), before)
-            draws = (drawn,)
-            tokens = None if rule.revisit is None else rule.revisit(before, state, predict)
-            if tokens is not None:
-                again = state.but(tokens=tokens)
-                state, drawn = take_step(rule, look(predict, tokens, scale), again)
-                draws = (*draws, drawn)
+        with at_step(k, state.num_inference_steps):
+            if k in skip:
+                state, drawn = take_step(rule, None, before)
+                draws: tuple[Drawn, ...] = (drawn,)
+            else:
+                scale = value_at("guidance_scale", rule.guidance_scale, state)
+                state, drawn = take_step(rule, look(predict, state.tokens, scale), before)
+                draws = (drawn,)
+                tokens = None if rule.revisit is None else rule.revisit(before, state, predict)
+                if tokens is not None:
+                    again = state.but(tokens=tokens)
+                    state, drawn = take_step(rule, look(predict, tokens, scale), again)
+                    draws = (*draws, drawn)
         state.step = k + 1
         yield state, draws
 

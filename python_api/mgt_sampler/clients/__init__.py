@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
+from pathlib import Path
 from typing import Any, TypeVar
 
 from ..arguments import is_bool, kind
 from ..interval import check_interval
+from ..merge import TokenMerging
 from .parts import Part, put_all, take_off_all
 
 T = TypeVar("T")
@@ -50,7 +52,7 @@ CLIENTS = (
         "scheduler",
         "diffusers, arXiv 2401.01808",
         "amused",
-        ("guidance_interval", "head"),
+        ("merge", "quantize", "guidance_interval", "head"),
     ),
     Client(
         "Meissonic",
@@ -58,7 +60,7 @@ CLIENTS = (
         "scheduler",
         "github.com/viiika/Meissonic, arXiv 2410.08261",
         "amused",
-        ("guidance_interval", "head"),
+        ("merge", "quantize", "guidance_interval", "head"),
     ),
     Client(
         "Halton-MaskGIT",
@@ -191,7 +193,14 @@ class Acceleration:
         return "\n  ".join((first, *self.parts))
 
 
-def accelerate(obj: T, *, guidance_interval: Sequence[float] | None = None, head: bool = False) -> Acceleration:
+def accelerate(
+    obj: T,
+    *,
+    merge: Any = None,
+    quantize: Any = None,
+    guidance_interval: Sequence[float] | None = None,
+    head: bool = False,
+) -> Acceleration:
     """Make a loaded model's own call draw with our kernels.
 
         accelerate(pipe)
@@ -210,6 +219,12 @@ def accelerate(obj: T, *, guidance_interval: Sequence[float] | None = None, head
 
     Args:
         obj: what the user has loaded: an object of one of the classes that `mgt clients` lists.
+        merge: a ratio in [0, 0.75], a schedule of one, or a `TokenMerging`: the transformer's blocks merge so many of
+            the image's tokens (arXiv 2411.10781). None: don't.
+        quantize: a file that `save_quantized` wrote for this transformer, or inputs of it, as for
+            `mgt_sampler.quantize`, with which it is calibrated now: the pipeline gets a quantized copy. The original
+            transformer stays in memory for `restore`; to spare that, load a quantized one in the first place. None:
+            don't.
         guidance_interval: (start, end), 0 <= start <= end <= 1: at steps k of T where not start <= k / T < end, the
             transformer is called with the conditional half alone, whose logits are then the guided ones
             (arXiv 2404.07724). None: all steps are guided. Where the pipeline runs without guidance, nothing changes.
@@ -233,11 +248,17 @@ def accelerate(obj: T, *, guidance_interval: Sequence[float] | None = None, head
     if not is_bool(head):
         raise TypeError(f"head: expected a bool, got {kind(head)}")
     options: dict[str, Any] = {"head": True} if head else {}
+    if merge is not None:
+        options["merge"] = TokenMerging.of(merge)
+    if quantize is not None:
+        is_file = isinstance(quantize, (str, Path))
+        # of a calibration the acceleration keeps no more than that there was one
+        options["quantize"] = str(quantize) if is_file else "calibration"
     if guidance_interval is not None:
         options["guidance_interval"] = check_interval(guidance_interval)
     before = vars(obj).get(ATTRIBUTE) if hasattr(obj, "__dict__") else None
     if isinstance(before, Acceleration):
-        if options and options != before.options:
+        if options and (options != before.options or options.get("quantize") == "calibration"):
             had = ", ".join(f"{name}={value!r}" for name, value in before.options.items()) or "no keywords"
             raise ValueError(f"{next(iter(options))}: expected {had}, as it is accelerated with; restore(obj) first")
         return before
@@ -250,7 +271,8 @@ def accelerate(obj: T, *, guidance_interval: Sequence[float] | None = None, head
     ours: dict[str, Any] = module.replacements(obj)
     parts = [Part(obj, name, value) for name, value in ours.items()]
     if options:
-        parts += module.parts(obj, ours, **options)
+        given = {**options, "quantize": quantize} if quantize is not None else options
+        parts += module.parts(obj, ours, **given)
     put_all(parts)
     done = Acceleration(client, tuple(ours), options, parts)
     object.__setattr__(obj, ATTRIBUTE, done)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..merge import MergedBlocks
 
 
 @dataclass(eq=False)
@@ -40,6 +43,35 @@ class Part:
             setattr(self.owner, self.name, self._before[0])
         else:
             object.__delattr__(self.owner, self.name)
+
+
+@dataclass(eq=False)
+class LatePart(Part):
+    """An attribute whose value is made when it is set, from what was set before it."""
+
+    make: Callable[[], Any] | None = None
+
+    def put(self) -> None:
+        """Make the value and set it."""
+        assert self.make is not None
+        self.value, self.make = self.make(), None
+        super().put()
+
+
+@dataclass(eq=False)
+class MergePart(Part):
+    """Token merging in the blocks of a transformer, the owner; the value is the `MergedBlocks`, once they are."""
+
+    make: Callable[[], MergedBlocks] | None = None
+
+    def put(self) -> None:
+        """Hang the hooks."""
+        assert self.make is not None
+        self.value, self.make = self.make(), None
+
+    def take_off(self) -> None:
+        """Take them off."""
+        self.value.remove()
 
 
 def put_all(parts: Iterable[Part]) -> None:
