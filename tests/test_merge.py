@@ -6,7 +6,7 @@ import pickle
 import threading
 
 import pytest
-import tiny_meissonic
+import tiny_blocks
 import torch
 from torch import nn
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def meissonic():
-    return tiny_meissonic.transformer()
+    return tiny_blocks.transformer()
 
 
 @pytest.fixture(scope="module")
@@ -52,18 +52,18 @@ SETTINGS = [
 
 @pytest.mark.parametrize("merging", SETTINGS, ids=str)
 def test_meissonics_blocks_compute_what_plain_steps_do(meissonic, merging):
-    inputs = tiny_meissonic.inputs(meissonic)
+    inputs = tiny_blocks.inputs(meissonic)
     plain = called(meissonic, inputs)
     found = merged(meissonic, inputs, merging)
     with torch.no_grad():
-        expected = tiny_meissonic.merged_by_hand(meissonic, inputs, merging)
+        expected = tiny_blocks.merged_by_hand(meissonic, inputs, merging)
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
     assert (found - plain).abs().max() > 1e-2
     assert torch.equal(called(meissonic, inputs), plain)
 
 
 def test_ratio_0_changes_no_bit(meissonic, fashion):
-    inputs = tiny_meissonic.inputs(meissonic)
+    inputs = tiny_blocks.inputs(meissonic)
     assert torch.equal(merged(meissonic, inputs, 0.0), called(meissonic, inputs))
     tokens, condition = torch.full((2, 196), 128), torch.tensor([1, 2])
     given = {"tokens": tokens, "condition": condition}
@@ -72,7 +72,7 @@ def test_ratio_0_changes_no_bit(meissonic, fashion):
 
 def test_a_match_that_leaves_out_nothing_changes_no_bit(meissonic):
     """By a threshold that none reaches, with our attention in the place of diffusers'."""
-    inputs = tiny_meissonic.inputs(meissonic)
+    inputs = tiny_blocks.inputs(meissonic)
     found = merged(meissonic, inputs, TokenMerging(threshold=1.0, single_stream=True, proportional=True))
     torch.testing.assert_close(found, called(meissonic, inputs), atol=2e-6, rtol=1e-5)
 
@@ -81,17 +81,17 @@ def test_a_match_that_leaves_out_nothing_changes_no_bit(meissonic):
     "merging", [*SETTINGS, TokenMerging(threshold=0.8), TokenMerging(threshold=0.8, proportional=True)], ids=str
 )
 def test_a_sample_does_not_depend_on_its_batch(meissonic, merging):
-    inputs = tiny_meissonic.inputs(meissonic, batch=3)
+    inputs = tiny_blocks.inputs(meissonic, batch=3)
     together = merged(meissonic, inputs, merging)
     for b in range(3):
-        alone = merged(meissonic, tiny_meissonic.sample(inputs, b), merging)
+        alone = merged(meissonic, tiny_blocks.sample(inputs, b), merging)
         # PyTorch's products of other sizes round otherwise
         torch.testing.assert_close(together[b : b + 1], alone, atol=2e-5, rtol=1e-4)
 
 
 def test_a_threshold_leaves_samples_their_own_number_of_rows(meissonic):
     """Rows without tokens are not attended to: one sample has duplicates, the other none."""
-    inputs = tiny_meissonic.inputs(meissonic, batch=2)
+    inputs = tiny_blocks.inputs(meissonic, batch=2)
     inputs["hidden_states"][0] = 3
     merging = TokenMerging(threshold=0.999, destinations="top_left")
     sizes = []
@@ -101,7 +101,7 @@ def test_a_threshold_leaves_samples_their_own_number_of_rows(meissonic):
     )
     together = called(meissonic, inputs)
     handle.remove()
-    alone = [called(meissonic, tiny_meissonic.sample(inputs, b)) for b in range(2)]
+    alone = [called(meissonic, tiny_blocks.sample(inputs, b)) for b in range(2)]
     blocks.remove()
     assert (sizes[0][0] > 0).sum() < (sizes[0][1] > 0).sum() == 16
     torch.testing.assert_close(together, torch.cat(alone), atol=2e-5, rtol=1e-4)
@@ -109,7 +109,7 @@ def test_a_threshold_leaves_samples_their_own_number_of_rows(meissonic):
 
 def test_no_match_outlives_a_forward_pass(meissonic):
     """The published code keeps its maps from one call to the next; kept maps are another model."""
-    first, second = tiny_meissonic.inputs(meissonic, seed=1), tiny_meissonic.inputs(meissonic, seed=2)
+    first, second = tiny_blocks.inputs(meissonic, seed=1), tiny_blocks.inputs(meissonic, seed=2)
     merging = TokenMerging(0.5, every=100)
     fresh = merged(meissonic, second, merging)
     blocks = MergedBlocks(meissonic, merging)
@@ -131,7 +131,7 @@ def test_no_match_outlives_a_forward_pass(meissonic):
 
 
 def test_a_pass_that_raises_leaves_nothing(meissonic):
-    inputs = tiny_meissonic.inputs(meissonic)
+    inputs = tiny_blocks.inputs(meissonic)
     expected = merged(meissonic, inputs, 0.5)
     blocks = MergedBlocks(meissonic, 0.5)
     handle = meissonic.transformer_blocks[1].ff.register_forward_hook(lambda *_: 1 / 0)
@@ -154,7 +154,7 @@ def test_blocks_share_a_match_as_often_as_asked(meissonic):
     for every in (1, 2, 3, 100):
         counts.clear()
         blocks = Counting(meissonic, TokenMerging(0.5, single_stream=True, every=every))
-        called(meissonic, tiny_meissonic.inputs(meissonic))
+        called(meissonic, tiny_blocks.inputs(meissonic))
         blocks.remove()
         assert blocks.num_blocks == num_blocks
         assert len(counts) == math.ceil(num_blocks / every)
@@ -163,7 +163,7 @@ def test_blocks_share_a_match_as_often_as_asked(meissonic):
 
 
 def test_steps_change_the_corners_and_the_ratio(meissonic):
-    inputs = tiny_meissonic.inputs(meissonic)
+    inputs = tiny_blocks.inputs(meissonic)
     blocks = MergedBlocks(meissonic, TokenMerging((0.0, 0.75)))
     plain_first = []
     for k in range(3):
@@ -183,7 +183,7 @@ def test_steps_change_the_corners_and_the_ratio(meissonic):
 
 def test_threads_share_a_transformer(meissonic):
     """With one setting each call has its own match."""
-    calls = [tiny_meissonic.inputs(meissonic, seed=seed) for seed in range(4)]
+    calls = [tiny_blocks.inputs(meissonic, seed=seed) for seed in range(4)]
     expected = [merged(meissonic, inputs, 0.5) for inputs in calls]
     blocks = MergedBlocks(meissonic, 0.5)
     found = [None] * 4
@@ -203,7 +203,7 @@ def test_threads_share_a_transformer(meissonic):
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
 def test_copies_merge_too_and_can_be_put_right(meissonic, copied):
-    inputs = tiny_meissonic.inputs(meissonic)
+    inputs = tiny_blocks.inputs(meissonic)
     plain = called(meissonic, inputs)
     blocks = MergedBlocks(meissonic, 0.5)
     other, its_blocks = copied((meissonic, blocks))
@@ -348,4 +348,4 @@ def test_a_transformer_that_cannot_be_merged_stays_as_it_was(meissonic, fashion)
     blocks.remove()
     assert hooks(meissonic) == 0
     with pytest.raises(ValueError, match="grid: expected even sides, which 2 x 2 cells tile"):
-        merged(meissonic, tiny_meissonic.inputs(meissonic, height=6, width=8), 0.5)
+        merged(meissonic, tiny_blocks.inputs(meissonic, height=6, width=8), 0.5)

@@ -11,10 +11,10 @@ from .transformer import Transformer2DModel
 __all__ = ["Transformer2DModel", "inputs", "merged_by_hand", "sample", "transformer"]
 
 
-def transformer(seed=0):
+def transformer(seed=0, **sizes):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = Transformer2DModel().eval().requires_grad_(False)
+        model = Transformer2DModel(**sizes).eval().requires_grad_(False)
         # sharp enough that blocks make a difference
         for name, parameter in model.named_parameters():
             if name.endswith("weight") and parameter.ndim == 2:

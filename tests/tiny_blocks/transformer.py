@@ -82,19 +82,30 @@ class ConvMlmLayer(nn.Module):
 
 
 class Transformer2DModel(nn.Module):
-    """Tokens (B, H, W), of which blocks take 2 x 2 for one, to logits (B, V, H, W)."""
+    """Tokens (B, H, W), of which blocks take `patch` x `patch` for one, to logits (B, V, H, W)."""
 
-    def __init__(self, codebook_size=24, num_layers=3, num_single_layers=3):
+    def __init__(self, codebook_size=24, mask_token_id=24, patch=2, num_text=8, num_pooled=8, num_layers=3):
         super().__init__()
-        self.embed = nn.Embedding(codebook_size + 1, WIDTH)
-        self.down_block = nn.Conv2d(WIDTH, WIDTH, 2, stride=2)
-        self.context_embedder, self.time_embedder = nn.Linear(8, WIDTH), nn.Linear(8, WIDTH)
+        self.patch = patch
+        self.embed = nn.Embedding(mask_token_id + 1, WIDTH)
+        self.down_block = nn.Conv2d(WIDTH, WIDTH, patch, stride=patch)
+        self.context_embedder, self.time_embedder = nn.Linear(num_text, WIDTH), nn.Linear(num_pooled, WIDTH)
         self.transformer_blocks = nn.ModuleList(TransformerBlock() for _ in range(num_layers))
-        self.single_transformer_blocks = nn.ModuleList(SingleTransformerBlock() for _ in range(num_single_layers))
-        self.up_block = nn.ConvTranspose2d(WIDTH, WIDTH, 2, stride=2)
+        self.single_transformer_blocks = nn.ModuleList(SingleTransformerBlock() for _ in range(num_layers))
+        self.up_block = nn.ConvTranspose2d(WIDTH, WIDTH, patch, stride=patch)
         self.mlm_layer = ConvMlmLayer(codebook_size)
 
-    def forward(self, hidden_states, encoder_hidden_states, pooled_projections, img_ids, txt_ids, timestep):
+    def forward(
+        self,
+        hidden_states,
+        encoder_hidden_states,
+        pooled_projections,
+        img_ids,
+        txt_ids,
+        timestep,
+        micro_conds=None,
+        joint_attention_kwargs=None,
+    ):
         image, text, time, rotary = self.begin(
             hidden_states, encoder_hidden_states, pooled_projections, img_ids, txt_ids, timestep
         )
@@ -103,7 +114,9 @@ class Transformer2DModel(nn.Module):
         both = torch.cat([text, image], dim=1)
         for block in self.single_transformer_blocks:
             both = block(hidden_states=both, temb=time, image_rotary_emb=rotary)
-        return self.end(both[:, text.shape[1] :], (hidden_states.shape[1] // 2, hidden_states.shape[2] // 2))
+        return self.end(
+            both[:, text.shape[1] :], (hidden_states.shape[1] // self.patch, hidden_states.shape[2] // self.patch)
+        )
 
     def begin(self, hidden_states, encoder_hidden_states, pooled_projections, img_ids, txt_ids, timestep):
         image = self.down_block(self.embed(hidden_states).permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
