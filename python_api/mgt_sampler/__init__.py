@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .sampling import GenerateOutput, SamplerStep, generate
 from .state import State
-from .step import Rule, begin, take_steps
+from .step import Rule, begin, take_step, take_steps
 from .techniques import Correction, Differential, ZSampling
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .clients import Acceleration as Acceleration
     from .clients import accelerate as accelerate
     from .clients import restore as restore
+    from .head import folded_logits as folded_logits
     from .models import load_model as load_model
     from .pipelines import z_sample as z_sample
     from .quantization import CalibrationInput as CalibrationInput
@@ -64,6 +65,7 @@ __all__ = [
     "activation_scales",
     "begin",
     "calibrate_schedule",
+    "folded_logits",
     "generate",
     "generate_text",
     "load_model",
@@ -75,6 +77,7 @@ __all__ = [
     "sampler_trajectories",
     "samplers",
     "save_quantized",
+    "take_step",
     "take_steps",
     "z_sample",
 ]
@@ -94,6 +97,7 @@ _LAZY = {
     "accelerate": ".clients",
     "activation_scales": ".quantization",
     "calibrate_schedule": ".calibration",
+    "folded_logits": ".head",
     "generate_text": ".text",
     "load_model": ".models",
     "load_quantized": ".quantization",

@@ -44,7 +44,9 @@ class DeferredLogits:
     def tensor(self) -> Tensor:
         """The logits."""
         if self._value is None:
-            self._value = self._compute()
+            # the transformer was called without gradients
+            with torch.no_grad():
+                self._value = self._compute()
         return self._value
 
     @property
