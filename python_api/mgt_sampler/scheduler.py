@@ -142,7 +142,7 @@ class _Run:
 
     last_index: int = -1
     sample: weakref.ref[Tensor] | None = None
-    """What the last step returned: whoever has it may go on with the run."""
+    """What the last step returned, or the first one began with: whoever has it may go on with the run."""
 
     takes_any_sample: bool = True
     """Whether a step of the same generator belongs to this run even if its sample is another."""
@@ -468,6 +468,8 @@ class MGTScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                 other.takes_any_sample = False
                 if other.is_lost:
                     self._remove(other)
+        # until the step returns another: a thread that begins a run of its own meanwhile must not take this one for lost
+        run.sample = weakref.ref(sample)
         self._runs.append(run)
         return run
 
