@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from .clients import accelerate as accelerate
     from .clients import restore as restore
     from .head import folded_logits as folded_logits
+    from .merge import MergedBlocks as MergedBlocks
+    from .merge import TokenMerging as TokenMerging
     from .models import load_model as load_model
     from .pipelines import z_sample as z_sample
     from .quantization import CalibrationInput as CalibrationInput
@@ -53,6 +55,7 @@ __all__ = [
     "LayerReport",
     "MGTScheduler",
     "MGTSchedulerOutput",
+    "MergedBlocks",
     "QuantizationReport",
     "Rule",
     "SamplerStep",
@@ -60,6 +63,7 @@ __all__ = [
     "State",
     "TextOutput",
     "TextStep",
+    "TokenMerging",
     "ZSampling",
     "accelerate",
     "activation_scales",
@@ -90,10 +94,12 @@ _LAZY = {
     "LayerReport": ".quantization",
     "MGTScheduler": ".scheduler",
     "MGTSchedulerOutput": ".scheduler",
+    "MergedBlocks": ".merge",
     "QuantizationReport": ".quantization",
     "ScaledModel": ".quantization",
     "TextOutput": ".text",
     "TextStep": ".text",
+    "TokenMerging": ".merge",
     "accelerate": ".clients",
     "activation_scales": ".quantization",
     "calibrate_schedule": ".calibration",

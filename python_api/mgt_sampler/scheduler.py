@@ -468,7 +468,7 @@ class MGTScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                 other.takes_any_sample = False
                 if other.is_lost:
                     self._remove(other)
-        # until the step returns another: a thread that begins a run of its own meanwhile must not take this one for lost
+        # until the step returns another: a thread that begins a run meanwhile must not take this one for lost
         run.sample = weakref.ref(sample)
         self._runs.append(run)
         return run

@@ -22,13 +22,13 @@ def transformer(seed=0, **sizes):
     return model
 
 
-def inputs(model, batch=2, height=8, width=8, seed=0):
+def inputs(model, batch=2, height=8, width=8, seed=0, patch=2, num_text=8, num_pooled=8):
     generator = torch.Generator().manual_seed(seed)
-    rows, columns = torch.meshgrid(torch.arange(height // 2), torch.arange(width // 2), indexing="ij")
+    rows, columns = torch.meshgrid(torch.arange(height // patch), torch.arange(width // patch), indexing="ij")
     return {
         "hidden_states": torch.randint(0, model.embed.num_embeddings, (batch, height, width), generator=generator),
-        "encoder_hidden_states": torch.randn(batch, 5, 8, generator=generator),
-        "pooled_projections": torch.randn(batch, 8, generator=generator),
+        "encoder_hidden_states": torch.randn(batch, 5, num_text, generator=generator),
+        "pooled_projections": torch.randn(batch, num_pooled, generator=generator),
         "img_ids": torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(-1, 3).float(),
         "txt_ids": torch.zeros(5, 3),
         "timestep": torch.tensor([3]),
