@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..halves import IntervalForward
 from ..head import Head, HeadForward, find_head
-from ..interval import IntervalForward, Progress
+from ..interval import Progress
 from ..quantization.scales import layers_to_choose_for
 from ..scheduler import MGTScheduler
 from .parts import Part
@@ -33,6 +34,11 @@ def parts(
         head: whether guidance goes through the transformer's last layer, for the masked positions alone.
     """
     found: list[Part] = []
+    if hasattr(pipe.transformer, "_orig_mod"):
+        raise TypeError(
+            "obj.transformer: expected the module itself, got what torch.compile made of it; "
+            "its method compile() compiles it where it is"
+        )
     if head:
         found += _head_parts(pipe.transformer)
     if guidance_interval is not None:
