@@ -144,6 +144,9 @@ class _Run:
     sample: weakref.ref[Tensor] | None = None
     """What the last step returned: whoever has it may go on with the run."""
 
+    is_beginning: bool = True
+    """Whether its first step is being taken, in this thread or in another."""
+
     takes_any_sample: bool = True
     """Whether a step of the same generator belongs to this run even if its sample is another."""
 
@@ -169,7 +172,7 @@ class _Run:
     @property
     def is_lost(self) -> bool:
         """Whether nobody has the sample that the run goes on from."""
-        return self.sample is None or self.sample() is None
+        return not self.is_beginning and (self.sample is None or self.sample() is None)
 
     def select(self, sampled: Sampled, score: Tensor, state: State) -> Tensor:
         """The part of the rule that masks again, by what the host and the timestep say of this step."""
@@ -372,9 +375,31 @@ class MGTScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         check_generators(generator, len(tokens))
         share = _checked_share(starting_mask_ratio, len(tokens))
         run = self._run_of(at, sample, tokens, generator)
-        if run.settings != settings and isinstance(model_output, DeferredLogits):
-            # of a run that began before the config was changed
-            logits, _ = _look(model_output, sample, run.settings)
+        try:
+            if run.settings != settings and isinstance(model_output, DeferredLogits):
+                # of a run that began before the config was changed
+                logits, _ = _look(model_output, sample, run.settings)
+            index, prev_sample, drawn = self._step_of(run, at, logits, tokens, share, generator)
+            prev_sample, drawn = prev_sample.reshape(sample.shape), drawn.reshape(sample.shape)
+            run.last_index, run.sample = index, weakref.ref(prev_sample)
+        finally:
+            run.is_beginning = False
+        num_steps = len(run.timesteps.values())
+        self.next_step.set(Step(index + 1, num_steps) if at and index + 1 < num_steps else None, prev_sample)
+        if at == 0:
+            self._remove(run)
+        return MGTSchedulerOutput(prev_sample, drawn) if return_dict else (prev_sample, drawn)
+
+    def _step_of(
+        self,
+        run: _Run,
+        at: float,
+        logits: Logits,
+        tokens: Tensor,
+        share: float | Tensor,
+        generator: Generators,
+    ) -> tuple[int, Tensor, Tensor]:
+        """The step's index, and its tokens with and without masks."""
         index = run.timesteps.values().index(at)
         if index >= len(run.temperatures.values()):
             raise ValueError(
@@ -384,16 +409,8 @@ class MGTScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         # the product is rounded to float32, as in the original
         ratio = None if at == 0 else share * run.ratios[index]
         if run.settings.rng == "torch":
-            prev_sample, drawn = self._step_torch(run, logits.logits, tokens, index, ratio, generator)
-        else:
-            prev_sample, drawn = self._step_philox(run, logits, tokens, index, ratio)
-        prev_sample, drawn = prev_sample.reshape(sample.shape), drawn.reshape(sample.shape)
-        run.last_index, run.sample = index, weakref.ref(prev_sample)
-        num_steps = len(run.timesteps.values())
-        self.next_step.set(Step(index + 1, num_steps) if at and index + 1 < num_steps else None, prev_sample)
-        if at == 0:
-            self._remove(run)
-        return MGTSchedulerOutput(prev_sample, drawn) if return_dict else (prev_sample, drawn)
+            return index, *self._step_torch(run, logits.logits, tokens, index, ratio, generator)
+        return index, *self._step_philox(run, logits, tokens, index, ratio)
 
     @property
     def num_inference_steps(self) -> int:
