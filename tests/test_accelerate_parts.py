@@ -4,8 +4,10 @@ import copy
 import functools
 import inspect
 import pickle
+import re
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import tiny
@@ -15,7 +17,8 @@ from tiny import randn, seeded
 
 from mgt_sampler import MGTScheduler, ZSampling, accelerate, restore, z_sample
 from mgt_sampler.deferred import DeferredLogits
-from mgt_sampler.interval import NextStep, Step, check_interval, conditional_half
+from mgt_sampler.halves import conditional_half
+from mgt_sampler.interval import NextStep, Step, check_interval
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -396,6 +399,19 @@ class TestRestore:
         assert len(calls) == 10 - START[case.kind] and restore(case.pipe).transformer.forward.__wrapped__ == original
 
 
+@pytest.mark.parametrize("options", TestRestore.OPTIONS)
+def test_a_transformer_that_is_compiled(options):
+    case = Case("Pipeline")
+    accelerate(case.pipe, **options)
+    expected = case()
+    case.pipe.transformer.compile(backend="eager")
+    assert torch.equal(case(), expected)
+    case = Case("Pipeline")
+    case.pipe.transformer = torch.compile(case.pipe.transformer, backend="eager")
+    with pytest.raises(TypeError, match=r"^obj.transformer: expected the module itself.* compile\(\)"):
+        accelerate(case.pipe, **options)
+
+
 def test_the_next_step_of_a_scheduler():
     scheduler = MGTScheduler(mask_token_id=4)
     assert scheduler.next_step.get() is None
@@ -417,3 +433,12 @@ def test_the_next_step_of_a_scheduler():
     # nobody can go on
     assert scheduler.next_step.get() is None
     assert isinstance(scheduler.next_step, NextStep)
+
+
+def test_the_lines_of_the_page_run(capsys):
+    page = (Path(__file__).parent.parent / "docs" / "frameworks.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page.split("## Less of the transformer")[1], flags=re.DOTALL)
+    case = Case("AmusedPipeline")
+    exec(compile(code, "frameworks.md", "exec"), {"pipe": case.pipe})
+    assert capsys.readouterr().out.count("\n") == 3
+    assert case.sizes() == [2] + [4] * 7 + [2] * 2

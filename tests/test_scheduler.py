@@ -686,6 +686,24 @@ class TestRunsTakeTurns:
         assert self.equal(list(steps_of(loaded, seeded(1), 1)), self.alone(config, 1))
 
 
+def test_a_run_whose_first_step_is_being_taken_is_not_lost(monkeypatch):
+    """Another thread may begin a run of its own meanwhile."""
+    from mgt_sampler import draw
+
+    expected, generator = run(philox(), seeded(0)), seeded(0)
+    scheduler, original = philox(), draw.sample_tokens
+
+    def while_another_begins(*args, **kwargs):
+        thread = threading.Thread(target=scheduler.set_timesteps, args=(6,))
+        thread.start()
+        thread.join()
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(draw, "sample_tokens", while_another_begins)
+    found = run(scheduler, generator)
+    assert torch.equal(found[0], expected[0]) and not scheduler._runs
+
+
 class TestConfigIsRead:
     """A change is in effect from the next run on."""
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from ..blocks import KNOWN_BLOCKS, find_blocks
 from ..clock import Moment
+from ..halves import IntervalForward
 from ..head import Head, HeadForward, find_head
-from ..interval import IntervalForward, NextStep, Progress
+from ..interval import NextStep, Progress
 from ..merge import MergedBlocks, TokenMerging
 from ..quantization import Int4Linear, load_quantized
 from ..quantization import quantize as quantize_model
@@ -48,6 +49,11 @@ def parts(
         quantize: a file of quantized layers, or what the transformer is calibrated with.
     """
     found: list[Part] = []
+    if hasattr(pipe.transformer, "_orig_mod"):
+        raise TypeError(
+            "obj.transformer: expected the module itself, got what torch.compile made of it; "
+            "its method compile() compiles it where it is"
+        )
     transformer, scheduler = pipe.transformer, ours.get("scheduler", pipe.scheduler)
     if quantize is not None:
         found.append(_quantized_part(pipe, quantize))
