@@ -156,7 +156,7 @@ class Steps:
         return take_step(rule, logits, state)
 
     def _stock(self, hidden: Tensor, tokens: Tensor) -> object:
-        from diffusers import AmusedScheduler
+        from diffusers.schedulers.scheduling_amused import AmusedScheduler
 
         # as a pipeline has them: (B, V, H, W), codes side by side in memory
         logits = self.model.head(hidden).transpose(1, 2).unflatten(2, (self.side, self.side))

@@ -33,8 +33,12 @@ class Timed(Protocol):
 
     network: nn.Module
     head: nn.Module
-    layouts: tuple[BlockLayout, ...]
     mask_token_id: int
+
+    @property
+    def layouts(self) -> tuple[BlockLayout, ...]:
+        """Of its blocks, for token merging."""
+        ...
 
     def hidden(self, tokens: Tensor, inputs: Any) -> Tensor:
         """Hidden states (B, H W, C) of tokens (B, H, W)."""
@@ -79,7 +83,7 @@ class SuiteModel:
     layouts = SUITE_BLOCKS
 
     def __init__(self, sizes: Sizes, make: MakeLinear, dtype: torch.dtype) -> None:
-        self.network = SuiteTransformer(sizes, make, dtype)
+        self.network: nn.Module = SuiteTransformer(sizes, make, dtype)
         self.head = make(sizes.width, sizes.codebook_size)
         self.mask_token_id = sizes.codebook_size
         self._sizes, self._dtype = sizes, dtype
@@ -127,13 +131,12 @@ class CheckoutModel:
             _replace_linears(model, make)
         # a 1 x 1 convolution is a linear layer over positions
         convolution = model.mlm_layer.conv2
-        self.head = nn.Linear(sizes.width, sizes.codebook_size, bias=convolution.bias is not None)
+        self.head: nn.Module
+        self.head = nn.Linear(sizes.width, sizes.codebook_size, bias=False, dtype=dtype)
+        with torch.no_grad():
+            self.head.weight.copy_(convolution.weight[:, :, 0, 0])
         if make is not None:
             self.head = make(sizes.width, sizes.codebook_size)
-        else:
-            with torch.no_grad():
-                self.head.weight.copy_(convolution.weight[:, :, 0, 0])
-            self.head.to(dtype)
         model.mlm_layer.conv2 = nn.Identity()
         self.network = model.to(dtype).eval()
         self.mask_token_id = sizes.codebook_size + 63
