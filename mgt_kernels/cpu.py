@@ -571,8 +571,8 @@ def match_tokens(
     status, index = _C.match_tokens(
         ISAS.index(isa), *_threads(),
         _MATCH_TOKENS_ARGS.pack(
-            _MATCH_TOKENS_ARGS.size, _DTYPES[x.dtype], batch, height, width, num_channels, x.data_ptr(), *x.stride()[:2],
-            num_merged, _address_or_null(seeds), step, threshold,
+            _MATCH_TOKENS_ARGS.size, _DTYPES[x.dtype], batch, height, width, num_channels, x.data_ptr(),
+            *x.stride()[:2], num_merged, _address_or_null(seeds), step, threshold,
         ),
         _MATCH_TOKENS_OUTPUTS.pack(
             _MATCH_TOKENS_OUTPUTS.size, *(tensor.data_ptr() for tensor in (rows, members, starts, num_rows))

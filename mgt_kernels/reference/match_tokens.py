@@ -60,8 +60,7 @@ def match_tokens(
 
 def _listed(row: Tensor) -> tuple[Tensor, Tensor]:
     """Each row's tokens one after the other in reading order, and where each row's begin."""
-    batch, num_tokens = row.shape
     members = row.argsort(dim=-1, stable=True)
     sizes = torch.zeros_like(row).scatter_add_(1, row, torch.ones_like(row))
-    starts = torch.cat([row.new_zeros(batch, 1), sizes.cumsum(-1)], dim=1)
+    starts = torch.cat([row.new_zeros(len(row), 1), sizes.cumsum(-1)], dim=1)
     return members, starts
