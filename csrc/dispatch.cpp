@@ -11,9 +11,16 @@ namespace mgt {
 namespace {
 
 #if defined(__x86_64__)
-constexpr Kernels kAvx512 = {
-    sample_tokens_avx512, differential_sample_avx512, mask_by_confidence_avx512, commit_tokens_avx512, philox_avx512,
-    gaussian_avx512, &match_tokens_avx512, merge_tokens_avx512, &w4a8_linear_avx512,        &w4a16_linear_avx512};
+constexpr Kernels kAvx512 = {sample_tokens_avx512,
+                             differential_sample_avx512,
+                             mask_by_confidence_avx512,
+                             commit_tokens_avx512,
+                             philox_avx512,
+                             gaussian_avx512,
+                             &match_tokens_avx512,
+                             merge_tokens_avx512,
+                             &w4a8_linear_avx512,
+                             &w4a16_linear_avx512};
 
 constexpr Kernels with_linear(Kernels kernels, const Int4LinearKernel* w4a8, const Int4LinearKernel* w4a16) {
   kernels.w4a8_linear = w4a8;

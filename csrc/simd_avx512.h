@@ -35,9 +35,7 @@ struct Avx512 {
     return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
   // in the low halves of the lanes
-  static MGT_INLINE U float16_bits(F a) {
-    return _mm512_cvtepu16_epi32(_mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
-  }
+  static MGT_INLINE U float16_bits(F a) { return _mm512_cvtepu16_epi32(_mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT)); }
   static MGT_INLINE void store_low16(uint16_t* p, U a) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(a));
   }

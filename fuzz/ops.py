@@ -469,7 +469,51 @@ def linear(counted: Counted, draw: st.DrawFn, backend: str) -> None:
         assert ((y == truth) | ((y - truth).abs() <= eps * size)).all(), (ours, right)
 
 
-OPS = (sample_tokens, differential_sample, mask_by_confidence, commit_tokens, remask_tokens, linear)
+def merging(counted: Counted, draw: st.DrawFn, backend: str) -> None:
+    """One match, the means of its rows, and back."""
+    grid = 2 * draw(st.integers(1, 5)), 2 * draw(st.integers(1, 5))
+    shape = draw(st.sampled_from((0, 1, 3))), grid[0] * grid[1], draw(SIZES)
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
+    x = torch.randn(shape, generator=generator)
+    # few different tokens of equal length, which tie, and whose cosines are exact; or any
+    ties = draw(st.booleans())
+    if ties:
+        x = torch.zeros(shape)
+        x.scatter_(2, torch.randint(0, shape[2], (*shape[:2], 1), generator=generator), 2.0)
+    x = x.to(draw(DTYPES))
+    if draw(st.integers(0, 9)) == 0 and x.numel():
+        x.view(-1)[draw(st.integers(0, x.numel() - 1))] = draw(st.sampled_from((torch.nan, torch.inf, -torch.inf)))
+    sides = draw(mostly(grid, bad=((grid[0] + 1, grid[1]), (grid[0], 2 * grid[1]))))
+    bad = float("nan"), -1.5, 1e39
+    rule = dict(ratio=number_of(draw, draw(mostly(0.0, 0.1, 0.5, 0.75, bad=(0.76, *bad)))))
+    if draw(st.booleans()):
+        # what no cosine rounds across where tokens tie
+        rule = dict(threshold=draw(mostly(-1.0, 0.5, 0.9, bad=bad)))
+    call: dict[str, Any] = dict(x=view_of(draw, x), grid=sides, step=integer_of(draw, draw(STEPS)), **rule)
+    if draw(st.booleans()):
+        call["seed"] = per_sample_of(draw, [draw(SEEDS) for _ in range(shape[0])])
+    ours, right = (counted.outcome(mgt_kernels.match_tokens, path, call) for path in (backend, "reference"))
+    if refused(ours, right):
+        return
+    if ties:
+        assert ours[3] == right[3] and all(map(torch.equal, ours[:3], right[:3])), (ours, right)
+    # where float32 cannot tell cosines apart another match is as good: tests/test_merging.py looks at those
+    match = mgt_kernels.Match(*right)
+    other = view_of(draw, torch.randn(*shape[:2], draw(SIZES), generator=generator).to(draw(DTYPES)))
+    match = match._replace(**{name: view_of(draw, getattr(match, name)) for name in ("row", "members", "starts")})
+    call = dict(x=other, match=match)
+    ours, right = (counted.outcome(mgt_kernels.merge_tokens, path, call) for path in (backend, "reference"))
+    # of numbers of the order of 1
+    eps = {torch.float32: 3e-6, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}[other.dtype]
+    assert not refused(ours, right) and ours[0].dtype == right[0].dtype and ours[0].is_contiguous()
+    y, truth = ours[0].detach().float(), right[0].detach().float()
+    assert ((y - truth).abs() <= eps * truth.abs().clamp(min=1)).all(), (ours, right)
+    call = dict(x=view_of(draw, right[0].detach()), match=match)
+    ours, right = (counted.outcome(mgt_kernels.unmerge_tokens, path, call) for path in (backend, "reference"))
+    assert not refused(ours, right) and torch.equal(ours[0].detach(), right[0].detach())
+
+
+OPS = (sample_tokens, differential_sample, mask_by_confidence, commit_tokens, remask_tokens, linear, merging)
 
 
 def main() -> int:
@@ -503,7 +547,7 @@ def main() -> int:
             print(f"mismatch with --seed {options.seed + rounds}, after {counted.calls} calls", flush=True)
             raise
         rounds += 1
-    print(f"{counted.calls} calls of 6 ops, {counted.refusals} refused by all alike, no mismatch; seed {options.seed}")
+    print(f"{counted.calls} calls of 9 ops, {counted.refusals} refused by all alike, no mismatch; seed {options.seed}")
     return 0
 
 

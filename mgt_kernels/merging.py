@@ -69,7 +69,8 @@ def match_tokens(
 
     A merged source joins the destination that it is most like. Sums are float32, in the order of the channels, so all
     CPU instruction sets give the same match. Where two cosines differ by less than their rounding, a GPU may give
-    another. A sample's match depends on nothing but the sample.
+    another. The cosine of a token to its copy may round to less than 1, and it is 0 for a token whose squares add up to
+    0 in float32. A sample's match depends on nothing but the sample.
 
     Args:
         x: (B, N, C) float32, bfloat16 or float16, finite, with squares that float32 can sum: the tokens of a grid in
@@ -146,7 +147,9 @@ def merge_tokens(x: Tensor, match: Match, *, backend: str = "auto") -> Tensor:
     """
     check_tensor("x", x, 3, _DTYPES)
     _check_match(match, x.shape[0], x.device)
-    check_shape("x", x[..., 0] if x.shape[2] else x.new_empty(x.shape[:2]), match.row.shape)
+    num_tokens = match.row.shape[1]
+    if x.shape[1] != num_tokens:
+        raise ValueError(f"x: expected {num_tokens} tokens, as the match has, got shape {tuple(x.shape)}")
     merged: Tensor = _call_merge_tokens(
         _channels_last(x), match.row, match.members, match.starts, match.num_rows, check_backend(backend, x.device)
     )
@@ -200,9 +203,14 @@ def check_grid(grid: tuple[int, int], num_tokens: int) -> tuple[int, int]:
 
 
 def _number(name: str, value: object) -> float:
-    plain = number(name, value, torch.device("cpu"))
-    if isinstance(plain, Tensor):
+    if isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a number, got a tensor; it decides on sizes")
+    try:
+        plain = number(name, value, torch.device("cpu"))
+    except TypeError:
+        # of numbers elsewhere, a tensor is one
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}") from None
+    assert not isinstance(plain, Tensor)
     check_range(name, plain, -math.inf)
     return plain
 
@@ -252,20 +260,34 @@ def _reference_match_tokens(
 def _reference_merge_tokens(
     x: Tensor, row: Tensor, members: Tensor, starts: Tensor, num_rows: int, backend: str
 ) -> Tensor:
-    _check_rows(row, num_rows)
-    return reference.merge_tokens(x, row, num_rows).to(x.dtype)
+    num_tokens = x.shape[1]
+    begins, ends = starts[:, :num_rows], starts[:, 1 : num_rows + 1]
+    if x.device.type == "cpu":
+        is_listed = (starts[:, 0] == 0) & (starts[:, num_rows] == num_tokens) & (begins <= ends).all(-1)
+        is_listed &= ((members >= 0) & (members < num_tokens)).all(-1)
+        bad = cpu.first_index(~is_listed)
+        if bad >= 0:
+            raise cpu.bad_match(bad)
+    if x.numel() == 0:
+        return x.new_zeros(len(x), num_rows, x.shape[2])
+    # by what the kernels read: each row's tokens one after the other
+    listed = reference.unmerge_tokens(x, members)
+    place = torch.arange(num_tokens, device=x.device).repeat(len(x), 1)
+    row = torch.searchsorted(ends.contiguous(), place, right=True)
+    mean = reference.merge_tokens(listed, row, num_rows).to(x.dtype)
+    # a row of one token is that token, which float64 need not keep: -0, and the bits of NaN
+    bits, copied = (y.view(torch.int32 if x.dtype == torch.float32 else torch.int16) for y in (mean, listed))
+    sample, single = (ends - begins == 1).nonzero(as_tuple=True)
+    bits[sample, single] = copied[sample, begins[sample, single]]
+    return mean
 
 
 def _reference_unmerge_tokens(x: Tensor, row: Tensor, backend: str) -> Tensor:
-    _check_rows(row, x.shape[1])
-    return reference.unmerge_tokens(x, row)
-
-
-def _check_rows(row: Tensor, num_rows: int) -> None:
-    if row.device.type == "cpu":
-        bad = cpu.first_index((row < 0) | (row >= num_rows))
+    if x.device.type == "cpu":
+        bad = cpu.first_index(((row < 0) | (row >= x.shape[1])).any(-1))
         if bad >= 0:
-            raise cpu.bad_match(bad // row.shape[1])
+            raise cpu.bad_match(bad)
+    return reference.unmerge_tokens(x, row)
 
 
 def _fake_match_tokens(x, *_):  # type: ignore[no-untyped-def]

@@ -40,6 +40,11 @@ def results(backend):
     for variant in mgt_kernels.REMASK_VARIANTS:
         options = dict(variant=variant, uncond_logits=UNCOND, guidance_scale=3.0)
         outputs += mgt_kernels.remask_tokens(LOGITS, KNOWN, 2, step=1, **options, **draw)
+    grid = LOGITS[:, :4]
+    for rule in (dict(ratio=0.5), dict(threshold=0.01)):
+        match = mgt_kernels.match_tokens(grid, (2, 2), **rule, seed=SEED, step=1, backend=backend)
+        merged = mgt_kernels.merge_tokens(grid, match, backend=backend)
+        outputs += [*match[:3], match.sizes, merged, mgt_kernels.unmerge_tokens(merged, match, backend=backend)]
     packed = quantize_int4(WEIGHT, 32)
     packed = PackedInt4.from_tensors(packed.to_tensors())
     outputs += [*packed.to_tensors().values(), packed.unpack(), packed.dequantize(), packed.to("cpu").w_q]
@@ -49,6 +54,7 @@ def results(backend):
         outputs.append(mgt_kernels.w4a16_linear(x, packed, BIAS, backend=backend))
     outputs += [reference.token_gumbel(SEED, 3, 2100, 7), reference.gaussian(SEED, 3, 2100, 7)]
     outputs += [reference.confidence_gumbel(SEED, 3, 7), reference.remask_gumbel(SEED, 3, 7)]
+    outputs += [reference.merge_corner(SEED, 3, 7)]
     codes = reference.encode_history(LOGITS.log_softmax(-1))
     return [*outputs, codes, reference.decode_history(codes)]
 
@@ -140,6 +146,10 @@ def every_op(logits, tokens, x, weight):
     found = [token_ids, *mgt_kernels.differential_sample(logits, tokens, state, step=1, **draw)[:2]]
     found.append(mgt_kernels.mask_by_confidence(token_ids, logprob, 9, temperature=1.0, step=1, **draw))
     found += mgt_kernels.remask_tokens(logits, token_ids, 9, step=1, **draw)
+    match = mgt_kernels.match_tokens(logits[..., :64], (16, 16), ratio=0.5, seed=0)
+    # few enough for PyTorch to compare on one thread
+    merged = mgt_kernels.merge_tokens(logits[..., :8], match)
+    found += [*match[:3], merged, mgt_kernels.unmerge_tokens(merged, match)]
     return found + [mgt_kernels.w4a8_linear(x, weight), mgt_kernels.w4a16_linear(x, weight)]
 """
 
@@ -301,7 +311,7 @@ import mgt_kernels
 assert mgt_kernels is not first
 # weights of before serve after
 assert all(map(torch.equal, every_op(*made), before))
-for name in ("registration", "checks", "cpu", "packing", "ops", "linear"):
+for name in ("registration", "checks", "cpu", "packing", "ops", "linear", "merging"):
     importlib.reload(sys.modules["mgt_kernels." + name])
 importlib.reload(mgt_kernels)
 assert all(map(torch.equal, every_op(*made), before))

@@ -61,7 +61,18 @@ Layer = structure(
     "Layer", struct_size=U32, dtype=I32, num_rows=I64, num_inputs=I64, num_outputs=I64, x=POINTER, x_stride=I64,
     w_q=POINTER, scale=POINTER, zero_point=POINTER, bias=POINTER, group_size=I64, scale_dtype=I32,
 )  # fmt: skip
-for query in ("sample_tokens", "differential_sample", "w4a8_linear", "w4a16_linear"):
+Tokens = structure(
+    "Tokens", struct_size=U32, dtype=I32, num_samples=I64, height=I64, width=I64, num_channels=I64, x=POINTER,
+    stride_sample=I64, stride_token=I64, num_merged=I64, seeds=POINTER, step=I64, threshold=F32,
+)  # fmt: skip
+Matched = structure("Matched", struct_size=U32, rows=POINTER, members=POINTER, starts=POINTER, num_rows=POINTER)
+SHAPE = dict(
+    struct_size=U32, dtype=I32, num_samples=I64, num_tokens=I64, num_rows=I64, num_channels=I64, x=POINTER,
+    stride_sample=I64, stride_token=I64,
+)  # fmt: skip
+Merge = structure("Merge", **SHAPE, members=POINTER, starts=POINTER)
+Unmerge = structure("Unmerge", **SHAPE, rows=POINTER)
+for query in ("sample_tokens", "differential_sample", "w4a8_linear", "w4a16_linear", "match_tokens"):
     getattr(LIBRARY, f"mgt_{query}_workspace").restype = I64
 
 
@@ -120,6 +131,28 @@ class Call:
             edit = token_ids.data_ptr(), score.data_ptr(), score.data_ptr(), -5e-40, -1e-39
             self.args = Commit(*sizes, *addresses, 99, 3, -5e-40, 0.0, *edit)
             self.outputs = [torch.zeros(2, 37, dtype=torch.int64), torch.zeros(2, dtype=torch.uint8)]
+        elif op == "match_tokens":
+            # the order of denormals decides which sources are alike
+            x, seeds = torch.randn(2, 6 * 8, 19, generator=generator), torch.tensor([5, -6])
+            x[:, :, 1:] *= 1e-20
+            x[1, 0] = 1e-39
+            self.kept = [x, seeds]
+            sizes = ctypes.sizeof(Tokens), 0, 2, 6, 8, 19
+            self.args = Tokens(*sizes, x.data_ptr(), *x.stride()[:2], 20, seeds.data_ptr(), 3, 0.5)
+            rows, starts = torch.zeros(2, 2, 48, dtype=torch.int64), torch.zeros(2, 49, dtype=torch.int64)
+            self.outputs = [*rows, starts, torch.zeros(2, dtype=torch.int64)]
+            self.matched = Matched(ctypes.sizeof(Matched), *(t.data_ptr() for t in self.outputs))
+        elif op in ("merge_tokens", "unmerge_tokens"):
+            x = torch.randn(2, 12, 19, generator=generator) * 1e-38
+            row = torch.tensor([0, 1, 1, 2, 3, 3, 3, 3, 3, 4, 5, 6]).repeat(2, 1)
+            members = torch.arange(12).repeat(2, 1)
+            starts = torch.tensor([0, 1, 3, 4, 9, 10, 11, 12, 12, 12, 12, 12, 12]).repeat(2, 1)
+            parts = [members, starts] if op == "merge_tokens" else [row]
+            self.kept = [x, *parts]
+            kind = Merge if op == "merge_tokens" else Unmerge
+            sizes = ctypes.sizeof(kind), 0, 2, 12, 7, 19
+            self.args = kind(*sizes, x.data_ptr(), *x.stride()[:2], *(t.data_ptr() for t in parts))
+            self.outputs = [torch.zeros(2, 7 if op == "merge_tokens" else 12, 19)]
         else:
             x = torch.randn(20, 70, generator=generator) * 1e-38
             w_q = torch.randint(0, 256, (66, 64), generator=generator).to(torch.uint8)
@@ -137,7 +170,9 @@ class Call:
             self.set(name, value)
 
     def has(self, name):
-        return name in dict(self.args._fields_) | dict(getattr(self, "sample", self.args)._fields_)
+        # rows are an enum of the one and an array of the other
+        fields = dict(self.args._fields_) | dict(getattr(self, "sample", self.args)._fields_)
+        return fields.get(name, POINTER) is not POINTER
 
     def set(self, name, value):
         setattr(self.args if name in dict(self.args._fields_) else self.sample, name, value)
@@ -158,6 +193,8 @@ class Call:
             memory = torch.empty(min(max(num_bytes, 0), 2**27), dtype=torch.uint8)
             lent = [pointer(memory), I64(num_bytes)]
         outputs = [ctypes.byref(self.drawn)] if self.op == "sample_tokens" else [pointer(x) for x in self.outputs]
+        if self.op == "match_tokens":
+            outputs = [ctypes.byref(self.matched)]
         if self.op == "commit_tokens":
             committed = Committed(ctypes.sizeof(Committed), *outputs)
             outputs = [ctypes.byref(committed)]
@@ -170,8 +207,11 @@ class Call:
         return status, [output.clone() for output in self.outputs]
 
 
-OPS = ("sample_tokens", "differential_sample", "mask_by_confidence", "commit_tokens", "w4a8_linear", "w4a16_linear")
-WITHOUT_WORKSPACE = ("mask_by_confidence", "commit_tokens")
+OPS = (
+    "sample_tokens", "differential_sample", "mask_by_confidence", "commit_tokens", "match_tokens", "merge_tokens",
+    "unmerge_tokens", "w4a8_linear", "w4a16_linear",
+)  # fmt: skip
+WITHOUT_WORKSPACE = ("mask_by_confidence", "commit_tokens", "merge_tokens", "unmerge_tokens")
 
 
 def same(first, second):
@@ -288,6 +328,21 @@ SIZES["w4a16_linear"] = SIZES["w4a8_linear"]
 SIZES["commit_tokens"] = [
     *SIZES["mask_by_confidence"], dict(rule=3, num_positions=2**20 + 1), dict(step=-1),
 ]  # fmt: skip
+SIZES["match_tokens"] = [
+    dict(num_samples=BIG), dict(num_samples=-1), dict(num_samples=2**40, stride_sample=2**40), dict(height=BIG),
+    dict(width=BIG), dict(height=2**32, width=2**32), dict(height=2**16, width=2**15), dict(height=0), dict(width=-2),
+    dict(height=3), dict(width=7), dict(num_channels=0), dict(num_channels=BIG), dict(num_channels=2**61),
+    dict(num_channels=2**63 - 1), dict(num_merged=37), dict(num_merged=-2), dict(num_merged=BIG), dict(step=-1),
+    dict(step=2**32), dict(stride_sample=BIG), dict(stride_sample=-BIG), dict(stride_token=2**63 - 1),
+    dict(stride_token=-(2**63)), *(dict(num_merged=-1, threshold=x) for x in (float("nan"), 1.01, -1.01)),
+]  # fmt: skip
+SIZES["merge_tokens"] = SIZES["unmerge_tokens"] = [
+    dict(num_samples=BIG), dict(num_samples=-1), dict(num_tokens=-1), dict(num_rows=-1), dict(num_rows=13),
+    dict(num_channels=-1), dict(num_channels=BIG), dict(num_tokens=BIG), dict(num_tokens=2**60, num_channels=2**40),
+    dict(num_tokens=2**62, num_channels=0), dict(num_samples=2**40, num_tokens=2**31), dict(num_rows=BIG),
+    dict(num_tokens=2**63 - 1), dict(stride_sample=BIG), dict(stride_token=-BIG), dict(stride_sample=-(2**63)),
+    dict(stride_token=2**63 - 1),
+]  # fmt: skip
 SIZES["differential_sample"] = [*SIZES["sample_tokens"], dict(num_samples=2**20, num_positions=2**31, num_tokens=2**30)]
 
 
@@ -374,6 +429,83 @@ def test_commits_refuse_numbers_out_of_range_and_write_nothing():
     assert LIBRARY.mgt_commit_tokens(*arguments) == OK and call.outputs[0].any() and not call.outputs[1].any()
 
 
+def test_a_match_refuses_what_is_missing_and_names_the_first_bad_token():
+    nan, inf = float("nan"), float("inf")
+    for name in ("rows", "members", "starts", "num_rows"):
+        call = Call("match_tokens")
+        setattr(call.matched, name, None)
+        assert call(context())[0] == INVALID and not any(output.any() for output in call.outputs), name
+    assert Call("match_tokens", x=None)(context())[0] == INVALID
+    call = Call("match_tokens")
+    assert call(context(), call.workspace(context()) - 1)[0] == INVALID and not call.outputs[0].any()
+    for size in (0, 39, 41):
+        call = Call("match_tokens")
+        call.matched.struct_size = size
+        assert call(context())[0] == INVALID and not call.outputs[0].any()
+    # destinations are in the even rows and columns without seeds
+    for seeds in (None, torch.tensor([5, -6])):
+        for places in (((1, 0), (1, 9)), ((0, 47),), ((0, 9), (0, 16), (1, 0)), ((1, 8), (1, 47))):
+            for value in (nan, inf, -inf, 1.9e19):
+                for name in ISAS:
+                    call = Call("match_tokens", seeds=None if seeds is None else seeds.data_ptr())
+                    for sample, token in places:
+                        call.kept[0][sample, token, 18] = value
+                    assert call(context(name, 2))[0] == 7 and call.index == 48 * places[0][0] + places[0][1]
+    # nothing of no samples, whatever the pointers are
+    assert Call("match_tokens", num_samples=0, x=None)(context())[0] == OK
+    # a threshold counts where num_merged says so
+    assert Call("match_tokens", threshold=nan)(context())[0] == OK
+    status, outputs = Call("match_tokens", num_merged=-1, threshold=-1.0)(context())
+    assert status == OK and outputs[3].tolist() == [12, 12]
+
+
+def test_broken_matches_are_named_and_nothing_is_written():
+    for op, place, index, values in (
+        ("merge_tokens", 1, (1, 11), (-1, 12, BIG, -(2**63))),
+        ("merge_tokens", 2, (1, 0), (-1, 1, BIG)),
+        ("merge_tokens", 2, (1, 3), (-1, 13, BIG, -(2**63), 2**63 - 1)),
+        ("merge_tokens", 2, (1, 7), (11, 13, 0)),
+        ("unmerge_tokens", 1, (1, 4), (-1, 7, BIG, -(2**63))),
+    ):
+        for value in values:
+            for name in ISAS:
+                call = Call(op)
+                call.kept[place][index] = value
+                status, (y,) = call(context(name, 2))
+                assert (status, call.index) == (11, 1) and not y.any(), (op, index, value)
+    for op, names in (("merge_tokens", ("x", "members", "starts")), ("unmerge_tokens", ("x", "rows"))):
+        for name in names:
+            status, (y,) = Call(op, **{name: None})(context())
+            assert status == INVALID and not y.any(), (op, name)
+        for name in ("num_samples", "num_tokens"):
+            changes = {name: 0} | ({"num_rows": 0} if name == "num_tokens" else {})
+            assert Call(op, **changes, x=None)(context())[0] == OK, (op, name)
+        # without channels the match alone is looked at
+        assert Call(op, num_channels=0, x=None)(context())[0] == OK
+        call = Call(op, num_channels=0)
+        call.kept[1][1, 0] = -1
+        assert call(context())[0] == 11
+
+
+@pytest.mark.parametrize("op", ["match_tokens", "merge_tokens", "unmerge_tokens"])
+@pytest.mark.parametrize("stride", [-1, 0, 5, BIG, -(2**63), 2**63 - 1])
+def test_one_sample_or_token_has_any_stride(op, stride):
+    expected = Call(op, num_samples=1)(context())
+    assert expected[0] == OK and same(Call(op, num_samples=1, stride_sample=stride)(context()), expected)
+    if op == "match_tokens":
+        return
+    # one token, or one row that all tokens have
+    calls = []
+    for changes in ({}, {"stride_token": stride}):
+        call = Call(op, num_tokens=1 if op == "merge_tokens" else 12, num_rows=1, num_samples=1, **changes)
+        for tensor in call.kept[1:]:
+            tensor.zero_()
+        if op == "merge_tokens":
+            call.kept[2][0, 1] = 1
+        calls.append(call(context()))
+    assert calls[0][0] == OK and same(*calls)
+
+
 ENUMS = {
     "dtype": (-1, 3, 255, 2**31 - 1), "scale_dtype": (-1, 1, 3, 256), "variant": (-1, 2, 255),
     "rows": (-1, 3, 255, 2**31 - 1), "rule": (-1, 4, 255), "guidance": (-1, 2, 255), "logprob_of": (-1, 2, 2**31 - 1),
@@ -411,6 +543,10 @@ def test_structures_of_another_size_are_refused(op, change):
         call.drawn.struct_size = 0
         assert call(context())[0] == INVALID
         call.drawn.struct_size = ctypes.sizeof(Drawn)
+    if op == "match_tokens":
+        call.matched.struct_size += change
+        assert call.workspace(context()) > 0 and call(context())[0] == INVALID
+        call.matched.struct_size = ctypes.sizeof(Matched)
     assert call(context())[0] == OK
 
 

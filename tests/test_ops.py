@@ -149,6 +149,45 @@ def test_linear_layers_pass_opcheck(layout, path):
     check_op("w4a8_linear", *arguments, torch.tensor([0.05, 0.1]), None, path)
 
 
+# those with unit stride over channels: the functions copy others
+@pytest.mark.parametrize("path", BACKENDS)
+@pytest.mark.parametrize("layout", ["contiguous", "slice", "expanded", "one_sample"])
+def test_merging_passes_opcheck(layout, path):
+    x, seed = in_layout(layout, torch.randn(2, 8, 40), torch.tensor([1, 2]))
+    step = torch.tensor(3)
+    for num_merged, threshold, seeds in ((4, 0.0, seed), (-1, 0.25, None)):
+        check_op("match_tokens", x, 2, 4, num_merged, threshold, seeds, step, path)
+    row, members, starts, _ = torch.ops.mgt_kernels.match_tokens(x, 2, 4, 4, 0.0, seed, step, path)
+    check_op("merge_tokens", x, row, members, starts, 4, path)
+    check_op("unmerge_tokens", x[:, :4], row, path)
+
+
+def merged_and_back(x, seed, step, ratio=0.5):
+    match = mgt_kernels.match_tokens(x, (2, x.shape[1] // 2), ratio=ratio, seed=seed, step=step)
+    merged = mgt_kernels.merge_tokens(x.mT.contiguous().mT, match)
+    return merged, mgt_kernels.unmerge_tokens(merged * 2, match), match.row, match.sizes
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_merging_compiles_without_a_graph_break(dynamic):
+    torch._dynamo.reset()
+    compiled = torch.compile(merged_and_back, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for batch, num_tokens in ((2, 16), (3, 24)):
+        x, seed = torch.randn(batch, num_tokens, 5), torch.arange(batch)
+        for seeds, step in ((seed, torch.tensor(3)), (7, 1), (None, 0)):
+            found, eager = compiled(x, seeds, step), merged_and_back(x, seeds, step)
+            assert all(map(torch.equal, found, eager))
+
+
+def test_merging_has_shapes_without_values():
+    with FakeTensorMode():
+        results = merged_and_back(torch.empty(2, 16, 5), torch.empty(2, dtype=torch.int64), 3)
+        assert [tuple(x.shape) for x in results] == [(2, 8, 5), (2, 16, 5), (2, 16), (2, 8)]
+    results = merged_and_back(torch.empty(2, 16, 5, device="meta", dtype=torch.bfloat16), 1, 3)
+    assert [tuple(x.shape) for x in results] == [(2, 8, 5), (2, 16, 5), (2, 16), (2, 8)]
+    assert results[0].dtype == results[1].dtype == torch.bfloat16 and results[0].device.type == "meta"
+
+
 def test_a_generation_with_history_compiles_without_a_graph_break():
     def two_steps(logits, tokens, seed, step):
         state = None
@@ -183,7 +222,11 @@ def test_the_default_dtype_changes_nothing(backend):
         second = mgt_kernels.differential_sample(logits.flip(0), tokens, state, step=1, **options)
         remasked = mgt_kernels.remask_tokens(logits, token_ids, 2, step=1, **options)
         masked = mgt_kernels.mask_by_confidence(token_ids, logprob, 2, temperature=1.0, step=1, **options)
-        return token_ids, logprob, *second[:2], second[2].divergence, *remasked, masked
+        grid = logits[:, :4]
+        match = mgt_kernels.match_tokens(grid, (2, 2), threshold=0.01, seed=3, backend=backend)
+        merged = mgt_kernels.merge_tokens(grid, match, backend=backend)
+        merging = *match[:3], merged, mgt_kernels.unmerge_tokens(merged, match, backend=backend)
+        return token_ids, logprob, *second[:2], second[2].divergence, *remasked, masked, *merging
 
     expected = results()
     torch.set_default_dtype(torch.float64)
@@ -259,6 +302,14 @@ def test_a_gradient_is_refused():
         logprob.sum().backward()
     _, logprob, _ = mgt_kernels.differential_sample(logits, tokens, None, mask_token_id=9, seed=0, step=0)
     assert not logprob.requires_grad
+    match = mgt_kernels.match_tokens(logits, (2, 2), ratio=0.5)
+    assert not match.row.requires_grad
+    for op in (mgt_kernels.merge_tokens, mgt_kernels.unmerge_tokens):
+        x = logits if op is mgt_kernels.merge_tokens else logits[:, : match.num_rows]
+        with pytest.raises(NotImplementedError, match=rf"mgt_kernels\.{op.__name__} has no gradient"):
+            op(x, match).sum().backward()
+        with torch.no_grad():
+            assert not op(x, match).requires_grad
 
 
 def test_what_is_written_to_has_a_new_version():
@@ -282,6 +333,8 @@ mgt_kernels.remask_tokens(logits, token_ids, 2, **draw)
 weight = mgt_kernels.quantize_int4(torch.randn(8, 64))
 mgt_kernels.w4a8_linear(torch.randn(2, 64), weight)
 mgt_kernels.w4a16_linear(torch.randn(2, 64), weight)
+match = mgt_kernels.match_tokens(logits, (2, 2), ratio=0.5)
+mgt_kernels.unmerge_tokens(mgt_kernels.merge_tokens(logits, match), match)
 print([name for name in ("torch._dynamo", "sympy", "triton") if name in sys.modules])
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
@@ -599,6 +652,15 @@ def test_every_view_runs(shape, view, backend):
             yield from mgt_kernels.commit_tokens(
                 odd(known), odd(torch.zeros(shape[:2])), tokens, step=1, count=0, **draw
             )
+        # a grid of 2 x 2 of each position, of which there may be none
+        grid = odd(logits.detach()[:, :1].expand(-1, 4, -1).contiguous()) if shape[1] else odd(torch.ones(3, 4, 8))
+        match = mgt_kernels.match_tokens(grid, (2, 2), ratio=0.5, seed=draw["seed"], backend=backend)
+        yield from match[:3]
+        parts = match._replace(row=odd(match.row), members=odd(match.members), starts=odd(match.starts))
+        if view == "expanded":
+            parts = match
+        merged = mgt_kernels.merge_tokens(grid, parts, backend=backend)
+        yield from (merged, mgt_kernels.unmerge_tokens(odd(merged.detach()), parts, backend=backend))
 
     for ours, right in zip(every_op(*views), every_op(*copies), strict=True):
         assert torch.equal(ours, right) and ours.is_contiguous()
@@ -711,6 +773,12 @@ def drawn_twice(logits):
     return first, second, state.divergence
 
 
+def merged(x):
+    match = mgt_kernels.match_tokens(x[:, :4], (2, 2), ratio=0.5, seed=5, step=2)
+    y = mgt_kernels.merge_tokens(x[:, :4], match)
+    return y, mgt_kernels.unmerge_tokens(y, match), match.row
+
+
 LAYER = mgt_kernels.quantize_int4(torch.linspace(-1, 1, 512).sin().view(8, 64))
 VMAPPED = {
     "sample_tokens": drawn,
@@ -724,6 +792,7 @@ VMAPPED = {
         x.argmax(-1), x.log_softmax(-1).amax(-1), torch.where(x[..., 0] > 0, 32, 7), count=2, threshold=-1.0, **DRAW
     ),
     "remask_tokens": lambda x: mgt_kernels.remask_tokens(x, x.argmin(-1), 2, **DRAW),
+    "match_tokens, merge_tokens, unmerge_tokens": merged,
     "w4a8_linear": lambda x: mgt_kernels.w4a8_linear(x.reshape(-1, 64), LAYER),
     "w4a16_linear": lambda x: mgt_kernels.w4a16_linear(x.reshape(-1, 64), LAYER),
 }

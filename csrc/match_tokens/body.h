@@ -152,7 +152,8 @@ int64_t compare_sources(const MatchCall& call, int64_t sample, const MatchSample
       int lane = 0;
       for (int other = 1; other < 16; ++other) {
         const bool tied = leader.score[other] == leader.score[lane];
-        if (leader.score[other] > leader.score[lane] || (tied && leader.panel[other] < leader.panel[lane])) lane = other;
+        if (leader.score[other] > leader.score[lane] || (tied && leader.panel[other] < leader.panel[lane]))
+          lane = other;
       }
       state.cosine[begin + first + i] = leader.score[lane] * inverse_norm(sum[i]);
       state.nearest[begin + first + i] = static_cast<int32_t>(leader.panel[lane] * kPanelTokens) + lane;

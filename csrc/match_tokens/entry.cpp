@@ -54,8 +54,9 @@ Workspace workspace_of(const mgt_context& context, const mgt_match_tokens_args& 
   // destinations, inverse; sources, cosine, nearest; panels
   const Size sample = destinations + destinations + sources + sources + sources + panels;
   const Size tile = lines(Size(mgt::kSourcesAtOnce) * call.tile_stride * 4);
-  return {samples_at_once, destinations, sources, panels, destinations, sources, sample, tile,
-          Size(samples_at_once) * sample + Size(workers) * tile + mgt::kLineBytes};
+  return {samples_at_once, destinations, sources,
+          panels,          destinations, sources,
+          sample,          tile,         Size(samples_at_once) * sample + Size(workers) * tile + mgt::kLineBytes};
 }
 
 MatchSample sample_at(const Workspace& layout, char* start) {

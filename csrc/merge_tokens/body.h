@@ -49,9 +49,8 @@ void merge_tokens(const mgt_merge_tokens_args& a, int64_t sample, int64_t begin,
     else if (count == 1)
       std::memcpy(mean, x + members[first] * a.stride_token * size, static_cast<size_t>(a.num_channels * size));
     else
-      for_dtype(a.dtype, [&](auto dtype) MGT_INLINE_LAMBDA {
-        average<S, dtype.value>(a, x, members + first, count, mean);
-      });
+      for_dtype(a.dtype,
+                [&](auto dtype) MGT_INLINE_LAMBDA { average<S, dtype.value>(a, x, members + first, count, mean); });
   }
 }
 

@@ -1,5 +1,6 @@
 """The oracles of merge_tokens and unmerge_tokens in float64."""
 
+import torch
 from torch import Tensor
 
 
@@ -15,4 +16,6 @@ def merge_tokens(x: Tensor, row: Tensor, num_rows: int) -> Tensor:
 
 def unmerge_tokens(x: Tensor, row: Tensor) -> Tensor:
     """Return each token's row of x (B, M, C): (B, N, C), of the dtype of x."""
-    return x.gather(1, row[..., None].expand(-1, -1, x.shape[-1]))
+    # as integers, since PyTorch's copies of 16-bit floats change the bits of a signalling NaN
+    bits = x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+    return bits.gather(1, row[..., None].expand(-1, -1, x.shape[-1])).view(x.dtype)

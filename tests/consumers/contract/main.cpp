@@ -6,6 +6,7 @@
 #include <mgt_kernels.h>
 #include <pthread.h>
 
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <condition_variable>
@@ -150,6 +151,15 @@ class Round {
     layer_.group_size = 128;
     for (size_t i = 0; i < some_tokens_.size(); i += 3) some_tokens_[i] = static_cast<int64_t>(i);
     for (size_t i = 0; i < bias_.size(); ++i) bias_[i] = i % 7 ? static_cast<float>(i % 5) * 0.25f : -INFINITY;
+    grid_.struct_size = sizeof grid_;
+    grid_.num_samples = 2;
+    grid_.height = kHeight;
+    grid_.width = kWidth;
+    grid_.num_channels = kChannels;
+    grid_.stride_sample = kGridTokens * kChannels;
+    grid_.stride_token = kChannels;
+    grid_.num_merged = kMerged;
+    grid_.seeds = grid_seeds_;
     const mgt_sample_tokens_args by_token = draw(false), by_position = draw(true);
     const mgt_sample_tokens_args truncated_by_token = truncated_draw(false),
                                  truncated_by_position = truncated_draw(true);
@@ -161,7 +171,8 @@ class Round {
           mgt_sample_tokens_workspace(&context_, &truncated_by_position),
           mgt_differential_sample_workspace(&context_, &differential),
           mgt_differential_sample_workspace(&context_, &differential_by_position),
-          mgt_w4a8_linear_workspace(&context_, &layer_), mgt_w4a16_linear_workspace(&context_, &layer_)}) {
+          mgt_match_tokens_workspace(&context_, &grid_), mgt_w4a8_linear_workspace(&context_, &layer_),
+          mgt_w4a16_linear_workspace(&context_, &layer_)}) {
       require(size >= 0, "a workspace has no size");
       if (static_cast<size_t>(size) > workspace_.size()) workspace_.resize(static_cast<size_t>(size));
     }
@@ -220,6 +231,7 @@ class Round {
                                     differential_logprob_.data(), divergence_.data(), workspace_.data(),
                                     workspace_bytes, nullptr));
     }
+    for (const mgt_dtype dtype : {MGT_FLOAT32, MGT_BFLOAT16, MGT_FLOAT16}) match_and_merge(dtype);
     check(mgt_w4a8_linear(&context_, &layer_, nullptr, 0, y8_.data(), workspace_.data(), workspace_bytes, nullptr));
     check(mgt_w4a16_linear(&context_, &layer_, y16_.data(), workspace_.data(), workspace_bytes, nullptr));
   }
@@ -230,8 +242,8 @@ class Round {
            differential_logprob_ == other.differential_logprob_ && divergence_ == other.divergence_ &&
            statistics_[0] == other.statistics_[0] && statistics_[1] == other.statistics_[1] &&
            truncated_[0] == other.truncated_[0] && truncated_[1] == other.truncated_[1] &&
-           half_ids_ == other.half_ids_ && half_logprob_ == other.half_logprob_ && y8_ == other.y8_ &&
-           y16_ == other.y16_;
+           half_ids_ == other.half_ids_ && half_logprob_ == other.half_logprob_ && match_ == other.match_ &&
+           merged_ == other.merged_ && unmerged_ == other.unmerged_ && y8_ == other.y8_ && y16_ == other.y16_;
   }
 
  private:
@@ -242,6 +254,28 @@ class Round {
   static constexpr int64_t kTokens = 530;
 #endif
   static constexpr int64_t kPositions = 70, kRows = 70, kInputs = 256, kOutputs = 96;
+
+  // tokens of a grid, of both samples
+  static constexpr int64_t kHeight = 12, kWidth = 14, kGridTokens = kHeight * kWidth, kChannels = 45;
+  static constexpr int64_t kMerged = kGridTokens / 2, kMergedRows = kGridTokens - kMerged;
+
+  void match_and_merge(mgt_dtype dtype) {
+    grid_.dtype = dtype;
+    grid_.x = dtype == MGT_FLOAT32 ? static_cast<const void*>(logits_.data()) : halves_.data();
+    int64_t* rows = match_[dtype].data();
+    int64_t *members = rows + 2 * kGridTokens, *starts = members + 2 * kGridTokens;
+    const mgt_match_tokens_outputs match{sizeof match, rows, members, starts, starts + 2 * (kGridTokens + 1)};
+    check(mgt_match_tokens(&context_, &grid_, &match, workspace_.data(), static_cast<int64_t>(workspace_.size()),
+                           nullptr));
+    const mgt_merge_tokens_args merge{sizeof merge,       dtype,     2,       kGridTokens,
+                                      kMergedRows,        kChannels, grid_.x, grid_.stride_sample,
+                                      grid_.stride_token, members,   starts};
+    check(mgt_merge_tokens(&context_, &merge, merged_[dtype].data(), nullptr));
+    const mgt_unmerge_tokens_args unmerge{
+        sizeof unmerge,          dtype,     2,   kGridTokens, kMergedRows, kChannels, merged_[dtype].data(),
+        kMergedRows * kChannels, kChannels, rows};
+    check(mgt_unmerge_tokens(&context_, &unmerge, unmerged_[dtype].data(), nullptr));
+  }
 
   static void check(mgt_status status) { require(status == MGT_OK, "an op failed"); }
 
@@ -312,8 +346,19 @@ class Round {
     mgt_sample_tokens_outputs outputs;
   };
 
+  template <class T>
+  static std::array<T, 3> three(const T& each) {
+    return {each, each, each};
+  }
+
   mgt_context context_;
   mgt_int4_linear_args layer_{};
+  mgt_match_tokens_args grid_{};
+  int64_t grid_seeds_[2] = {7, -7};
+  // of each dtype, in as many bytes as the largest takes
+  std::array<std::vector<int64_t>, 3> match_ = three(std::vector<int64_t>(6 * kGridTokens + 4));
+  std::array<std::vector<float>, 3> merged_ = three(std::vector<float>(2 * kMergedRows * kChannels)),
+                                    unmerged_ = three(std::vector<float>(2 * kGridTokens * kChannels));
   int64_t first_position_ = 1000;
   float guidance_scale_ = 1.5f;
   Statistics statistics_[2], truncated_[2];
