@@ -17,7 +17,7 @@ from mgt_sampler import quantize as quantize_model  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-EVERYTHING = {"merge": 0.5, "guidance_interval": (0.1, 0.8), "head": True}
+EVERYTHING = {"merge": TokenMerging(0.5, single_stream=True), "guidance_interval": (0.1, 0.8), "head": True}
 
 
 def amused():
@@ -103,6 +103,17 @@ def test_parts_work_together(case):
     accelerate(pipe, **EVERYTHING)
     # k / T of 0, 1/6, 2/6, 3/6, 4/6, 5/6
     assert rows_in_blocks(pipe, call) == [(2, tokens // 2)] + [(4, tokens // 2)] * 4 + [(2, tokens // 2)]
+
+
+def test_a_call_of_one_half_merges_as_one_of_both(case):
+    """Outside the interval the transformer is called with the conditional half alone, its arguments in their order."""
+    pipe, call = case
+    accelerate(pipe, merge=EVERYTHING["merge"])
+    expected = call(pipe, guidance_scale=1.0)
+    restore(pipe)
+    # no step is guided
+    accelerate(pipe, merge=EVERYTHING["merge"], guidance_interval=(0.0, 0.0))
+    assert torch.equal(call(pipe), expected)
 
 
 def test_report_and_restore(case, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -269,17 +269,15 @@ class MergedBlocks:
 
     # the hooks
 
-    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Begin a forward pass of this thread, called with these arguments."""
-        given = [
-            x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dtype == torch.int64 and x.ndim >= 2
-        ]
+    def begin(self, arguments: Mapping[str, Any]) -> None:
+        """Begin a forward pass of this thread, called with these arguments, by name."""
+        given = [x for x in arguments.values() if isinstance(x, Tensor) and x.dtype == torch.int64 and x.ndim >= 2]
         if not given:
             raise TypeError(
                 "merge: expected a transformer that is called with tokens, (B, H, W) or (B, N) int64, got none"
             )
         tokens = given[0]
-        text = kwargs.get("encoder_hidden_states")
+        text = arguments.get("encoder_hidden_states")
         num_text_tokens = text.shape[1] if isinstance(text, Tensor) and text.ndim == 3 else 0
         grid = (tokens.shape[1], tokens.shape[2]) if tokens.ndim == 3 else None
         self._passes[threading.get_ident()] = _Pass(num_text_tokens, grid)
@@ -403,9 +401,11 @@ class MergedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the transformer; nothing of the pass is left, whether it returns or raises."""
-        self._blocks.begin(args, kwargs)
+        original = self._original
+        # by name, whichever way they are passed
+        self._blocks.begin(inspect.signature(original).bind(*args, **kwargs).arguments)
         try:
-            return self._original(*args, **kwargs)
+            return original(*args, **kwargs)
         finally:
             self._blocks.end()
 
