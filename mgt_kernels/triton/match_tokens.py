@@ -229,10 +229,13 @@ def select_merged_kernel(
         bits = (best >> 32).to(tl.int32)
         score = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.float32, bitcast=True)
         cosine = score * tl.load(inverse_ptr + position, mask=mask, other=0.0)
-        # the smaller the key, the larger the cosine; without a norm of its own, or of any destination, it is -inf
-        cosine = tl.where(cosine == cosine, cosine, float("-inf"))
+        # without a norm it is like none, and the first destination as good as any
+        has_norm = cosine == cosine
+        cosine = tl.where(has_norm, cosine, float("-inf"))
+        # the smaller the key, the larger the cosine
         key = tl.where(is_source, ordered_key(cosine) ^ 0xFFFFFFFF, _DESTINATION_KEY)
-        nearest = tl.load(to_ptr + _NO_PLACE - (best & 0xFFFFFFFF), mask=mask & is_source, other=0).to(tl.int64)
+        place = tl.where(has_norm, _NO_PLACE - (best & 0xFFFFFFFF), 0)
+        nearest = tl.load(to_ptr + place, mask=mask & is_source, other=0).to(tl.int64)
         tl.store(row_ptr + position, (nearest << 32) | key.to(tl.int64), mask=mask)
     # the keys are read by other threads than wrote them
     tl.debug_barrier()
@@ -339,7 +342,7 @@ def match_tokens(
             measure_tokens_kernel, (batch * num_programs,),
             inverse, best, num_joined, to, corner, x, None if seed is None else seed.contiguous(), step, *strides,
             num_tokens, width, num_channels, num_measured, num_programs, BLOCK_TOKENS=_MEASURED,
-            BLOCK_CHANNELS=min(max(next_power_of_2(num_channels), 32), 256), num_warps=4, **LAUNCH_OPTIONS,
+            BLOCK_CHANNELS=min(max(next_power_of_2(num_channels), 32), 128), num_warps=4, **LAUNCH_OPTIONS,
         )  # fmt: skip
         launch(
             match_sources_kernel, (batch * num_destination_blocks * num_source_blocks,),
