@@ -14,8 +14,8 @@ from torch import Tensor
 from mgt_kernels.triton.draws import LAUNCH_OPTIONS
 from mgt_kernels.triton.launch import ceil_div, launch, next_power_of_2
 
-# of a program: eight for each of its threads
-_BLOCK_ELEMENTS = 1024
+# of a program: two vectors for each of its threads
+_BLOCK_BYTES = 4096
 
 
 @triton.jit
@@ -109,10 +109,10 @@ def unmerge_tokens_kernel(
     tl.store(y_ptr + ((sample * num_tokens + token) * num_channels)[:, None] + channel[None, :], x, mask=mask)
 
 
-def _blocks(num_rows: int, num_channels: int) -> tuple[int, int, dict[str, Any]]:
+def _blocks(num_rows: int, num_channels: int, dtype: torch.dtype) -> tuple[int, int, dict[str, Any]]:
     """Return how many blocks of rows and of channels there are, and the settings of the kernels."""
     block_channels = min(max(next_power_of_2(num_channels), 32), 256)
-    block_rows = _BLOCK_ELEMENTS // block_channels
+    block_rows = _BLOCK_BYTES // dtype.itemsize // block_channels
     settings = dict(BLOCK_ROWS=block_rows, BLOCK_CHANNELS=block_channels, num_warps=4, **LAUNCH_OPTIONS)
     return ceil_div(num_rows, block_rows), ceil_div(num_channels, block_channels), settings
 
@@ -123,7 +123,7 @@ def merge_tokens(x: Tensor, row: Tensor, members: Tensor, starts: Tensor, num_ro
     y = torch.empty((batch, num_rows, num_channels), dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    num_row_blocks, num_channel_blocks, settings = _blocks(num_rows, num_channels)
+    num_row_blocks, num_channel_blocks, settings = _blocks(num_rows, num_channels, x.dtype)
     with torch.accelerator.device_index(x.device.index):
         launch(
             merge_tokens_kernel, (batch * num_row_blocks * num_channel_blocks,),
@@ -140,7 +140,7 @@ def unmerge_tokens(x: Tensor, row: Tensor) -> Tensor:
     y = torch.empty((batch, num_tokens, num_channels), dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    num_token_blocks, num_channel_blocks, settings = _blocks(num_tokens, num_channels)
+    num_token_blocks, num_channel_blocks, settings = _blocks(num_tokens, num_channels, x.dtype)
     with torch.accelerator.device_index(x.device.index):
         launch(
             unmerge_tokens_kernel, (batch * num_token_blocks * num_channel_blocks,),

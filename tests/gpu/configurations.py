@@ -434,7 +434,7 @@ _SEARCH = "issue: each token is weighed, and compared with six keys, in each of 
 _ONE_NUMBER = "three numbers: the launch itself takes longer"
 _PRODUCTS = "each token meets a quarter of the others, from the caches"
 _PAIRS = "issue: each token is compared with all that lie before it"
-_FEW_TOKENS = "issue: a program begins and ends around eight elements of each thread"
+_FEW_TOKENS = "issue: a program begins and ends around two vectors of each thread"
 _UNSHARED = "issue: four instructions make a weight a bfloat16, which only 16 rows share"
 
 CONFIGURATIONS = (
