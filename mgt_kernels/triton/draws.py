@@ -14,6 +14,7 @@ LAUNCH_OPTIONS = {"enable_fp_fusion": False}
 STREAM_TOKEN = tl.constexpr(0)
 STREAM_NOISE = tl.constexpr(1)
 STREAM_CONFIDENCE = tl.constexpr(2)
+STREAM_MERGE = tl.constexpr(4)
 
 # column c takes word (c // 512) % 4 of block (c // 2048) * 512 + c % 512
 WORD_WIDTH = tl.constexpr(512)

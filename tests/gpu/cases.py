@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from compare import assert_no_worse_than_naive, assert_statistics
 from driver import draw_of
+from merging import MERGING
 from ptx_emulator.floating import fma_float32
 from torch import Tensor
 
@@ -1053,4 +1054,5 @@ WITH_TENSORS = [
     "second guidance, dual, fp32, noise, top_p", "softcap of every half, dual, fp32", "top_p next to 1, peaked",
     "min_p next to 1",
 ]  # fmt: skip
+CASES += [Case(*fields) for fields in MERGING]
 CASES += [scalars_as_tensors(case) for case in CASES if case.name in WITH_TENSORS]

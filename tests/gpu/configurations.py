@@ -335,6 +335,71 @@ def _dequantize(num_inputs: int = 1024, num_outputs: int = 4096) -> Configuratio
     return Configuration("w4a16_linear", "dequantized", launch, num_outputs * num_inputs // 2, 1, (case,))
 
 
+def _merging(name: str, num_tokens: int, dtype: torch.dtype, num_channels: int = 1024) -> tuple[Configuration, ...]:
+    """Describe the ops of token merging on a square grid, half of whose tokens merge, a batch of one."""
+    side = math.isqrt(num_tokens)
+    num_rows = num_tokens // 2
+    num_sources, num_destinations = num_tokens // 4 * 3, num_tokens // 4
+    token_bytes = num_channels * dtype.itemsize
+    # of an index
+    index_bytes = 8
+
+    def match() -> None:
+        x, seed = torch.empty(1, num_tokens, num_channels, dtype=dtype), torch.zeros(1, dtype=torch.int64)
+        kernels.match_tokens(x, side, side, num_rows, 0.0, seed, torch.zeros((), dtype=torch.int64))
+
+    def match_of() -> tuple[Tensor, Tensor, Tensor]:
+        row, members = torch.empty(2, 1, num_tokens, dtype=torch.int64)
+        return row, members, torch.empty(1, num_tokens + 1, dtype=torch.int64)
+
+    def merge() -> None:
+        kernels.merge_tokens(torch.empty(1, num_tokens, num_channels, dtype=dtype), *match_of(), num_rows)
+
+    def unmerge() -> None:
+        kernels.unmerge_tokens(torch.empty(1, num_rows, num_channels, dtype=dtype), match_of()[0])
+
+    # the program that lists destinations runs short
+    measure = Case(
+        "measure_tokens_kernel", (loads(dtype.itemsize), never, never),
+        lambda launches: num_tokens * (token_bytes + 4 + 8 + 4) + num_destinations * 8, _SHORT_PROGRAMS,
+    )  # fmt: skip
+    block_channels = 16 if dtype == torch.float32 else 64
+    multiply = Case(
+        "match_sources_kernel", (times(num_channels // block_channels),),
+        lambda launches: num_tokens * (token_bytes + 4) + num_sources * 8, _PRODUCTS,
+    )  # fmt: skip
+    select = Case(
+        "select_merged_kernel",
+        # keys from corners, products and norms; the bits of the threshold; the choice from the keys; rows and sizes
+        (loads((4 + 8 + 4 + 4) / num_channels), reductions(32), loads(8 / num_channels),
+         loads((8 + 8 + 4) / num_channels)),
+        lambda launches: num_tokens * (8 + 4 + 8 + 4) + num_destinations * 8, _PER_SAMPLE,
+    )  # fmt: skip
+    # on average half of the others lie before
+    members = Case(
+        "list_members_kernel", (times(num_tokens // 128 // 2),),
+        lambda launches: num_tokens * 3 * index_bytes, _PAIRS,
+    )  # fmt: skip
+    # the rows of a block go through as many tokens as the largest has: two where half of them merge
+    average = Case(
+        "merge_tokens_kernel", (times(1),),
+        lambda launches: num_tokens * (token_bytes + index_bytes) + num_rows * (token_bytes + index_bytes), _FEW_TOKENS,
+    )  # fmt: skip
+    copy = Case(
+        "unmerge_tokens_kernel", (),
+        lambda launches: num_rows * token_bytes + num_tokens * (token_bytes + index_bytes), _FEW_TOKENS,
+    )  # fmt: skip
+    num_elements = num_tokens * num_channels
+    matching = Configuration(
+        "match_tokens", name, match, num_elements, dtype.itemsize, (measure, multiply, select, members)
+    )
+    return (
+        matching,
+        Configuration("merge_tokens", name, merge, num_elements, dtype.itemsize, (average,)),
+        Configuration("unmerge_tokens", name, unmerge, num_elements, dtype.itemsize, (copy,)),
+    )
+
+
 def _rows(num_rows: int) -> str:
     return f"bf16, {num_rows} rows"
 
@@ -367,6 +432,9 @@ _GROUPS = (
 )
 _SEARCH = "issue: each token is weighed, and compared with six keys, in each of sixteen passes"
 _ONE_NUMBER = "three numbers: the launch itself takes longer"
+_PRODUCTS = "each token meets a quarter of the others, from the caches"
+_PAIRS = "issue: each token is compared with all that lie before it"
+_FEW_TOKENS = "issue: a program begins and ends around two vectors of each thread"
 _UNSHARED = "issue: four instructions make a weight a bfloat16, which only 16 rows share"
 
 CONFIGURATIONS = (
@@ -392,4 +460,6 @@ CONFIGURATIONS = (
     _w4a16_linear(16, reason=_UNSHARED),
     _w4a16_linear(16, 4096, 1024, num_splits=4, reason=_UNSHARED),
     _dequantize(),
+    *_merging("bf16, 4096 tokens", 4096, torch.bfloat16),
+    *_merging("fp32, 1024 tokens", 1024, torch.float32),
 )

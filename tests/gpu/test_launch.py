@@ -20,6 +20,8 @@ from mgt_kernels.triton import (
     commit_tokens,
     differential_sample,
     mask_by_confidence,
+    match_tokens,
+    merge_tokens,
     sample_tokens,
     w4a8_linear,
     w4a16_linear,
@@ -37,12 +39,21 @@ LINEAR_16 = next(case for case in CASES if case.name == "w4a16 fp32, groups of 3
 SPLIT_LINEAR = next(case for case in CASES if case.name == "w4a8 bf16, split")
 SPLIT_LINEAR_16 = next(case for case in CASES if case.name == "w4a16 bf16, split")
 DEQUANTIZED = next(case for case in CASES if case.name == "w4a16 bf16, dequantized")
-ONE_OF_EACH = [
-    SPLIT, TRUNCATED, MASK, COMMIT, DIFFERENCE, LINEAR, LINEAR_16, SPLIT_LINEAR, SPLIT_LINEAR_16, DEQUANTIZED,
+MATCH = next(case for case in CASES if case.name == "match bf16, batch 3")
+MERGE = next(case for case in CASES if case.name == "merge bf16")
+UNMERGE = next(case for case in CASES if case.name == "unmerge bf16")
+# those that compute
+ARITHMETIC = [
+    SPLIT, TRUNCATED, MASK, COMMIT, DIFFERENCE, LINEAR, LINEAR_16, SPLIT_LINEAR, SPLIT_LINEAR_16, DEQUANTIZED, MATCH,
+    MERGE,
 ]  # fmt: skip
+ONE_OF_EACH = [*ARITHMETIC, UNMERGE]
 
 
-MODULES = (sample_tokens, kept_from, mask_by_confidence, commit_tokens, differential_sample, w4a8_linear, w4a16_linear)
+MODULES = (
+    sample_tokens, kept_from, mask_by_confidence, commit_tokens, differential_sample, w4a8_linear, w4a16_linear,
+    match_tokens, merge_tokens,
+)  # fmt: skip
 
 
 def launches_of(*arguments, op="sample_tokens"):
@@ -53,8 +64,11 @@ def launches_of(*arguments, op="sample_tokens"):
 
 @pytest.mark.parametrize(
     "op",
-    ["sample_tokens", "mask_by_confidence", "commit_tokens", "differential_sample", "w4a8_linear", "w4a16_linear"],
-)
+    [
+        "sample_tokens", "mask_by_confidence", "commit_tokens", "differential_sample", "w4a8_linear", "w4a16_linear",
+        "match_tokens", "merge_tokens", "unmerge_tokens",
+    ],
+)  # fmt: skip
 def test_ops_have_a_cuda_kernel(op):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"mgt_kernels::{op}", "CUDA")
 
@@ -73,7 +87,9 @@ def test_public_ops_on_cuda_wait_for_nothing():
         after, done = mgt_kernels.commit_tokens(
             token_ids, logprob, tokens, threshold=-0.1, within=(4, end), edit=edit, step=step, **options
         )
-        assert all(x.is_cuda for x in (token_ids, logprob, masked, after, done))
+        hidden = torch.empty(2, 64, 32, device="cuda")
+        match = mgt_kernels.match_tokens(hidden, (8, 8), ratio=0.5, seed=1, step=step)
+        assert all(x.is_cuda for x in (token_ids, logprob, masked, after, done, match.row))
         state = None
         for _ in range(2):
             _, _, state = mgt_kernels.differential_sample(logits, tokens, state, step=step, **options)
@@ -196,7 +212,7 @@ def test_nothing_is_tuned_at_run_time():
         if name.endswith("_kernel")
     ]
     # a tuner would wrap it; what is launched is a function of dtype, layout and shape
-    assert len(found) == 15 and all(type(kernel) is JITFunction for kernel in found)
+    assert len(found) == 21 and all(type(kernel) is JITFunction for kernel in found)
 
 
 def assert_exact_arithmetic(ptx: str) -> None:
@@ -205,7 +221,7 @@ def assert_exact_arithmetic(ptx: str) -> None:
     assert not re.search(r"\b(mul|add|sub)\.f32\b", ptx)
 
 
-@pytest.mark.parametrize("case", ONE_OF_EACH, ids=str)
+@pytest.mark.parametrize("case", ARITHMETIC, ids=str)
 def test_arithmetic_is_exact(case, monkeypatch):
     arguments = case.make_arguments()
     for launch in launches_of(*arguments, op=case.op):

@@ -17,6 +17,9 @@ REHEARSED_CASES = (
     "mask_by_confidence: N=5 temperature=0.0 digits=0",
     "commit_tokens: count N=5 temperature=0.0",
     "differential_sample: first step",
+    "match_tokens: match fp32, nothing merges, one channel",
+    "merge_tokens: merge bf16, one channel, apart",
+    "unmerge_tokens: unmerge bf16, one channel, apart",
     "w4a8_linear: w4a8 fp32, an input",
     "w4a16_linear: w4a16 fp32, an input",
 )
