@@ -101,9 +101,10 @@ def flops_of_call(model: FashionModel, merging: TokenMerging | None) -> float:
 
 
 class TransformerTime:
-    """The time of the processor that this process spends in a transformer, inside a `with`.
+    """The time of the processor that this process spends in a transformer, inside one `with` or several.
 
-        with TransformerTime(transformer) as watch: ...
+        watch = TransformerTime(transformer)
+        with watch: ...
         watch.seconds, watch.others
 
     Attributes:
@@ -111,13 +112,12 @@ class TransformerTime:
         others: how many cores other processes kept busy meanwhile, on average; NaN where the system does not tell.
     """
 
-    seconds: float = 0.0
-    others: float = math.nan
-
     def __init__(self, transformer: nn.Module) -> None:
         """Take the transformer."""
+        on_cpu = next(transformer.parameters()).device.type == "cpu"
+        self.seconds = 0.0 if on_cpu else math.nan
         self._transformer = transformer
-        self._started = 0.0
+        self._started = self._wall = self._busy_of_others = 0.0
         self._handles: list[Any] = []
 
     def __enter__(self) -> TransformerTime:
@@ -127,26 +127,35 @@ class TransformerTime:
             self._transformer.register_forward_pre_hook(self._begin, prepend=True),
             self._transformer.register_forward_hook(self._end),
         ]
-        self._before = time.perf_counter(), time.process_time(), _busy_seconds()
+        self._before = _clocks()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Stop."""
-        wall, own, busy = self._before
-        wall, own = time.perf_counter() - wall, time.process_time() - own
-        self.others = max(0.0, _busy_seconds() - busy - own) / wall if busy == busy else math.nan
+        wall, own, busy = (now - before for now, before in zip(_clocks(), self._before, strict=True))
+        self._wall += wall
+        self._busy_of_others += busy - own
         for handle in self._handles:
             handle.remove()
-        if next(self._transformer.parameters()).device.type != "cpu":
-            self.seconds = math.nan
+
+    @property
+    def others(self) -> float:
+        """See above."""
+        # the system counts in hundredths of a second
+        share = self._busy_of_others / self._wall if self._wall else math.nan
+        return share if math.isnan(share) else max(0.0, share)
 
     def _begin(self, *_: object) -> None:
         self._started = time.process_time()
 
     def _end(self, *_: object) -> None:
         self.seconds += time.process_time() - self._started
+
+
+def _clocks() -> tuple[float, float, float]:
+    return time.perf_counter(), time.process_time(), _busy_seconds()
 
 
 def _busy_seconds() -> float:

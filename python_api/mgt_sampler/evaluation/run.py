@@ -96,10 +96,11 @@ CLASS_METRICS = {
     "class_accuracy": Metric("accuracy, %", "higher", 100, 1),
     "class_spread": Metric("spread, %", "higher", 100, 1),
 }
-
-
-# how a share of masked tokens is called in a column of nll.csv
-NLL_METRICS = {"share_nll": Metric("NLL, nats", "lower", digits=3), "share_nll_lost": Metric("NLL lost, nats", "lower")}
+# of each of MASKED_SHARES
+NLL_METRICS = {
+    "share_nll": Metric("NLL, nats", "lower", digits=3),
+    "share_nll_lost": Metric("NLL lost, nats", "lower", digits=3),
+}
 
 
 def _nan() -> Tensor:
