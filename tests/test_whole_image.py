@@ -23,6 +23,7 @@ from mgt_sampler.evaluation.intervals import Estimate
 from mgt_sampler.evaluation.metrics import MASKED_SHARES, nll_at_shares
 from mgt_sampler.evaluation.pareto import front, fronts, save_pareto
 from mgt_sampler.merge import MergedBlocks, TokenMerging
+from mgt_sampler.models import load_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -68,6 +69,17 @@ class TestDrawers:
         drawer = drawers.make_drawer(model, Configuration("a", {"merge": {"ratio": 0.5, "every": 2}}), 0, "auto")
         assert drawer.flops == flops_by_hand(98) + 2 * 192 * 147 * 49
         assert drawers.merged(model, merging, "auto").transformer is not model.transformer
+
+    def test_what_is_merged_stays_merged(self) -> None:
+        """Tokens that are merged in the first block are the most alike in the blocks behind it, too."""
+        model = load_model()
+        tokens = torch.randint(128, (2, 196), generator=torch.Generator().manual_seed(0))
+        tokens[:, ::2] = model.mask_token_id
+        each, every_second = (
+            drawers.merged(model, TokenMerging(0.25, every=every), "auto").predict_logits(tokens, torch.tensor([1, 2]))
+            for every in (1, 2)
+        )
+        assert torch.equal(each, every_second)
 
     def test_the_model_stays_as_it_is(self) -> None:
         model = small_model()
@@ -226,7 +238,7 @@ class TestPareto:
             result("worse", frechet_distance=4.0, nll=2.0, model_flops=9.5e9, **costs),
         ]
         rows = fronts(results)
-        names = {(row["quality"], row["cost"]): [] for row in rows}
+        names: dict[tuple[str, str], list[str]] = {(row["quality"], row["cost"]): [] for row in rows}
         for row in rows:
             names[row["quality"], row["cost"]].append(row["name"])
         assert names == {
