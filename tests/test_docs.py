@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mgt_benchmarks import clients, report, tables
+from mgt_benchmarks import clients, report, tables, whole_image
 from mgt_benchmarks.cases import cases_of, sampler_cases
 from mgt_benchmarks.client_cases import client_cases
 from mgt_sampler import presets, samplers
@@ -104,6 +104,15 @@ def test_the_table_of_clients_is_of_its_run():
     assert shown_table.partition("\n\n")[2].strip() == clients.markdown(table)
     assert {row["case"] for row in table} == {case.setting.name for case in client_cases(2)}
     assert not any(row["skipped"] for row in table)
+
+
+def test_the_page_of_whole_images_is_of_its_run():
+    text = (DOCS / "whole_image.md").read_text(encoding="utf-8")
+    for name, block in whole_image.blocks(DOCS / "whole_image").items():
+        assert tables.between(text, name) == block, name
+    rows = whole_image.read(DOCS / "whole_image" / "results.csv")
+    assert [row["name"] for row in rows] == [c.name for c in load_configurations("whole_image")]
+    assert len({row["num_images"] for row in rows}) == 1
 
 
 @pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)

@@ -35,11 +35,13 @@ from mgt_sampler.evaluation.metrics import (
     kernel_distance,
     load_real_statistics,
     masked_token_nll,
+    nll_at_shares,
     pixel_spread,
     token_entropy,
     winning_rate,
 )
 from mgt_sampler.evaluation.plots import save_plots
+from mgt_sampler.merge import TokenMerging
 from mgt_sampler.models import FashionModel, load_classifier, load_model
 from mgt_sampler.models.fashion import Transformer, TransformerConfig
 from mgt_sampler.techniques import Differential, ZSampling
@@ -185,6 +187,30 @@ class TestJudge:
         assert torch.allclose(nll, torch.stack(expected))
         assert ((torch.cat(seen) == tokens) | masked).all()
 
+    def test_nll_at_shares_by_hand(self) -> None:
+        class Model:
+            num_tokens, codebook_size, mask_token_id, device = 8, 3, 3, torch.device("cpu")
+
+            def encode(self, images: torch.Tensor) -> torch.Tensor:
+                return images.view(len(images), 8).long()
+
+            def predict_logits(self, tokens: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+                seen.append(tokens)
+                return torch.tensor([0.0, 1.0, 2.0]).expand(len(tokens), 8, 3)
+
+        seen: list[torch.Tensor] = []
+        images = torch.randint(3, (10, 1, 2, 4), generator=torch.Generator().manual_seed(0))
+        nll = nll_at_shares(Model(), images, torch.zeros(10).long(), batch_size=10)  # type: ignore[arg-type]
+        log_prob, tokens = torch.tensor([0.0, 1.0, 2.0]).log_softmax(0), images.view(10, 8)
+        masks = [part == 3 for part in seen]
+        assert [mask.sum(1).unique().tolist() for mask in masks] == [[2], [4], [6]]
+        expected = torch.stack([-(log_prob[tokens] * mask).sum(1) / mask.sum(1) for mask in masks], dim=1)
+        torch.testing.assert_close(nll, expected)
+        # a larger share masks more of the same
+        assert (masks[0] <= masks[1]).all() and (masks[1] <= masks[2]).all()
+        one_by_one = nll_at_shares(Model(), images, torch.zeros(10).long(), batch_size=1)  # type: ignore[arg-type]
+        torch.testing.assert_close(one_by_one, nll)
+
     def test_accuracy_is_by_class(self) -> None:
         log_prob, features = judge(torch.rand(30, 1, 28, 28), load_classifier())
         torch.testing.assert_close(log_prob.exp().sum(1), torch.ones(30))
@@ -318,6 +344,60 @@ class TestConfigurations:
         with pytest.raises(error, match=message):
             Configuration("x", arguments)
 
+    def test_merging_is_no_argument_of_generate(self, tmp_path: Path) -> None:
+        ratio, table, none, of_sampler = self.read(
+            tmp_path,
+            """
+            [defaults]
+            num_inference_steps = 3
+            [[configuration]]
+            name = "ratio"
+            merge = 0.25
+            [[configuration]]
+            name = "table"
+            merge = { ratio = 0.5, every = 2, destinations = "top_left" }
+            quantization = { share = 1.0 }
+            [[configuration]]
+            name = "none"
+            merge = 0
+            [[configuration]]
+            name = "of a sampler"
+            sampler = "halton"
+            merge = 0.75
+            """,
+        )
+        assert ratio.merging == TokenMerging(0.25) and none.merging is None
+        assert table.merging == TokenMerging(0.5, every=2, destinations="top_left") and table.quantization
+        assert of_sampler.merging == TokenMerging(0.75)
+        for configuration in (ratio, table, none):
+            assert configuration.generate_arguments() == {"num_inference_steps": 3}
+
+    @pytest.mark.parametrize(
+        ("merge", "error", "message"),
+        [
+            ("0.8", ValueError, r"a: merge: ratio: expected at most 0\.75, got 0\.8"),
+            ("{ ratio = 0.5, rate = 1 }", ValueError, "a: merge: expected keys among ratio, .*'rate'"),
+            ("{ every = 0 }", ValueError, "a: merge: every: expected an int of at least 1"),
+            ("true", TypeError, "a: merge: expected a ratio"),
+        ],
+    )
+    def test_bad_merging_is_named(self, tmp_path: Path, merge: str, error: type[Exception], message: str) -> None:
+        with pytest.raises(error, match=message):
+            self.read(tmp_path, f"[[configuration]]\nname = 'a'\nmerge = {merge}\n")
+
+    def test_the_shipped_list_of_whole_images(self) -> None:
+        configurations = load_configurations("whole_image")
+        assert len(configurations) <= 16 and configurations[0].arguments.keys().isdisjoint({"merge", "quantization"})
+        ratios = {c.merging.ratio for c in configurations if c.merging is not None}
+        assert ratios == {0.1, 0.25, 0.5, 0.75}
+        # beside the first one, each axis alone, and all together
+        axes = [
+            (c.merging is not None, c.quantization is not None, "interval" in str(c.arguments["guidance_scale"]))
+            for c in configurations
+        ]
+        assert {(False, False, True), (False, True, False), (True, False, False), (True, True, True)} <= set(axes)
+        assert {c.family for c in configurations} == {"float", "interval", "merge", "w4a8", "scq"}
+
     @pytest.mark.parametrize("name", ["samplers", "exact_samplers"])
     def test_the_shipped_lists_of_samplers(self, name: str) -> None:
         configurations = load_configurations(name)
@@ -392,6 +472,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return calls
 
 
+TIMES = {"seconds", "transformer_seconds", "others_busy"}
 TWO = (Configuration("base", {"num_inference_steps": 2}), Configuration("more steps", {"num_inference_steps": 3}))
 
 
@@ -439,7 +520,7 @@ class TestRun:
 
     def test_the_batch_size_changes_nothing(self, drawn: list[Any]) -> None:
         (whole,), (cut,) = (evaluate(TWO[:1], batch_size=size) for size in (100, 7))
-        for name in run.METRICS.keys() - {"seconds"}:
+        for name in run.METRICS.keys() - TIMES:
             expected = pytest.approx(float(cut.estimates[name].value), rel=1e-3, nan_ok=True)
             assert float(whole.estimates[name].value) == expected, name
 
@@ -463,7 +544,7 @@ class TestRun:
         resumed = evaluate(out=tmp_path)
         assert len(drawn) == 6
         for a, b in zip(whole, resumed, strict=True):
-            for name in a.estimates.keys() - {"seconds"}:
+            for name in a.estimates.keys() - TIMES:
                 torch.testing.assert_close(a.estimates[name].value, b.estimates[name].value, equal_nan=True)
         evaluate(out=tmp_path)
         assert len(drawn) == 6
@@ -578,6 +659,9 @@ class TestRun:
         validation = (images, torch.arange(25) % 10)
         results = evaluate(num_images=20, num_groups=2, validation=validation, out=tmp_path)
         estimate = results[0].estimates["token_nll"]
+        for name in ("nll", "token_nll"):
+            assert float(results[0].estimates[name].half_width) > 0, name
+        assert float(results[1].estimates["nll_lost"].value) == float(results[1].estimates["nll_lost"].half_width) == 0
         # the same images and the same masks for every configuration
         assert float(estimate.value) == float(results[1].estimates["token_nll"].value)
         nll = masked_token_nll(small_model(), images[:10], validation[1][:10], seed=0, batch_size=7)

@@ -70,7 +70,6 @@ def calibrate_schedule(
     return best_ratios(np.interp(np.arange(size), levels, found).tolist(), num_inference_steps)
 
 
-@torch.no_grad()
 def masked_nll(
     model: MaskedModel,
     tokens: Tensor,
@@ -81,7 +80,23 @@ def masked_nll(
     seed: int = 0,
 ) -> float:
     """Mean negative log-likelihood in nats of masked tokens where `num_known` others, at random, are known."""
-    total, size = 0.0, tokens.shape[1]
+    nll = masked_nll_of_samples(model, tokens, num_known, labels=labels, batch_size=batch_size, seed=seed)
+    return float(nll.mean())
+
+
+@torch.no_grad()
+def masked_nll_of_samples(
+    model: MaskedModel,
+    tokens: Tensor,
+    num_known: int,
+    *,
+    labels: Tensor | None = None,
+    batch_size: int = 50,
+    seed: int = 0,
+) -> Tensor:
+    """What `masked_nll` is the mean of, one for each sample: float64 (M,), on the CPU."""
+    size = tokens.shape[1]
+    nll = [torch.zeros(0, dtype=torch.float64, device="cpu")]
     seeds = sample_seeds(seed, len(tokens)).to(tokens.device)
     for i in range(0, len(tokens), batch_size):
         part = tokens[i : i + batch_size]
@@ -101,8 +116,8 @@ def masked_nll(
             statistics=("known_logprob",),
         ).known_logprob
         assert found is not None
-        total -= float((found * masked).double().sum()) / (size - num_known)
-    return total / len(tokens)
+        nll.append(-(found * masked).double().sum(1).cpu() / (size - num_known))
+    return torch.cat(nll)
 
 
 def best_ratios(nll: Sequence[float], num_inference_steps: int) -> list[float]:

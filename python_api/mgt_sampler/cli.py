@@ -377,8 +377,8 @@ def evaluate(
     configurations: Annotated[
         str | None,
         typer.Argument(
-            help="A TOML file with a list of configurations, or a shipped one: 'techniques', 'samplers' or "
-            "'quantization'; without it, the one that the options describe.",
+            help="A TOML file with a list of configurations, or a shipped one: 'techniques', 'samplers', "
+            "'quantization' or 'whole_image'; without it, the one that the options describe.",
         ),
     ] = None,
     out: Annotated[
@@ -430,7 +430,7 @@ def evaluate(
     """Draw images of every class and measure them, with one configuration or with a list of them."""
     with _errors_of_users(), _extra():
         from .evaluation.configurations import Configuration, load_configurations
-        from .evaluation.run import evaluate, results_table, save_results
+        from .evaluation.run import evaluate, merges, results_table, save_results
 
         sampling_options: dict[str, Any] = {
             "num_inference_steps": steps,
@@ -471,9 +471,11 @@ def evaluate(
         )
         typer.echo(results_table(results))
         if out is not None:
+            from .evaluation.pareto import save_pareto
             from .evaluation.plots import save_plots
 
-            for path in (*save_results(results, out), *save_plots(results, out)):
+            costs = save_pareto(results, out) if merges(results) else []
+            for path in (*save_results(results, out), *save_plots(results, out), *costs):
                 typer.echo(path)
 
 

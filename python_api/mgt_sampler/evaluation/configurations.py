@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from ..merge import TokenMerging
 from ..samplers import SAMPLERS
 from ..techniques import Differential, ZSampling
 
@@ -42,6 +43,8 @@ QUANTIZATION = (
     "guidance_halves",
     "num_timestep_buckets",
 )
+# what is done to the model, which `generate` is not told
+OF_THE_MODEL = ("merge", "quantization")
 
 
 @dataclass(frozen=True)
@@ -49,17 +52,18 @@ class Configuration:
     """Arguments of `generate` under a name, whose first word is the family that plots show together.
 
     With `sampler`, the name of a function of `samplers`, all but LOOP_ARGUMENTS are that function's. Beside them a
-    table `quantization` of arguments of `quantize`, for the model's transformer.
+    table `quantization` of arguments of `quantize`, for the model's transformer, and `merge`, a ratio or a table of
+    attributes of `TokenMerging`, for its blocks.
 
     Raises:
         TypeError: an argument of the wrong type, or one that the sampler's function does not take.
-        ValueError: an argument that is not in ARGUMENTS, an unknown sampler, or a key that Differential, ZSampling or
-            QUANTIZATION does not have.
+        ValueError: an argument that is not in ARGUMENTS, an unknown sampler, or a key that Differential, ZSampling,
+            QUANTIZATION or TokenMerging does not have.
     """
 
     name: str
     arguments: Mapping[str, Any]
-    """As in a TOML file: differential, z_sampling and quantization are tables."""
+    """As in a TOML file: differential, z_sampling and quantization are tables, and merge may be one."""
 
     def __post_init__(self) -> None:
         """Check the names of the arguments."""
@@ -68,22 +72,37 @@ class Configuration:
         if not isinstance(self.arguments, Mapping):
             raise TypeError(f"{self.name}: expected arguments by name, got {self.arguments!r}")
         if self.sampler is None:
-            _check_keys(self.name, self.arguments, (*ARGUMENTS, "quantization"))
+            _check_keys(self.name, self.arguments, (*ARGUMENTS, *OF_THE_MODEL))
         elif self.sampler not in SAMPLERS:
             raise ValueError(f"{self.name}: sampler: expected one of {', '.join(SAMPLERS)}, got {self.sampler!r}")
         self.generate_arguments()
         if self.quantization is not None:
             self._check_table("quantization", QUANTIZATION)
+        _ = self.merging
 
     @property
     def family(self) -> str:
-        """The name's first word."""
-        return self.name.split()[0]
+        """The name's first word, without a comma after it."""
+        return self.name.split()[0].rstrip(",")
 
     @property
     def quantization(self) -> Mapping[str, Any] | None:
         """The keyword arguments of `quantize`; None: the model stays as it is."""
         return self.arguments.get("quantization")
+
+    @property
+    def merging(self) -> TokenMerging | None:
+        """How tokens are merged in the transformer's blocks; None: they are not."""
+        given = self.arguments.get("merge")
+        if given is None:
+            return None
+        if isinstance(given, Mapping):
+            self._check_table("merge", [field.name for field in fields(TokenMerging)])
+        try:
+            merging = TokenMerging(**given) if isinstance(given, Mapping) else TokenMerging.of(given)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{self.name}: {error}") from error
+        return None if merging.ratio == 0 and merging.threshold is None else merging
 
     @property
     def sampler(self) -> str | None:
@@ -100,7 +119,7 @@ class Configuration:
             TypeError, ValueError: an argument that the sampler's function does not take.
         """
         given = {**self.arguments, **others}
-        arguments = {name: value for name, value in given.items() if name not in ("quantization", "sampler")}
+        arguments = {name: value for name, value in given.items() if name not in (*OF_THE_MODEL, "sampler")}
         if self.sampler is not None:
             of_loop = {name: arguments.pop(name) for name in LOOP_ARGUMENTS if name in arguments}
             try:
@@ -131,7 +150,8 @@ def load_configurations(path: str | Path) -> list[Configuration]:
     `[defaults]` of arguments for all of them. The first is the baseline of the winning rates.
 
     Args:
-        path: a TOML file, or the name of a shipped list: "techniques", "samplers", "quantization" or "exact".
+        path: a TOML file, or the name of a shipped list: "techniques", "samplers", "quantization", "whole_image" or
+            "exact".
 
     Returns:
         The configurations in the order of the file.

@@ -68,6 +68,9 @@ def judge_exactly(
     if num_samples < 1:
         raise ValueError(f"num_samples: expected 1 at least, got {num_samples}")
     techniques = techniques or load_configurations("exact")
+    for technique in techniques:
+        if technique.merging is not None or technique.quantization is not None:
+            raise ValueError(f"{technique.name}: expected no merge and no quantization: a chain has no transformer")
     model = MarkovModel()
     for num_steps in steps:
         if integer("steps", num_steps) < 1 or model.num_tokens % num_steps:

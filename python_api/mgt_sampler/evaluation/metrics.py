@@ -12,11 +12,14 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from ..calibration import masked_nll_of_samples
 from ..models import FashionClassifier, FashionModel
 from ..models.fashion import WEIGHTS_DIR
 from ..tensor_file import read_tensor_file
 
 _BATCH_SIZE = 500
+# of an image's tokens: a quarter, a half and three quarters of them are to be guessed
+MASKED_SHARES = (0.25, 0.5, 0.75)
 
 
 @dataclass(frozen=True)
@@ -279,6 +282,40 @@ def masked_token_nll(
         loss = F.cross_entropy(logits.float().transpose(1, 2), tokens, reduction="none")
         losses.append(((loss * masked).sum(1) / masked.sum(1)).cpu())
     return torch.cat(losses)
+
+
+def nll_at_shares(
+    model: FashionModel, images: Tensor, labels: Tensor, *, seed: int = 0, batch_size: int = 100
+) -> Tensor:
+    """Negative log-likelihood of masked tokens of real images, at each of MASKED_SHARES.
+
+    The masks are those of `calibration.masked_nll`: every image has one order of its positions, whose last ones are
+    masked, so that a larger share masks what a smaller one does and more.
+
+    Args:
+        model: with `encode`.
+        images: (num_images, C, H, W) in [0, 1].
+        labels: (num_images,) int64.
+        seed: of the orders.
+        batch_size: images at once.
+
+    Returns:
+        (num_images, number of shares) float32, in nats, on the CPU.
+    """
+    tokens = torch.cat([model.encode(part) for part in images.split(batch_size)])
+    labels = labels.to(model.device)
+    nll = [
+        masked_nll_of_samples(
+            model,
+            tokens,
+            model.num_tokens - round(share * model.num_tokens),
+            labels=labels,
+            batch_size=batch_size,
+            seed=seed,
+        )
+        for share in MASKED_SHARES
+    ]
+    return torch.stack(nll, dim=1).float()
 
 
 def judge(images: Tensor, classifier: FashionClassifier) -> tuple[Tensor, Tensor]:

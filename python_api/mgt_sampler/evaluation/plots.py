@@ -64,7 +64,7 @@ def save_plots(results: Sequence[Result], out: str | Path) -> list[Path]:
 
 
 def _metrics(results: Sequence[Result]) -> Figure:
-    dots = [*_DOTS, *(name for name in ("token_nll", "weight_bytes") if name not in hidden_metrics(results))]
+    dots = [*_DOTS, *(name for name in ("token_nll", "nll", "weight_bytes") if name not in hidden_metrics(results))]
     if "weight_bytes" in dots:
         # what quantization changes is the time of a call, not their number
         dots[dots.index("model_calls")] = "seconds"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import math
@@ -25,12 +24,13 @@ from .. import sampling
 from ..arguments import integer, kind
 from ..files import make_folder, whole_file, write_csv
 from ..models import FashionClassifier, FashionModel, load_classifier
-from ..quantization import ScaledModel, quantize, sampler_trajectories
 from ..tables import aligned
 from ..techniques import Differential
 from .configurations import Configuration
+from .drawers import Drawer, TransformerTime, make_drawer, merged
 from .intervals import Estimate, jackknife
 from .metrics import (
+    MASKED_SHARES,
     RealStatistics,
     class_accuracy,
     density_coverage,
@@ -41,6 +41,7 @@ from .metrics import (
     load_real_statistics,
     masked_token_nll,
     mean_similarity,
+    nll_at_shares,
     pixel_spread,
     token_entropy,
     winning_rate,
@@ -76,6 +77,12 @@ METRICS = {
     "seconds": Metric("seconds", "lower", digits=3),
     "weight_bytes": Metric("weights, MB", "lower", 1e-6, 2),
     "token_nll": Metric("NLL, nats", "lower", digits=3),
+    "nll": Metric("NLL at shares, nats", "lower", digits=3),
+    "nll_lost": Metric("NLL lost, nats", "lower", digits=3),
+    "frechet_lost": Metric("Fréchet lost", "lower"),
+    "model_flops": Metric("model GFLOP", "lower", 1e-9),
+    "transformer_seconds": Metric("transformer, CPU s", "lower", digits=3),
+    "others_busy": Metric("others' cores", digits=1),
     "win": Metric("win, %", "higher", 100, 0),
     "tie": Metric("tie, %", "", 100, 0),
     "loss": Metric("loss, %", "lower", 100, 0),
@@ -89,6 +96,19 @@ CLASS_METRICS = {
     "class_accuracy": Metric("accuracy, %", "higher", 100, 1),
     "class_spread": Metric("spread, %", "higher", 100, 1),
 }
+# of each of MASKED_SHARES
+NLL_METRICS = {
+    "share_nll": Metric("NLL, nats", "lower", digits=3),
+    "share_nll_lost": Metric("NLL lost, nats", "lower", digits=3),
+}
+
+
+def _nan() -> Tensor:
+    return _scalar(math.nan)
+
+
+def _scalar(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
 @dataclass(frozen=True)
@@ -122,11 +142,25 @@ class Group:
     seconds: Tensor
     """A float64 scalar, for each image."""
 
-    weight_bytes: Tensor = field(default_factory=lambda: torch.tensor(math.nan, dtype=torch.float64, device="cpu"))
+    weight_bytes: Tensor = field(default_factory=_nan)
     """A float64 scalar, of the transformer; NaN in files from before it was kept."""
 
     token_nll: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float32, device="cpu"))
     """(n,) float32, see `masked_token_nll`, of n real images; (0,) without any."""
+
+    share_nll: Tensor = field(
+        default_factory=lambda: torch.zeros(0, len(MASKED_SHARES), dtype=torch.float32, device="cpu")
+    )
+    """(n, number of MASKED_SHARES) float32, see `nll_at_shares`, of the same images."""
+
+    model_flops: Tensor = field(default_factory=_nan)
+    """A float64 scalar, of the transformer's calls, for each image."""
+
+    transformer_seconds: Tensor = field(default_factory=_nan)
+    """A float64 scalar, of the processor in these calls, for each image."""
+
+    others_busy: Tensor = field(default_factory=_nan)
+    """A float64 scalar, the cores that other processes kept busy meanwhile, on average."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +171,8 @@ class Result:
     num_images: int
     class_names: tuple[str, ...]
     estimates: dict[str, Estimate]
-    """Scalars by the names of METRICS, (T,) by STEP_METRICS, (num_classes,) by CLASS_METRICS."""
+    """Scalars by the names of METRICS, (T,) by STEP_METRICS, (num_classes,) by CLASS_METRICS, one for each of
+    MASKED_SHARES by NLL_METRICS."""
 
     examples: Tensor
     """(num_classes, C, H, W) in [0, 1], the first image of each class; of the same seed in each configuration."""
@@ -204,7 +239,7 @@ def evaluate(
     real = real or load_real_statistics()
     paths = _paths(configurations, None if out is None else Path(out))
     for configuration in configurations:
-        _check(model, configuration, backend)
+        _check(model, configuration, backend, validation is not None)
     if validation is not None:
         _check_validation(*validation)
     for path in paths:
@@ -219,7 +254,7 @@ def evaluate(
         weights += _digest_of_tensors(enumerate(validation))
     groups: list[list[Group]] = [[] for _ in configurations]
     # made when the first image is to be drawn with them
-    models: dict[str, FashionModel] = {}
+    drawers: dict[str, Drawer] = {}
     with tqdm(total=num_groups * group_size * len(configurations), unit="image", disable=not progress) as bar:
         # configurations in turn, so that a machine that slows down slows all of them
         for g in range(num_groups):
@@ -229,15 +264,19 @@ def evaluate(
                 path = None if folder is None else folder / f"{g:02}.safetensors"
                 group = _load(path, facts)
                 if group is None:
-                    if configuration.name not in models:
-                        models[configuration.name] = _quantized(model, configuration, seed, backend)
-                    drawer = models[configuration.name]
+                    if configuration.name not in drawers:
+                        drawers[configuration.name] = make_drawer(model, configuration, seed, backend)
+                    drawer = drawers[configuration.name]
                     group = _draw(drawer, configuration, labels, seeds[g], batch_size, backend, classifier)
                     if validation is not None:
                         chosen = torch.arange(g * group_size, (g + 1) * group_size, device="cpu") % len(validation[1])
                         images, real_labels = (tensor[chosen] for tensor in validation)
-                        nll = masked_token_nll(drawer, images, real_labels, seed=g, batch_size=batch_size)
-                        group = replace(group, token_nll=nll)
+                        chosen_masks = {"seed": g, "batch_size": batch_size}
+                        group = replace(
+                            group,
+                            token_nll=masked_token_nll(drawer.model, images, real_labels, **chosen_masks),
+                            share_nll=nll_at_shares(drawer.model, images, real_labels, **chosen_masks),
+                        )
                     _save(group, path, facts)
                     bar.update(group_size)
                 else:
@@ -267,13 +306,15 @@ def measure(groups: Sequence[Group], baseline: Sequence[Group], real: RealStatis
         real: of the classifier that judged the images.
 
     Returns:
-        Estimates by the names of METRICS, STEP_METRICS and CLASS_METRICS.
+        Estimates by the names of METRICS, STEP_METRICS, CLASS_METRICS and NLL_METRICS.
     """
     # as many real images as generated ones, as coverage wants it
     neighbours = real.features[: max(50, sum(len(group.labels) for group in groups))]
 
     real_similarity = mean_similarity(real.features)
-    scalar: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+
+    def distance(features: Tensor) -> float:
+        return frechet_distance(*feature_statistics(features), real.feature_mean, real.feature_covariance)
 
     def statistic(kept: list[int]) -> dict[str, Tensor]:
         ours, theirs = ({f.name: _pooled(g, kept, f.name) for f in fields(Group)} for g in (groups, baseline))
@@ -285,10 +326,11 @@ def measure(groups: Sequence[Group], baseline: Sequence[Group], real: RealStatis
         asked, asked_theirs = (x["log_prob"].gather(1, labels[:, None])[:, 0] for x in (ours, theirs))
         win, tie, loss = winning_rate(asked, asked_theirs)
         steps = {name: ours[name].double().nanmean(0) for name in STEP_METRICS}
+        frechet = distance(features)
+        lost = ours["share_nll"].double().mean(0) - theirs["share_nll"].double().mean(0)
         scalars = {
-            "frechet_distance": frechet_distance(
-                *feature_statistics(features), real.feature_mean, real.feature_covariance
-            ),
+            "frechet_distance": frechet,
+            "frechet_lost": frechet - distance(theirs["features"]),
             "kernel_distance": kernel_distance(features, real.features, real_similarity=real_similarity),
             "density": density,
             "coverage": coverage,
@@ -297,7 +339,7 @@ def measure(groups: Sequence[Group], baseline: Sequence[Group], real: RealStatis
             "loss": loss,
         }
         return {
-            **{name: torch.tensor(value, **scalar) for name, value in scalars.items()},
+            **{name: _scalar(value) for name, value in scalars.items()},
             "accuracy": accuracy.mean(),
             "spread": spread.mean(),
             "entropy": steps["step_entropy"][-1],
@@ -305,6 +347,10 @@ def measure(groups: Sequence[Group], baseline: Sequence[Group], real: RealStatis
             "divergence": steps["step_divergence"].nanmean(),
             "model_calls": ours["model_calls"].double().mean(),
             "token_nll": ours["token_nll"].double().mean(),
+            "nll": ours["share_nll"].double().mean(),
+            "nll_lost": lost.mean(),
+            "share_nll": ours["share_nll"].double().mean(0),
+            "share_nll_lost": lost,
             "class_accuracy": accuracy,
             "class_spread": spread,
             **steps,
@@ -312,14 +358,16 @@ def measure(groups: Sequence[Group], baseline: Sequence[Group], real: RealStatis
 
     estimates = jackknife(statistic, len(groups))
     # the median forgives a busy machine, but the jackknife of a median tells nothing of its error
-    seconds = torch.stack([group.seconds for group in groups]).median()
-    estimates["seconds"] = Estimate(seconds, torch.tensor(math.nan, **scalar))
-    estimates["weight_bytes"] = Estimate(groups[0].weight_bytes, torch.tensor(math.nan, **scalar))
+    for name in ("seconds", "transformer_seconds", "others_busy", "model_flops"):
+        estimates[name] = Estimate(torch.stack([getattr(group, name) for group in groups]).median(), _nan())
+    estimates["weight_bytes"] = Estimate(groups[0].weight_bytes, _nan())
     return estimates
 
 
 def save_results(results: Sequence[Result], out: str | Path) -> list[Path]:
     """Write results.csv, a row for each configuration, steps.csv and classes.csv; return their paths.
+
+    Beside them nll.csv, a row for each share of masked tokens, where their likelihood was found.
 
     Every metric has a column of its name and one of half its 95 % interval, `<name>_interval`; empty where there is
     none. Shares are 0 to 1, divergences in nats, entropies in bits.
@@ -339,6 +387,8 @@ def save_results(results: Sequence[Result], out: str | Path) -> list[Path]:
             tables["steps"].append({"name": name, "step": k, **_cells(estimates, STEP_METRICS, k)})
         for c, class_name in enumerate(result.class_names):
             tables["classes"].append({"name": name, "class": class_name, **_cells(estimates, CLASS_METRICS, c)})
+        for i, share in enumerate(MASKED_SHARES if not estimates["nll"].value.isnan() else ()):
+            tables.setdefault("nll", []).append({"name": name, "masked": share, **_cells(estimates, NLL_METRICS, i)})
     paths = []
     for table, rows in tables.items():
         paths.append(Path(out) / f"{table}.csv")
@@ -351,9 +401,17 @@ def hidden_metrics(results: Sequence[Result]) -> set[str]:
     hidden = set()
     if all(result.configuration.quantization is None for result in results):
         hidden.add("weight_bytes")
-    if all(result.estimates["token_nll"].value.isnan() for result in results):
-        hidden.add("token_nll")
+    if not merges(results):
+        hidden |= {"model_flops", "transformer_seconds", "others_busy", "frechet_lost"}
+    for name in ("token_nll", "nll", "nll_lost"):
+        if all(result.estimates[name].value.isnan() for result in results):
+            hidden.add(name)
     return hidden
+
+
+def merges(results: Sequence[Result]) -> bool:
+    """Whether any configuration merges tokens, so that a call of the model is not like another."""
+    return any(result.configuration.merging is not None for result in results)
 
 
 def results_table(results: Sequence[Result]) -> str:
@@ -375,7 +433,7 @@ def results_table(results: Sequence[Result]) -> str:
         ["mean", shown(estimates["accuracy"], METRICS["accuracy"]), shown(estimates["spread"], METRICS["spread"])]
     )
     # against itself there is nothing to win
-    hidden = {"accuracy", "spread", "win", "tie", "loss", *hidden_metrics(results)}
+    hidden = {"accuracy", "spread", "win", "tie", "loss", "nll_lost", "frechet_lost", *hidden_metrics(results)}
     names = [name for name in METRICS if name not in hidden]
     totals = [[METRICS[name].label, shown(estimates[name], METRICS[name])] for name in names]
     return "\n\n".join([aligned([header, *lines]), aligned([*totals, ["images", f"{result.num_images}"]])])
@@ -394,7 +452,7 @@ def shown(estimate: Estimate, metric: Metric, index: int | None = None) -> str:
 
 
 def _draw(
-    model: FashionModel,
+    drawer: Drawer,
     configuration: Configuration,
     labels: Tensor,
     seeds: Tensor,
@@ -402,8 +460,9 @@ def _draw(
     backend: str,
     classifier: FashionClassifier,
 ) -> Group:
-    arguments = _arguments(configuration, backend)
+    arguments, model = _arguments(configuration, backend), drawer.model
     images, curves, model_calls, seconds = [], [], [], 0.0
+    watch = TransformerTime(model.transformer)
     for batch_labels, batch_seeds in zip(labels.split(batch_size), seeds.split(batch_size), strict=True):
         steps: dict[int, Tensor] = {}
 
@@ -412,8 +471,9 @@ def _draw(
             steps[step.step] = _curves(step, model.codebook_size).cpu()
 
         start = time.perf_counter()
-        output = sampling.generate(model, labels=batch_labels, seed=batch_seeds, callback=record, **arguments)
-        images.append(output.images.cpu())
+        with watch:
+            output = sampling.generate(model, labels=batch_labels, seed=batch_seeds, callback=record, **arguments)
+            images.append(output.images.cpu())
         seconds += time.perf_counter() - start
         of_steps = [steps[k] for k in sorted(steps)]
         if "rule" in arguments:
@@ -425,6 +485,7 @@ def _draw(
     drawn = torch.cat(images)
     log_prob, features = judge(drawn, classifier)
     entropy, unique, divergence = torch.cat(curves, dim=1)
+    calls = torch.cat(model_calls).double().mean()
     return Group(
         images=(drawn * 255).round().to(torch.uint8),
         labels=labels,
@@ -433,37 +494,15 @@ def _draw(
         step_entropy=entropy,
         step_unique=unique,
         step_divergence=divergence,
-        model_calls=torch.cat(model_calls).double().mean(),
-        seconds=torch.tensor(seconds / len(labels), dtype=torch.float64, device="cpu"),
-        weight_bytes=torch.tensor(
-            sum(tensor.numel() * tensor.element_size() for tensor in model.transformer.state_dict().values()),
-            dtype=torch.float64,
-            device="cpu",
+        model_calls=calls,
+        seconds=_scalar(seconds / len(labels)),
+        weight_bytes=_scalar(
+            sum(tensor.numel() * tensor.element_size() for tensor in model.transformer.state_dict().values())
         ),
+        model_flops=calls * drawer.flops,
+        transformer_seconds=_scalar(watch.seconds / len(labels)),
+        others_busy=_scalar(watch.others),
     )
-
-
-def _quantized(model: FashionModel, configuration: Configuration, seed: int, backend: str) -> Any:
-    """The model that draws a configuration's images, calibrated on two of each class that it would draw otherwise."""
-    if configuration.quantization is None:
-        return model
-    try:
-        calibration = sampler_trajectories(
-            model,
-            labels=torch.arange(model.num_classes, device="cpu").repeat(2),
-            # a seed that no evaluated image has
-            seed=~seed,
-            progress=False,
-            backend=backend,
-            **configuration.generate_arguments(),
-        )
-        duplicate = copy.copy(model)
-        duplicate.transformer, _ = quantize(  # type: ignore[assignment]
-            model.transformer, calibration, backend=backend, **configuration.quantization
-        )
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{configuration.name}: {error}") from error
-    return ScaledModel(duplicate)
 
 
 def _curves(step: SamplerStep, codebook_size: int) -> Tensor:
@@ -491,9 +530,16 @@ def _check_validation(images: Tensor, labels: Tensor) -> None:
         raise ValueError(f"validation: expected int64 labels of shape ({len(images)},), got {kind(labels)}")
 
 
-def _check(model: FashionModel, configuration: Configuration, backend: str) -> None:
+def _check(model: FashionModel, configuration: Configuration, backend: str, has_validation: bool) -> None:
     """Let `generate` look at the arguments before hours are spent on the configurations before this one."""
+    merging = configuration.merging
+    if has_validation and merging is not None and merging.threshold is None and not isinstance(merging.ratio, float):
+        raise ValueError(
+            f"{configuration.name}: merge: ratio: the likelihood belongs to no step; expected one number, got "
+            f"{merging.ratio!r}"
+        )
     try:
+        merged(model, merging, backend)
         sampling.generate(model, labels=[], **_arguments(configuration, backend))
     except (TypeError, ValueError) as error:
         raise type(error)(f"{configuration.name}: {error}") from error
@@ -579,6 +625,6 @@ def _cells(estimates: dict[str, Estimate], metrics: dict[str, Metric], index: in
             for column, tensor in ((name, estimate.value), (f"{name}_interval", estimate.half_width)):
                 number = float(tensor if index is None else tensor[index])
                 # the table tells of what its metrics are
-                yield re.sub("^(step|class)_", "", column), "" if math.isnan(number) else repr(number)
+                yield re.sub("^(step|class|share)_", "", column), "" if math.isnan(number) else repr(number)
 
     return dict(cells())
