@@ -108,7 +108,8 @@ def test_the_table_of_clients_is_of_its_run():
 
 def test_the_page_of_whole_images_is_of_its_run():
     text = (DOCS / "whole_image.md").read_text(encoding="utf-8")
-    for name, block in whole_image.blocks(DOCS / "whole_image").items():
+    folder = DOCS / "whole_image"
+    for name, block in {**whole_image.blocks(folder), **whole_image.blocks_of_times(folder)}.items():
         assert tables.between(text, name) == block, name
     rows = whole_image.read(DOCS / "whole_image" / "results.csv")
     assert [row["name"] for row in rows] == [c.name for c in load_configurations("whole_image")]

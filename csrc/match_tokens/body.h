@@ -78,24 +78,30 @@ struct Leader {
   alignas(64) uint32_t panel[16];
 };
 
-// one tile against kPanels neighbouring panels
+// the products of a tile and of kPanels neighbouring panels so far
+template <int kPanels>
+struct Sums {
+  alignas(64) float sum[kTileTokens][kPanels][16];
+};
+
+// Goes on with the sums of a tile over `count` channels, from which the pointers start. A function of its own: inlined,
+// it loses registers to the loops around it, and its sums go to the stack.
 template <class S, int kPanels>
-MGT_INLINE void compare_tile(const MatchCall& call, const MatchSample& state, int64_t first_panel, const float* tile,
-                             Leader* leaders) {
+MGT_NOINLINE void add_channels(const float* tile, int64_t tile_stride, const float* panels, int64_t panel_floats,
+                               int64_t count, Sums<kPanels>& sums) {
   using F = typename S::F;
-  const int64_t num_channels = call.args.num_channels;
-  const float* panels = state.panels + first_panel * kPanelTokens * num_channels;
-  const int64_t panel_floats = kPanelTokens * num_channels;
   F sum[kTileTokens][kPanels];
-  for (auto& row : sum)
-    for (F& each : row) each = S::set(0.0f);
-  for (int64_t c = 0; c < num_channels; ++c) {
+#pragma GCC unroll 6
+  for (int i = 0; i < kTileTokens; ++i)
+#pragma GCC unroll 2
+    for (int p = 0; p < kPanels; ++p) sum[i][p] = S::load(sums.sum[i][p]);
+  for (int64_t c = 0; c < count; ++c) {
     F to[kPanels];
 #pragma GCC unroll 2
     for (int p = 0; p < kPanels; ++p) to[p] = S::load(panels + p * panel_floats + c * kPanelTokens);
 #pragma GCC unroll 6
     for (int i = 0; i < kTileTokens; ++i) {
-      const F from = S::set(tile[i * call.tile_stride + c]);
+      const F from = S::set(tile[i * tile_stride + c]);
 #pragma GCC unroll 2
       for (int p = 0; p < kPanels; ++p) {
         sum[i][p] = S::fma(from, to[p], sum[i][p]);
@@ -103,11 +109,21 @@ MGT_INLINE void compare_tile(const MatchCall& call, const MatchSample& state, in
       }
     }
   }
+#pragma GCC unroll 6
+  for (int i = 0; i < kTileTokens; ++i)
+#pragma GCC unroll 2
+    for (int p = 0; p < kPanels; ++p) S::store(sums.sum[i][p], sum[i][p]);
+}
+
+// Lets the cosines of a tile, whose sums are whole, take the lead where they are larger.
+template <class S, int kPanels>
+MGT_INLINE void take_lead(const MatchSample& state, int64_t first_panel, const Sums<kPanels>& sums, Leader* leaders) {
+  using F = typename S::F;
   for (int i = 0; i < kTileTokens; ++i) {
     F best = S::load(leaders[i].score);
     F where = S::from_bits(S::load_u(leaders[i].panel));
     for (int p = 0; p < kPanels; ++p) {
-      const F score = S::mul(sum[i][p], S::load(state.inverse + (first_panel + p) * kPanelTokens));
+      const F score = S::mul(S::load(sums.sum[i][p]), S::load(state.inverse + (first_panel + p) * kPanelTokens));
       const auto better = S::less(best, score);
       best = S::select(better, score, best);
       where = S::select(better, S::from_bits(S::set_u(static_cast<uint32_t>(first_panel + p))), where);
@@ -132,10 +148,18 @@ int64_t compare_sources(const MatchCall& call, int64_t sample, const MatchSample
     std::fill(leaders[i].score, leaders[i].score + 16, -std::numeric_limits<float>::infinity());
     std::fill(leaders[i].panel, leaders[i].panel + 16, 0u);
   }
-  for (int64_t panel = 0; panel < call.num_panels; panel += kPanels)
-    for (int64_t t = 0; t < num_tiles; ++t)
-      compare_tile<S, kPanels>(call, state, panel, tile + t * kTileTokens * call.tile_stride,
-                               leaders + t * kTileTokens);
+  for (int64_t panel = 0; panel < call.num_panels; panel += kPanels) {
+    Sums<kPanels> sums[kTiles] = {};
+    const int64_t panel_floats = kPanelTokens * a.num_channels;
+    const float* panels = state.panels + panel * panel_floats;
+    // so many channels of a panel and of the tiles stay in the first cache
+    for (int64_t c = 0; c < a.num_channels; c += kChannelsAtOnce)
+      for (int64_t t = 0; t < num_tiles; ++t)
+        add_channels<S, kPanels>(tile + t * kTileTokens * call.tile_stride + c, call.tile_stride,
+                                 panels + c * kPanelTokens, panel_floats, std::min(kChannelsAtOnce, a.num_channels - c),
+                                 sums[t]);
+    for (int64_t t = 0; t < num_tiles; ++t) take_lead<S, kPanels>(state, panel, sums[t], leaders + t * kTileTokens);
+  }
 
   int64_t bad = -1;
   for (int64_t first = num_tiles * kTileTokens - kTileTokens; first >= 0; first -= kTileTokens) {

@@ -11,6 +11,7 @@ constexpr int64_t kTileTokens = 6;
 // tiles that meet a panel while it is in the cache
 constexpr int64_t kTiles = 4;
 constexpr int64_t kSourcesAtOnce = kTiles * kTileTokens;
+constexpr int64_t kChannelsAtOnce = 256;
 // panels come in pairs, which kernels with large registers take together
 constexpr int64_t kPanelPair = 2;
 
