@@ -12,6 +12,7 @@ from mgt_kernels import cpu
 
 from .case import Case, Target
 from .layers import linear_case
+from .merging_cases import merging_case
 from .models import (
     AMUSED_256,
     DIFFUSION_GEMMA,
@@ -70,6 +71,8 @@ def quick_cases(threads: int) -> Iterator[Case]:
             yield sampling_case(model, op="sample_tokens", threads=threads)
     yield sampling_case(AMUSED_256, op="mask_by_confidence", threads=threads)
     yield commit_case(AMUSED_256, threads=threads)
+    for op in ("match_tokens", "merge_tokens"):
+        yield merging_case(op, threads=threads)
     yield statistics_case(AMUSED_256, threads=threads)
     yield from sampler_cases(threads, small=True)
     yield differential_case(AMUSED_256, threads=threads)
@@ -150,6 +153,9 @@ def full_cases(threads: int) -> Iterator[Case]:
             yield commit_case(model, backend=backend, threads=count)
     for backend in ["auto", *on_gpu]:
         yield from sampler_cases(threads, backend=backend)
+    for op, dtype, count in product(("match_tokens", "merge_tokens"), dtypes, counts):
+        for backend in [*kernels(op), *on_gpu]:
+            yield merging_case(op, dtype=dtype, backend=backend, threads=count)
     for layer, dtype, group_size, count in product(LAYERS, dtypes[:2], (128, 32), counts):
         for op in ("w4a8_linear", "w4a16_linear"):
             for backend in [*kernels(op), *on_gpu]:

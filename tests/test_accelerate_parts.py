@@ -440,5 +440,5 @@ def test_the_lines_of_the_page_run(capsys):
     (code,) = re.findall(r"```python\n(.*?)```", page.split("## Less of the transformer")[1], flags=re.DOTALL)
     case = Case("AmusedPipeline")
     exec(compile(code, "frameworks.md", "exec"), {"pipe": case.pipe})
-    assert capsys.readouterr().out.count("\n") == 3
+    assert capsys.readouterr().out.count("\n") == 4
     assert case.sizes() == [2] + [4] * 7 + [2] * 2

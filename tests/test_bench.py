@@ -91,6 +91,8 @@ def test_every_op_of_the_suite_runs_on_small_shapes():
         cases.remask_case(SMALL, threads=1),
         cases.commit_case(SMALL, threads=1),
         cases.scheduler_case(SMALL, threads=1),
+        cases.merging_case("match_tokens", side=6, num_channels=8, threads=1),
+        cases.merging_case("merge_tokens", side=6, num_channels=8, dtype=torch.bfloat16, threads=1),
         cases.z_sampling_case(batch=1, threads=1),
         cases.linear_case(Layer("small", 5, 64, 32), op="w4a8_linear", group_size=32, threads=1),
         cases.linear_case(Layer("small", 5, 64, 32), op="w4a16_linear", dtype=torch.bfloat16, group_size=32, threads=1),
@@ -98,7 +100,8 @@ def test_every_op_of_the_suite_runs_on_small_shapes():
     for case in timed:
         result = time_case(case, rounds=1)
         assert result.seconds[OURS][0] > 0 and len(result.seconds) > 1, case.setting.name
-        assert bool(result.peak) == (case.setting.op in ("w4a8_linear", "w4a16_linear"))
+        has_peak = ("w4a8_linear", "w4a16_linear", "match_tokens")
+        assert bool(result.peak) == (case.setting.op in has_peak)
 
 
 SAMPLERS = list(cases.sampler_cases(1, small=True))
