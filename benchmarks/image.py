@@ -4,7 +4,7 @@ A transformer of Meissonic's size with random weights, text to image at 1024 pix
 transformer without its last layer, whose time does not depend on how many tokens are masked, and the last layer with
 guidance and the draw, whose time does. The former is timed with both halves of guidance and with one, the latter at
 three masked shares; the 64 steps of the cosine schedule are added up from these, interpolated in between. The text
-encoder and the image decoder take a few seconds more, the same for all, and are left out.
+encoder and the image decoder, the same for all variants, are left out.
 
 Every variant runs in a process of its own, so that memory and thread pools are its own. Processes keep freed memory.
 """
@@ -116,7 +116,8 @@ class Steps:
 
     def __init__(self, variant: Variant, model: Timed, side: int) -> None:
         self.variant, self.model, self.side = variant, model, side
-        self.tokens = torch.randint(0, model.mask_token_id - 64 if model.mask_token_id > 128 else 8, (1, side, side))
+        # codes that every scale's codebook has
+        self.tokens = torch.randint(0, 64, (1, side, side))
 
     def masked_at(self, share: float) -> Tensor:
         """Tokens (1, H, W) of which so many are masked."""

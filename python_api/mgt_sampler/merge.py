@@ -113,7 +113,7 @@ class _Pass:
     num_text_tokens: int
     input_grid: tuple[int, int] | None
     match: Match | None = None
-    # of the block that is running, and how many blocks have begun since the last match
+    # of the block that is running, and how many blocks of this pass have begun
     layout: BlockLayout | None = None
     num_blocks: int = 0
     tables: tuple[Any, tuple[Tensor, Tensor]] | None = None
